@@ -1,0 +1,1 @@
+"""Data: generated shapes, LLaVA files -> Parquet store -> batches."""

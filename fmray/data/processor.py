@@ -1,0 +1,100 @@
+"""The processor of a run: tokenizer, image processor and chat template.
+
+In: the texts and sizes of a model made from scratch, or a hub name or directory. Out: a transformers processor that
+`save_pretrained` and `AutoProcessor.from_pretrained` carry over unchanged.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from tokenizers import AddedToken, Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
+from transformers import AutoProcessor, CLIPImageProcessor, LlavaProcessor, PreTrainedTokenizerFast
+
+from fmray.config import ScratchConfig
+
+if TYPE_CHECKING:
+    from transformers import ProcessorMixin
+
+SPECIAL_TOKENS = ("<pad>", "<s>", "</s>", "<unk>", "<image>")
+ANSWER_MARK = "ASSISTANT:"  # one token: what follows it is the answer
+
+# "<s><image>\nwhat color topleft ? ASSISTANT: red</s>how many red ? ASSISTANT: one</s>"; content may be a plain string.
+CHAT_TEMPLATE = (
+    "{{ '<s>' }}"
+    "{%- for message in messages -%}"
+    "{%- if message['role'] == 'assistant' -%}{{ ' ASSISTANT: ' }}{%- endif -%}"
+    "{%- if message['content'] is string -%}{{ message['content'] }}"
+    "{%- else -%}"
+    "{%- for part in message['content'] -%}"
+    "{%- if part['type'] == 'image' -%}{{ '<image>\n' }}{%- else -%}{{ part['text'] }}{%- endif -%}"
+    "{%- endfor -%}"
+    "{%- endif -%}"
+    "{%- if message['role'] == 'assistant' -%}{{ '</s>' }}{%- endif -%}"
+    "{%- endfor -%}"
+    "{%- if add_generation_prompt -%}{{ ' ASSISTANT:' }}{%- endif -%}"
+)
+
+
+def scratch_processor(texts: Iterable[str], model: ScratchConfig) -> LlavaProcessor:
+    """A processor for a small LLaVA: words of `texts` (the most frequent, ties by spelling), CLIP's image steps.
+
+    The vocabulary has at most `model.max_vocabulary` entries, the six special ones included; other words are `<unk>`.
+    Text is split at spaces and around punctuation; case is kept.
+    """
+    splitter = Whitespace()
+    counts: Counter[str] = Counter()
+    for text in texts:
+        counts.update(word for word, _ in splitter.pre_tokenize_str(text.replace("<image>", " ")))
+    words = sorted(counts, key=lambda word: (-counts[word], word))
+    reserved = [*SPECIAL_TOKENS, ANSWER_MARK]
+    kept = [word for word in words if word not in reserved][: model.max_vocabulary - len(reserved)]
+    vocabulary = {word: index for index, word in enumerate([*reserved, *kept])}
+
+    tokenizer = Tokenizer(WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = splitter
+    tokenizer.add_special_tokens([AddedToken(token, special=True) for token in SPECIAL_TOKENS])
+    tokenizer.add_tokens([AddedToken(ANSWER_MARK, special=False)])
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token="<pad>",
+        bos_token="<s>",
+        eos_token="</s>",
+        unk_token="<unk>",
+        extra_special_tokens={"image_token": "<image>"},
+        padding_side="right",
+    )
+    images = CLIPImageProcessor(
+        size={"shortest_edge": model.image_size},
+        crop_size={"height": model.image_size, "width": model.image_size},
+        image_mean=[0.5, 0.5, 0.5],
+        image_std=[0.5, 0.5, 0.5],
+    )
+    return LlavaProcessor(
+        image_processor=images,
+        tokenizer=fast,
+        patch_size=model.patch_size,
+        vision_feature_select_strategy="default",
+        num_additional_image_tokens=1,  # the class token, which "default" drops again
+        chat_template=CHAT_TEMPLATE,
+    )
+
+
+def load_processor(source: str | Path, revision: str | None = None) -> ProcessorMixin:
+    """The processor saved in a directory or on the hub.
+
+    Raises ValueError where there is none, or where it has no chat template or image processor.
+    """
+    try:
+        processor = AutoProcessor.from_pretrained(str(source), revision=revision)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{source}: holds no processor that transformers can load ({error})") from error
+    for needed in ("tokenizer", "image_processor", "chat_template"):
+        if getattr(processor, needed, None) is None:
+            raise ValueError(f"{source}: its processor has no {needed}; a vision-language chat model is needed")
+    return processor

@@ -1,0 +1,261 @@
+"""A generated visual-question set: small pictures of coloured shapes with questions about them.
+
+In: a `ShapesConfig` and a seed. Out: a folder in LLaVA's format (`train.json`, `validation.json`, `images/`), or single
+records in memory. Every record follows from (seed, split, index) alone. Some questions need one look-up
+("what color topleft ?"), some need two ("what color beside red circle ?"): find a shape, then read its neighbour.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import shutil
+from dataclasses import dataclass
+from functools import cache
+from hashlib import blake2b
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+from PIL import Image
+
+from fmray.config import ShapesConfig
+
+Split = Literal["train", "validation"]
+Cell = tuple[str, str] | None  # (color, shape), or empty
+
+COLORS = {
+    "red": (230, 30, 30),
+    "green": (30, 200, 60),
+    "blue": (50, 80, 255),
+    "yellow": (250, 230, 40),
+    "purple": (160, 40, 200),
+    "cyan": (40, 220, 230),
+    "orange": (255, 140, 20),
+    "white": (255, 255, 255),
+}
+SHAPES = ("circle", "square", "triangle", "cross", "diamond", "ring")
+NUMBERS = (
+    "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen"
+).split()
+VALIDATION_SHARE = 0.1  # share of all possible scenes that only the validation split may show
+MARKER = "shapes.json"
+VERSION = 1  # part of the marker: a changed generator makes old folders stale
+
+
+@dataclass(frozen=True)
+class Question:
+    """One question with its one-word answer; `tag` is the kind of question."""
+
+    text: str
+    answer: str
+    tag: str
+
+
+def make_record(
+    seed: int, split: Split, index: int, config: ShapesConfig
+) -> tuple[np.ndarray, list[dict[str, str]], list[str]]:
+    """Picture (uint8 [image_size, image_size, 3]), conversation in LLaVA's format, one tag per answer."""
+    cells, source = _scene(seed, split, index, config)
+    questions = ask(cells, config, source)
+    conversation = []
+    for number, question in enumerate(questions):
+        text = f"<image>\n{question.text}" if number == 0 else question.text
+        conversation.append({"from": "human", "value": text})
+        conversation.append({"from": "gpt", "value": question.answer})
+    return draw(cells, config, source), conversation, [question.tag for question in questions]
+
+
+def scene(seed: int, split: Split, index: int, config: ShapesConfig) -> tuple[Cell, ...]:
+    """The cells of a record, row by row, top left first."""
+    return _scene(seed, split, index, config)[0]
+
+
+def place_names(grid: int) -> list[str]:
+    """One word for each cell, row by row."""
+    if grid == 2:
+        return ["topleft", "topright", "bottomleft", "bottomright"]
+    return [f"r{row + 1}c{column + 1}" for row in range(grid) for column in range(grid)]
+
+
+def ask(cells: tuple[Cell, ...], config: ShapesConfig, source: random.Random) -> list[Question]:
+    """Up to `config.turns` different questions, each with one right answer; at least one.
+
+    Each turn needs two look-ups with probability `config.two_hop`; its kind is drawn evenly from the kinds that this
+    scene allows. Answers of `count` and `compare` are drawn first, so that none is the safe guess.
+    """
+    one_hop, two_hop = _one_hop(cells, config, source), _two_hop(cells, config)
+    questions: list[Question] = []
+    while len(questions) < config.turns and (one_hop or two_hop):
+        wants_two = source.random() < config.two_hop
+        pool = two_hop if (wants_two and two_hop) or not one_hop else one_hop
+        tag = source.choice(list(pool))
+        questions.append(pool[tag].pop(source.randrange(len(pool[tag]))))
+        if not pool[tag]:
+            del pool[tag]
+    return questions
+
+
+def draw(cells: tuple[Cell, ...], config: ShapesConfig, source: random.Random) -> np.ndarray:
+    """Picture of a scene, uint8 [image_size, image_size, 3]; shapes fill 70 % of a cell, moved by up to two pixels."""
+    size, grid = config.image_size, config.grid
+    side = size // grid
+    sprite_side = max(3, round(0.7 * side))
+    margin = side - sprite_side
+    middle, reach = margin // 2, min(2, margin // 2)
+    picture = np.zeros((size, size, 3), dtype=np.uint8)
+    for index, cell in enumerate(cells):
+        jitter_y, jitter_x = source.randint(-reach, reach), source.randint(-reach, reach)
+        if cell is None:
+            continue
+        top = (index // grid) * side + middle + jitter_y
+        left = (index % grid) * side + middle + jitter_x
+        picture[top : top + sprite_side, left : left + sprite_side] = _sprite(*cell, sprite_side)
+    return picture
+
+
+def generate(folder: Path, config: ShapesConfig, seed: int) -> None:
+    """Write `train.json`, `validation.json` and `images/<split>/<thousand>/<index>.png` under `folder`.
+
+    Does nothing where the same set is there already. Raises ValueError when `folder` holds something else, or when
+    the sizes leave too few different scenes or too few pixels.
+    """
+    if config.image_size // config.grid < 6:
+        raise ValueError(
+            f"data.shapes.image_size: {config.image_size} gives {config.image_size // config.grid} pixels a cell; "
+            f"a grid of {config.grid} needs at least {6 * config.grid}"
+        )
+    marker = json.dumps({"version": VERSION, "seed": seed, "config": config.model_dump()}, sort_keys=True)
+    if (folder / MARKER).exists() and (folder / MARKER).read_text() == marker:
+        return
+    if folder.exists() and any(folder.iterdir()) and not (folder / MARKER).exists():
+        raise ValueError(f"{folder}: not empty and not made by the shapes generator; name another data.store")
+    temporary = folder.with_name(folder.name + ".tmp")
+    if temporary.exists():
+        shutil.rmtree(temporary)
+    temporary.mkdir(parents=True)
+    _write_split(temporary, "train", config.pictures, config, seed)
+    _write_split(temporary, "validation", config.validation_pictures, config, seed)
+    (temporary / MARKER).write_text(marker)
+    if folder.exists():
+        shutil.rmtree(folder)
+    temporary.rename(folder)
+
+
+def _write_split(folder: Path, split: Split, pictures: int, config: ShapesConfig, seed: int) -> None:
+    records = []
+    for index in range(pictures):
+        picture, conversation, tags = make_record(seed, split, index, config)
+        image = Path("images", split, f"{index // 1000:03d}", f"{index:06d}.png")
+        if index % 1000 == 0:
+            (folder / image).parent.mkdir(parents=True)
+        Image.fromarray(picture).save(folder / image, compress_level=1)
+        records.append(
+            {"id": f"{split}-{index:06d}", "image": str(image), "conversations": conversation, "tags": tags}
+        )
+    (folder / f"{split}.json").write_text(json.dumps(records))
+
+
+def _scene(
+    seed: int, split: Split, index: int, config: ShapesConfig
+) -> tuple[tuple[Cell, ...], random.Random]:
+    """Cells, and the random source that goes on to choose questions and jitter.
+
+    A hash of the scene says which split may show it, so the splits share no scene whatever their sizes.
+    """
+    source = random.Random(f"{seed}/{split}/{index}")
+    pairs = [(color, shape) for color in list(COLORS)[: config.colors] for shape in SHAPES[: config.shapes]]
+    count = config.grid**2
+    for _ in range(1000):
+        drawn = source.sample(pairs, count) if len(pairs) >= count else source.choices(pairs, k=count)
+        cells = tuple(None if source.random() < config.empty else pair for pair in drawn)
+        if any(cells) and _split_of(cells, seed) == split:
+            return cells, source
+    raise ValueError(
+        f"data.shapes: {config.colors} colors and {config.shapes} shapes on a grid of {config.grid} leave no scene "
+        f"for the {split} split; use more colors or shapes"
+    )
+
+
+def _split_of(cells: tuple[Cell, ...], seed: int) -> Split:
+    digest = blake2b(repr((seed, cells)).encode(), digest_size=4).digest()
+    return "validation" if int.from_bytes(digest, "big") < VALIDATION_SHARE * 2**32 else "train"
+
+
+def _one_hop(
+    cells: tuple[Cell, ...], config: ShapesConfig, source: random.Random
+) -> dict[str, list[Question]]:
+    """Questions by tag; empty tags are left out."""
+    questions: dict[str, list[Question]] = {tag: [] for tag in ("color", "shape", "place", "count", "compare")}
+    for place, cell in zip(place_names(config.grid), cells, strict=True):
+        if cell is None:
+            continue
+        questions["color"].append(Question(f"what color {place} ?", cell[0], "color"))
+        questions["shape"].append(Question(f"what shape {place} ?", cell[1], "shape"))
+        if cells.count(cell) == 1:
+            questions["place"].append(Question(f"where {cell[0]} {cell[1]} ?", place, "place"))
+    counts = {color: 0 for color in list(COLORS)[: config.colors]}
+    for cell in cells:
+        if cell is not None:
+            counts[cell[0]] += 1
+    by_count: dict[int, list[str]] = {}
+    for color, count in counts.items():
+        by_count.setdefault(count, []).append(color)
+    for count, colors in by_count.items():  # one color for each number: numbers are asked evenly
+        questions["count"].append(Question(f"how many {source.choice(colors)} ?", NUMBERS[count], "count"))
+    more = [(a, b) for a in counts for b in counts if counts[a] > counts[b]]
+    if more:  # one yes and one no; a no is a tie as often as the scene has ties
+        a, b = source.choice(more)
+        questions["compare"].append(Question(f"more {a} than {b} ?", "yes", "compare"))
+        not_more = [(a, b) for a in counts for b in counts if a != b and counts[a] <= counts[b]]
+        a, b = source.choice(not_more)
+        questions["compare"].append(Question(f"more {a} than {b} ?", "no", "compare"))
+    return {tag: found for tag, found in questions.items() if found}
+
+
+def _two_hop(cells: tuple[Cell, ...], config: ShapesConfig) -> dict[str, list[Question]]:
+    """Questions by tag: find the one cell that shows the named shape, then read another cell."""
+    questions: dict[str, list[Question]] = {}
+    for index, cell in enumerate(cells):
+        if cell is None or cells.count(cell) > 1:
+            continue
+        for relation, other in _neighbours(index, config.grid).items():
+            target = cells[other]
+            if target is None:
+                continue
+            for attribute, answer in zip(("color", "shape"), target, strict=True):
+                text = f"what {attribute} {relation} {cell[0]} {cell[1]} ?"
+                tag = f"{attribute}_{relation}"
+                questions.setdefault(tag, []).append(Question(text, answer, tag))
+    return questions
+
+
+def _neighbours(index: int, grid: int) -> dict[str, int]:
+    """Relation word -> index of the cell it leads to."""
+    row, column = divmod(index, grid)
+    if grid == 2:
+        return {"beside": index ^ 1, "vertical": index ^ 2, "opposite": index ^ 3}
+    neighbours = {}
+    if column + 1 < grid:
+        neighbours["right"] = index + 1
+    if row + 1 < grid:
+        neighbours["below"] = index + grid
+    return neighbours
+
+
+@cache
+def _sprite(color: str, shape: str, side: int) -> np.ndarray:
+    """One shape on black, uint8 [side, side, 3], smoothed by drawing it four times as large."""
+    ticks = (np.arange(4 * side) + 0.5) / (2 * side) - 1.0
+    y, x = np.meshgrid(ticks, ticks, indexing="ij")
+    radius = np.hypot(x, y)
+    inside = {
+        "circle": radius <= 1.0,
+        "square": np.ones_like(x, dtype=bool),
+        "triangle": np.abs(x) <= (y + 1.0) / 2,
+        "cross": (np.abs(x) <= 0.33) | (np.abs(y) <= 0.33),
+        "diamond": np.abs(x) + np.abs(y) <= 1.0,
+        "ring": (radius <= 1.0) & (radius >= 0.55),
+    }[shape]
+    coverage = inside.reshape(side, 4, side, 4).mean(axis=(1, 3))
+    return (coverage[..., None] * np.array(COLORS[color])).astype(np.uint8)
