@@ -1,0 +1,486 @@
+"""Every setting of fmray: typed models, and one way to load them.
+
+In: a YAML recipe (with at most one `extends:` parent) and dotted `--set` overrides. Out: a `Recipe`, the origin
+of each value, a resolved dump and a JSON Schema. A user's mistake is a `ConfigError` of one line.
+"""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import hashlib
+import json
+import re
+import secrets
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self, get_args
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic_core import PydanticCustomError
+
+from fmray.recipe_file import ConfigError, Entry, dump_value, read
+
+__all__ = ["ConfigError", "LoadedRecipe", "Recipe", "job_arguments", "job_path", "load", "schema"]
+
+NAME = r"^[A-Za-z0-9][A-Za-z0-9_.-]*$"
+Location = Annotated[Path, AfterValidator(Path.expanduser)]
+Decay = Annotated[float, Field(ge=0, lt=1)]
+Share = Annotated[float, Field(gt=0, le=1)]
+
+
+class Section(BaseModel):
+    """Base of all sections: unknown keys are refused, values are not changed after loading."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+class ScratchConfig(Section):
+    """A small LLaVA made from sizes, for `model.source: scratch` (no download)."""
+
+    text_family: Literal["llama", "qwen2", "phi"] = "llama"
+    layers: int = Field(8, ge=2)
+    hidden: int = Field(128, ge=8)
+    heads: int = Field(4, ge=1)
+    kv_heads: int | None = Field(None, ge=1, description="grouped-query attention; default: heads")
+    intermediate: int = Field(352, ge=8)
+    vision_layers: int = Field(2, ge=1)
+    vision_hidden: int = Field(64, ge=8)
+    vision_heads: int = Field(2, ge=1)
+    image_size: int = Field(32, ge=8)
+    patch_size: int = Field(16, ge=2)
+    max_vocabulary: int = Field(4096, ge=16)
+
+
+class LoraConfig(Section):
+    """LoRA (peft) on the linear layers of the decoder."""
+
+    rank: int = Field(16, ge=1)
+    alpha: float = Field(32.0, gt=0)
+    dropout: float = Field(0.0, ge=0, lt=1)
+
+
+class ModelConfig(Section):
+    """Which base model, how it is loaded and which parts of it learn."""
+
+    source: str = Field(
+        "scratch", description="hub name, directory (stock or adaptive), or `scratch`"
+    )
+    revision: str | None = None
+    scratch: ScratchConfig = ScratchConfig()
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
+    freeze: tuple[Literal["vision", "projector", "language"], ...] = ("vision",)
+    lora: LoraConfig | None = None
+
+
+class AdaptiveConfig(Section):
+    """The switches, the latency token and how plans are drawn (`adaptive: null` trains the base model alone)."""
+
+    design: Literal["layers", "heads"] = "layers"
+    first: int | None = Field(None, ge=1, description="first switchable layer; default: half")
+    unit: int = Field(8, ge=1, description="heads per unit, design `heads`")
+    latency_token: Literal["inline", "probe"] = "inline"
+    scheduler: Literal["learned", "static", "random", "deterministic"] = "learned"
+    tau: float = Field(5.0, gt=0, description="temperature of the Gumbel-softmax")
+    penalty: float = Field(1.0, ge=0, description="lambda of the deterministic baseline")
+    min_budget: float | None = Field(
+        None, gt=0, le=1, description="smallest training budget; default: the smallest there is"
+    )
+
+
+class ShapesConfig(Section):
+    """The generated visual-question set, written in LLaVA's format."""
+
+    pictures: int = Field(20_000, ge=1)
+    validation_pictures: int = Field(500, ge=1)
+    grid: int = Field(2, ge=2, le=4, description="cells a side")
+    image_size: int = Field(32, ge=16)
+    turns: int = Field(4, ge=1, le=16, description="questions a picture")
+    two_hop: float = Field(0.4, ge=0, le=1, description="share of questions that need two look-ups")
+    colors: int = Field(4, ge=2, le=8)
+    shapes: int = Field(3, ge=2, le=6)
+    empty: float = Field(0.0, ge=0, lt=1, description="share of empty cells")
+
+
+class DataConfig(Section):
+    """Instruction data: LLaVA JSON or JSONL (or generated shapes) -> Parquet store -> batches."""
+
+    store: Location = Field(
+        Path("runs/store"), description="Parquet store; visible from every node"
+    )
+    train: Location | None = Field(None, description="LLaVA JSON or JSONL file")
+    validation: Location | None = Field(None, description="LLaVA JSON or JSONL file")
+    validation_share: float = Field(
+        0.05, gt=0, lt=1, description="held out by id when no validation file"
+    )
+    image_folder: Location | None = None
+    shapes: ShapesConfig | None = Field(None, description="generate the data instead of reading it")
+    on_bad_row: Literal["error", "skip"] = "error"
+    rows_per_shard: int = Field(1024, ge=1)
+    max_length: int = Field(
+        2048, ge=8, description="tokens; longer samples are cut at a turn, or are bad rows"
+    )
+    samples: Literal["turn", "conversation"] = Field(
+        "turn", description="one training sample per supervised turn, or per conversation"
+    )
+    loader_threads: int = Field(1, ge=1)
+    prefetch_batches: int = Field(4, ge=1)
+
+
+class ZeroConfig(Section):
+    """DeepSpeed ZeRO."""
+
+    stage: Literal[0, 1, 2, 3] = 2
+    offload_optimizer: Literal["none", "cpu"] = "none"
+    offload_parameters: Literal["none", "cpu"] = "none"
+
+
+class TrainConfig(Section):
+    """Optimisation, evaluation during training and checkpoints."""
+
+    lr: float = Field(1e-5, gt=0)
+    scheduler_lr: float | None = Field(
+        None, gt=0, description="lr of latency encoder and scheduler; default: lr"
+    )
+    weight_decay: float = Field(0.0, ge=0)
+    betas: tuple[Decay, Decay] = (0.9, 0.999)
+    warmup_ratio: float = Field(0.03, ge=0, lt=1)
+    epochs: float = Field(1.0, gt=0)
+    steps: int | None = Field(None, ge=1, description="overrides epochs")
+    global_batch: int = Field(128, ge=1)
+    micro_batch: int = Field(16, ge=1, description="samples per worker and forward pass")
+    gradient_clip: float = Field(1.0, ge=0, description="0: off")
+    gradient_checkpointing: bool = False
+    eval_every: int | None = Field(None, ge=1, description="steps; default: at the end only")
+    eval_rows: int = Field(512, ge=1)
+    eval_budgets: tuple[Share, ...] = Field((0.5, 0.75, 1.0), min_length=1)
+    checkpoint_every: int | None = Field(None, ge=1, description="steps; default: at the end only")
+    keep_checkpoints: int = Field(2, ge=1)
+
+
+class ClusterConfig(Section):
+    """Where it runs: Ray address, workers and what each of them gets."""
+
+    address: str | None = Field(
+        None, description="Ray address; default: RAY_ADDRESS, a running one, or a new one"
+    )
+    storage: Location = Field(
+        Path("runs"), description="checkpoints and results; visible from every node"
+    )
+    workers: int = Field(1, ge=0, description="0: in this process (Ray Train local mode)")
+    cpus_per_worker: float = Field(1.0, gt=0)
+    gpus_per_worker: float = Field(0.0, ge=0)
+    data_cpus: float = Field(1.0, ge=0, description="CPUs left for Ray Data and the driver")
+    gpu_memory_gib: float | None = Field(None, gt=0, description="per GPU, for `fmray doctor`")
+    timeout_s: int = Field(300, ge=10, description="process-group start-up")
+    max_failures: int = Field(3, ge=0)
+
+
+class EvaluateConfig(Section):
+    """What `jobs/evaluate.py` measures."""
+
+    budgets: tuple[Share, ...] = Field((0.5, 0.6, 0.7, 0.75, 0.85, 0.95, 1.0), min_length=1)
+    plans: tuple[Literal["learned", "random", "static", "importance"], ...] = Field(
+        ("learned", "random", "static"), min_length=1
+    )
+    rows: int | None = Field(None, ge=1, description="default: all")
+    batch: int = Field(64, ge=1)
+    calibration_rows: int = Field(
+        512, ge=1, description="rows of the training split that static plans are fitted on"
+    )
+
+
+class TrackingConfig(Section):
+    """MLflow."""
+
+    enabled: bool = True
+    uri: str | None = Field(
+        None, description="default: sqlite in the storage folder; or http(s)://"
+    )
+    experiment: str = "fmray"
+    register_as: str | None = Field(None, description="name in the model registry")
+
+
+class Recipe(Section):
+    """One job, whole."""
+
+    name: str = Field(pattern=NAME)
+    seed: int = Field(0, ge=0)
+    model: ModelConfig = ModelConfig()
+    adaptive: AdaptiveConfig | None = None
+    data: DataConfig = DataConfig()
+    train: TrainConfig = TrainConfig()
+    zero: ZeroConfig = ZeroConfig()
+    cluster: ClusterConfig = ClusterConfig()
+    evaluate: EvaluateConfig = EvaluateConfig()
+    tracking: TrackingConfig = TrackingConfig()
+
+    @model_validator(mode="after")
+    def _settings_agree(self) -> Self:
+        for key, text in conflicts(self):
+            # The key travels in the context, so that the loader can say file and line.
+            raise PydanticCustomError("conflict", "{key}: {text}", {"key": key, "text": text})
+        return self
+
+
+def conflicts(recipe: Recipe) -> Iterator[tuple[str, str]]:
+    """Settings that are right one by one and wrong together: (dotted key, what is wrong and what would be right)."""
+    model, data, train, zero = recipe.model, recipe.data, recipe.train, recipe.zero
+    yield from _scratch_conflicts(model.scratch)
+    if model.attention == "flash_attention_2" and model.dtype == "float32":
+        yield "model.attention", "flash_attention_2 needs model.dtype: bfloat16 (or use sdpa)"
+    if recipe.adaptive:
+        yield from _adaptive_conflicts(recipe, recipe.adaptive)
+    elif set(model.freeze) == {"vision", "projector", "language"} and not model.lora:
+        yield "model.freeze", "all three parts are frozen and nothing learns; leave one out"
+    if data.train and data.shapes:
+        yield "data.train", "data.shapes generates the data; set one of the two to null"
+    if data.validation and not data.train:
+        yield "data.validation", "needs data.train beside it"
+    if zero.offload_parameters == "cpu" and zero.stage != 3:
+        yield "zero.offload_parameters", f"needs zero.stage: 3, not {zero.stage} (or use none)"
+    if zero.offload_optimizer == "cpu" and zero.stage == 0:
+        yield "zero.offload_optimizer", "needs zero.stage: 1, 2 or 3, not 0 (or use none)"
+    workers = max(recipe.cluster.workers, 1)
+    step = workers * train.micro_batch
+    if train.global_batch % step:
+        right = " or ".join(
+            str(n * step) for n in (train.global_batch // step, -(-train.global_batch // step)) if n
+        )
+        yield (
+            "train.global_batch",
+            f"{train.global_batch} is not a multiple of {workers} workers x micro_batch {train.micro_batch}"
+            f" = {step}; {right} would be right",
+        )
+    uri = recipe.tracking.uri
+    if uri is not None and not re.match(
+        r"(https?|sqlite|mysql|postgresql|databricks)\b[^:]*:", uri
+    ):
+        yield (
+            "tracking.uri",
+            f"should be http(s)://HOST or sqlite:///FILE, not {uri!r} (MLflow 3 has no file store)",
+        )
+    if recipe.tracking.register_as and not recipe.tracking.enabled:
+        yield "tracking.register_as", "the model registry needs tracking.enabled: true"
+
+
+def _scratch_conflicts(scratch: ScratchConfig) -> Iterator[tuple[str, str]]:
+    kv_heads = scratch.kv_heads or scratch.heads
+    if scratch.heads % kv_heads:
+        yield (
+            "model.scratch.kv_heads",
+            f"should divide heads ({scratch.heads}); {kv_heads} does not",
+        )
+    # Rotary embeddings turn pairs of channels: a head needs an even number of them.
+    if scratch.hidden % (2 * scratch.heads):
+        yield (
+            "model.scratch.hidden",
+            f"{scratch.hidden} should be a multiple of 2 x heads = {2 * scratch.heads}",
+        )
+    if scratch.vision_hidden % scratch.vision_heads:
+        yield (
+            "model.scratch.vision_hidden",
+            f"{scratch.vision_hidden} should be a multiple of vision_heads = {scratch.vision_heads}",
+        )
+    if scratch.image_size % scratch.patch_size:
+        yield (
+            "model.scratch.image_size",
+            f"{scratch.image_size} should be a multiple of patch_size = {scratch.patch_size}",
+        )
+
+
+def _adaptive_conflicts(recipe: Recipe, adaptive: AdaptiveConfig) -> Iterator[tuple[str, str]]:
+    if adaptive.latency_token == "probe" and recipe.model.attention == "flash_attention_2":
+        yield (
+            "adaptive.latency_token",
+            "probe needs an attention mask of its own: use model.attention: sdpa, or inline",
+        )
+    if recipe.model.source != "scratch":
+        return
+    layers = recipe.model.scratch.layers
+    first = adaptive.first or layers // 2
+    if first >= layers:
+        yield (
+            "adaptive.first",
+            f"{first} leaves no layer to switch; at most {layers - 1} for {layers} layers",
+        )
+    # The layers before `first` always run, and the head beside them: no plan costs less than their share.
+    elif adaptive.min_budget is not None and adaptive.min_budget < first / layers:
+        yield (
+            "adaptive.min_budget",
+            f"{adaptive.min_budget} is below what the first {first} of {layers} layers cost; at least"
+            f" {first / layers:.3g}, or null",
+        )
+
+
+@dataclass(frozen=True)
+class LoadedRecipe:
+    """A recipe and where each of its values came from (`file:line`, `--set` or `default`), by dotted key."""
+
+    recipe: Recipe
+    origins: dict[str, str]
+
+    @property
+    def hash(self) -> str:
+        """12 hex digits that change with any resolved value."""
+        values = json.dumps(self.recipe.model_dump(mode="json"), sort_keys=True)
+        return hashlib.sha256(values.encode()).hexdigest()[:12]
+
+    def dump(self) -> str:
+        """All values as YAML that loads again, each with its origin as a comment."""
+        return "\n".join(self._lines(self.recipe.model_dump(mode="json"), "")) + "\n"
+
+    def _lines(self, values: dict[str, Any], prefix: str) -> Iterator[str]:
+        indent = "  " * prefix.count(".")
+        for name, value in values.items():
+            if isinstance(value, dict) and value:
+                yield f"{indent}{name}:"
+                yield from self._lines(value, f"{prefix}{name}.")
+            else:
+                yield f"{indent}{name}: {dump_value(value)}  # {self.origins[prefix + name]}"
+
+
+def load(path: Path, overrides: Sequence[str] = ()) -> LoadedRecipe:
+    """Read a recipe, its parents and the overrides (`train.lr=1e-5`) on top.
+
+    Raises:
+        ConfigError: one line: file:line, the key, what is wrong and what would be right.
+    """
+    path = Path(path)
+    tree = read(path, overrides)
+    try:
+        # JSON's strict mode is the useful one: `true` is no number and "5" is text, yet a list may fill a tuple.
+        recipe = Recipe.model_validate_json(json.dumps(tree.plain()), strict=True)
+    except ValidationError as error:
+        raise ConfigError(_explain(error, tree, path)) from error
+    return LoadedRecipe(recipe, dict(_origins(recipe.model_dump(mode="json"), tree, "")))
+
+
+def _origins(values: dict[str, Any], tree: Entry | None, prefix: str) -> Iterator[tuple[str, str]]:
+    written = tree.value if tree and isinstance(tree.value, dict) else {}
+    for name, value in values.items():
+        entry = written.get(name)
+        if isinstance(value, dict) and value:
+            yield from _origins(value, entry, f"{prefix}{name}.")
+        else:
+            yield prefix + name, entry.origin if entry else "default"
+
+
+def _explain(error: ValidationError, tree: Entry, path: Path) -> str:
+    """One line for the first mistake, with the number of the others."""
+    mistakes = error.errors(include_url=False)
+    mistake = mistakes[0]
+    context = mistake.get("ctx", {})
+    keys = (
+        context["key"].split(".")
+        if mistake["type"] == "conflict"
+        else [str(key) for key in mistake["loc"]]
+    )
+    where, entry = str(path), tree
+    for key in keys:
+        if not isinstance(entry.value, dict) or key not in entry.value:
+            break
+        entry = entry.value[key]
+        where = entry.origin
+    key = ".".join(keys)
+    if mistake["type"] == "conflict":
+        text = context["text"]
+    elif mistake["type"] == "extra_forbidden":
+        text = f"there is no such key; {_nearest(keys)}"
+    elif mistake["type"] == "missing":
+        text = "is missing"
+    elif key == "name" and mistake["type"] == "string_pattern_mismatch":
+        text = f"should be letters, digits, `_`, `.` and `-` only, not {mistake['input']!r}"
+    else:
+        wanted = (
+            mistake["msg"].removeprefix("Input ").replace("valid dictionary", "mapping of keys")
+        )
+        text = f"{wanted[0].lower()}{wanted[1:]}, not {_short(mistake['input'])}"
+    more = f" (and {len(mistakes) - 1} more)" if len(mistakes) > 1 else ""
+    return f"{where}: {key}: {text}{more}"
+
+
+def _short(value: Any) -> str:
+    text = dump_value(value)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def _nearest(keys: list[str]) -> str:
+    """The suggestion for an unknown key: a name of its section, or the same name elsewhere, or all names."""
+    everything = list(_dotted(Recipe, ""))
+    section = ".".join(keys[:-1])
+    names = [key.rpartition(".")[2] for key in everything if key.rpartition(".")[0] == section]
+    close = difflib.get_close_matches(keys[-1], names, n=1)
+    if close:
+        return f"did you mean {'.'.join([*keys[:-1], close[0]])}?"
+    elsewhere = [key for key in everything if key.rpartition(".")[2] == keys[-1]]
+    if elsewhere:
+        return f"did you mean {' or '.join(elsewhere)}?"
+    return f"the keys here are {', '.join(names)}"
+
+
+def _dotted(model: type[Section], prefix: str) -> Iterator[str]:
+    for name, field in model.model_fields.items():
+        yield prefix + name
+        for part in get_args(field.annotation) or (field.annotation,):
+            if isinstance(part, type) and issubclass(part, Section):
+                yield from _dotted(part, f"{prefix}{name}.")
+
+
+def schema() -> dict[str, Any]:
+    """The JSON Schema of a recipe file, for editors and for checking recipes elsewhere."""
+    result = Recipe.model_json_schema()
+    result["properties"]["extends"] = {
+        "type": "string",
+        "description": "another recipe, relative to this file, whose values this one overrides",
+    }
+    # A file may take its name from the recipe it extends.
+    result.pop("required")
+    return result
+
+
+def job_arguments(argv: Sequence[str] | None, description: str) -> tuple[LoadedRecipe, str]:
+    """What every job takes: `--config`, `--set` and `--run-id`.
+
+    Returns the recipe and the run id (default: the recipe's name, the time in UTC and four hex digits).
+
+    Raises:
+        ConfigError: the recipe or the run id is wrong.
+    """
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("--config", type=Path, required=True, help="recipe (YAML)")
+    parser.add_argument(
+        "--set",
+        dest="overrides",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="override one value, such as train.lr=1e-5; repeatable",
+    )
+    parser.add_argument("--run-id", help="name of the run; an earlier one resumes it")
+    arguments = parser.parse_args(argv)
+    loaded = load(arguments.config, arguments.overrides)
+    run_id = arguments.run_id
+    if run_id is None:
+        run_id = f"{loaded.recipe.name}-{datetime.now(UTC):%Y%m%d-%H%M%S}-{secrets.token_hex(2)}"
+    if not re.match(NAME, run_id):
+        raise ConfigError(
+            f"--run-id {run_id!r}: letters, digits, `_`, `.` and `-` only (it names a folder)"
+        )
+    return loaded, run_id
+
+
+def job_path(name: str) -> Path:
+    """A file of `jobs/` (`train_adallava.py`, `recipes/shapes_tiny.yaml`): in the checkout, or in the wheel.
+
+    Raises:
+        FileNotFoundError: neither has it.
+    """
+    package = Path(__file__).parent
+    for folder in (package.parent / "jobs", package / "_jobs"):
+        if (folder / name).is_file():
+            return folder / name
+    raise FileNotFoundError(f"there is no {name} in jobs/; is this a whole installation of fmray?")
