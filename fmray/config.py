@@ -1,13 +1,13 @@
 """Every setting of fmray: typed models, and one way to load them.
 
-In: a YAML recipe (with at most one `extends:` parent) and dotted `--set` overrides. Out: a `Recipe`, the origin
-of each value, a resolved dump and a JSON Schema. A user's mistake is a `ConfigError` of one line.
+In: a YAML recipe (with at most one `extends:` parent) and dotted `--set` overrides. Out: a `Recipe`,
+the origin of each value, a resolved dump and a JSON Schema. A user's mistake is a `ConfigError` of
+one line. How files are read is in `recipe_file.py`, which settings clash in `recipe_checks.py`.
 """
 
 from __future__ import annotations
 
 import argparse
-import difflib
 import hashlib
 import json
 import re
@@ -16,12 +16,13 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self, get_args
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 from pydantic_core import PydanticCustomError
 
-from fmray.recipe_file import ConfigError, Entry, dump_value, read
+from fmray.recipe_checks import conflicts
+from fmray.recipe_file import ConfigError, Entry, dump_value, explain, read
 
 __all__ = ["ConfigError", "LoadedRecipe", "Recipe", "job_arguments", "job_path", "load", "schema"]
 
@@ -77,7 +78,7 @@ class ModelConfig(Section):
 
 
 class AdaptiveConfig(Section):
-    """The switches, the latency token and how plans are drawn (`adaptive: null` trains the base model alone)."""
+    """The switches, the latency token and how plans are drawn; null trains the base model alone."""
 
     design: Literal["layers", "heads"] = "layers"
     first: int | None = Field(None, ge=1, description="first switchable layer; default: half")
@@ -226,99 +227,9 @@ class Recipe(Section):
         return self
 
 
-def conflicts(recipe: Recipe) -> Iterator[tuple[str, str]]:
-    """Settings that are right one by one and wrong together: (dotted key, what is wrong and what would be right)."""
-    model, data, train, zero = recipe.model, recipe.data, recipe.train, recipe.zero
-    yield from _scratch_conflicts(model.scratch)
-    if model.attention == "flash_attention_2" and model.dtype == "float32":
-        yield "model.attention", "flash_attention_2 needs model.dtype: bfloat16 (or use sdpa)"
-    if recipe.adaptive:
-        yield from _adaptive_conflicts(recipe, recipe.adaptive)
-    elif set(model.freeze) == {"vision", "projector", "language"} and not model.lora:
-        yield "model.freeze", "all three parts are frozen and nothing learns; leave one out"
-    if data.train and data.shapes:
-        yield "data.train", "data.shapes generates the data; set one of the two to null"
-    if data.validation and not data.train:
-        yield "data.validation", "needs data.train beside it"
-    if zero.offload_parameters == "cpu" and zero.stage != 3:
-        yield "zero.offload_parameters", f"needs zero.stage: 3, not {zero.stage} (or use none)"
-    if zero.offload_optimizer == "cpu" and zero.stage == 0:
-        yield "zero.offload_optimizer", "needs zero.stage: 1, 2 or 3, not 0 (or use none)"
-    workers = max(recipe.cluster.workers, 1)
-    step = workers * train.micro_batch
-    if train.global_batch % step:
-        right = " or ".join(
-            str(n * step) for n in (train.global_batch // step, -(-train.global_batch // step)) if n
-        )
-        yield (
-            "train.global_batch",
-            f"{train.global_batch} is not a multiple of {workers} workers x micro_batch {train.micro_batch}"
-            f" = {step}; {right} would be right",
-        )
-    uri = recipe.tracking.uri
-    if uri is not None and not re.match(
-        r"(https?|sqlite|mysql|postgresql|databricks)\b[^:]*:", uri
-    ):
-        yield (
-            "tracking.uri",
-            f"should be http(s)://HOST or sqlite:///FILE, not {uri!r} (MLflow 3 has no file store)",
-        )
-    if recipe.tracking.register_as and not recipe.tracking.enabled:
-        yield "tracking.register_as", "the model registry needs tracking.enabled: true"
-
-
-def _scratch_conflicts(scratch: ScratchConfig) -> Iterator[tuple[str, str]]:
-    kv_heads = scratch.kv_heads or scratch.heads
-    if scratch.heads % kv_heads:
-        yield (
-            "model.scratch.kv_heads",
-            f"should divide heads ({scratch.heads}); {kv_heads} does not",
-        )
-    # Rotary embeddings turn pairs of channels: a head needs an even number of them.
-    if scratch.hidden % (2 * scratch.heads):
-        yield (
-            "model.scratch.hidden",
-            f"{scratch.hidden} should be a multiple of 2 x heads = {2 * scratch.heads}",
-        )
-    if scratch.vision_hidden % scratch.vision_heads:
-        yield (
-            "model.scratch.vision_hidden",
-            f"{scratch.vision_hidden} should be a multiple of vision_heads = {scratch.vision_heads}",
-        )
-    if scratch.image_size % scratch.patch_size:
-        yield (
-            "model.scratch.image_size",
-            f"{scratch.image_size} should be a multiple of patch_size = {scratch.patch_size}",
-        )
-
-
-def _adaptive_conflicts(recipe: Recipe, adaptive: AdaptiveConfig) -> Iterator[tuple[str, str]]:
-    if adaptive.latency_token == "probe" and recipe.model.attention == "flash_attention_2":
-        yield (
-            "adaptive.latency_token",
-            "probe needs an attention mask of its own: use model.attention: sdpa, or inline",
-        )
-    if recipe.model.source != "scratch":
-        return
-    layers = recipe.model.scratch.layers
-    first = adaptive.first or layers // 2
-    if first >= layers:
-        yield (
-            "adaptive.first",
-            f"{first} leaves no layer to switch; at most {layers - 1} for {layers} layers",
-        )
-    # The layers before `first` always run, and the head beside them: no plan costs less than their share.
-    elif adaptive.min_budget is not None and adaptive.min_budget < first / layers:
-        yield (
-            "adaptive.min_budget",
-            f"{adaptive.min_budget} is below what the first {first} of {layers} layers cost; at least"
-            f" {first / layers:.3g}, or null",
-        )
-
-
 @dataclass(frozen=True)
 class LoadedRecipe:
-    """A recipe and where each of its values came from (`file:line`, `--set` or `default`), by dotted key."""
+    """A recipe and, by dotted key, where each value came from: `file:line`, `--set` or `default`."""
 
     recipe: Recipe
     origins: dict[str, str]
@@ -352,10 +263,11 @@ def load(path: Path, overrides: Sequence[str] = ()) -> LoadedRecipe:
     path = Path(path)
     tree = read(path, overrides)
     try:
-        # JSON's strict mode is the useful one: `true` is no number and "5" is text, yet a list may fill a tuple.
+        # JSON's strict mode is the useful one: `true` is no number and "5" is text, yet a list may
+        # fill a tuple.
         recipe = Recipe.model_validate_json(json.dumps(tree.plain()), strict=True)
     except ValidationError as error:
-        raise ConfigError(_explain(error, tree, path)) from error
+        raise ConfigError(explain(error, tree, path, Recipe)) from error
     return LoadedRecipe(recipe, dict(_origins(recipe.model_dump(mode="json"), tree, "")))
 
 
@@ -367,67 +279,6 @@ def _origins(values: dict[str, Any], tree: Entry | None, prefix: str) -> Iterato
             yield from _origins(value, entry, f"{prefix}{name}.")
         else:
             yield prefix + name, entry.origin if entry else "default"
-
-
-def _explain(error: ValidationError, tree: Entry, path: Path) -> str:
-    """One line for the first mistake, with the number of the others."""
-    mistakes = error.errors(include_url=False)
-    mistake = mistakes[0]
-    context = mistake.get("ctx", {})
-    keys = (
-        context["key"].split(".")
-        if mistake["type"] == "conflict"
-        else [str(key) for key in mistake["loc"]]
-    )
-    where, entry = str(path), tree
-    for key in keys:
-        if not isinstance(entry.value, dict) or key not in entry.value:
-            break
-        entry = entry.value[key]
-        where = entry.origin
-    key = ".".join(keys)
-    if mistake["type"] == "conflict":
-        text = context["text"]
-    elif mistake["type"] == "extra_forbidden":
-        text = f"there is no such key; {_nearest(keys)}"
-    elif mistake["type"] == "missing":
-        text = "is missing"
-    elif key == "name" and mistake["type"] == "string_pattern_mismatch":
-        text = f"should be letters, digits, `_`, `.` and `-` only, not {mistake['input']!r}"
-    else:
-        wanted = (
-            mistake["msg"].removeprefix("Input ").replace("valid dictionary", "mapping of keys")
-        )
-        text = f"{wanted[0].lower()}{wanted[1:]}, not {_short(mistake['input'])}"
-    more = f" (and {len(mistakes) - 1} more)" if len(mistakes) > 1 else ""
-    return f"{where}: {key}: {text}{more}"
-
-
-def _short(value: Any) -> str:
-    text = dump_value(value)
-    return text if len(text) <= 60 else text[:57] + "..."
-
-
-def _nearest(keys: list[str]) -> str:
-    """The suggestion for an unknown key: a name of its section, or the same name elsewhere, or all names."""
-    everything = list(_dotted(Recipe, ""))
-    section = ".".join(keys[:-1])
-    names = [key.rpartition(".")[2] for key in everything if key.rpartition(".")[0] == section]
-    close = difflib.get_close_matches(keys[-1], names, n=1)
-    if close:
-        return f"did you mean {'.'.join([*keys[:-1], close[0]])}?"
-    elsewhere = [key for key in everything if key.rpartition(".")[2] == keys[-1]]
-    if elsewhere:
-        return f"did you mean {' or '.join(elsewhere)}?"
-    return f"the keys here are {', '.join(names)}"
-
-
-def _dotted(model: type[Section], prefix: str) -> Iterator[str]:
-    for name, field in model.model_fields.items():
-        yield prefix + name
-        for part in get_args(field.annotation) or (field.annotation,):
-            if isinstance(part, type) and issubclass(part, Section):
-                yield from _dotted(part, f"{prefix}{name}.")
 
 
 def schema() -> dict[str, Any]:
@@ -445,7 +296,8 @@ def schema() -> dict[str, Any]:
 def job_arguments(argv: Sequence[str] | None, description: str) -> tuple[LoadedRecipe, str]:
     """What every job takes: `--config`, `--set` and `--run-id`.
 
-    Returns the recipe and the run id (default: the recipe's name, the time in UTC and four hex digits).
+    Returns the recipe and the run id; by default the recipe's name, the time in UTC and four hex
+    digits.
 
     Raises:
         ConfigError: the recipe or the run id is wrong.

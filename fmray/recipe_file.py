@@ -1,21 +1,24 @@
 """Recipe files: YAML with at most one `extends:` parent, and dotted `key=VALUE` overrides.
 
-In: the path of a recipe and the overrides of the command line. Out: one tree of `Entry`, each of which knows where
-it was written. What the keys mean is `fmray.config`'s business; this file knows YAML only.
+In: the path of a recipe and the overrides of the command line. Out: one tree of `Entry`, each of
+which knows where it was written, and texts for mistakes in it that Pydantic finds. What the keys
+mean is `fmray.config`'s business.
 
-The YAML is version 1.2's core schema: `1e-5` is a number, `on` and `no` are strings, `2024-01-01` is a string.
+The YAML is version 1.2's core schema: `1e-5` is a number; `on`, `no` and `2024-01-01` are strings.
 (PyYAML speaks 1.1, in which a forgotten dot turns a learning rate into text.)
 """
 
 from __future__ import annotations
 
+import difflib
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, get_args
 
 import yaml
+from pydantic import BaseModel, ValidationError
 
 MAX_BYTES = 1 << 20
 MAX_DEPTH = 20
@@ -52,9 +55,9 @@ RESOLVERS = {
 
 
 class RecipeLoader(yaml.SafeLoader):
-    """PyYAML's safe loader with the scalars of YAML 1.2, without aliases (they could expand without end)."""
+    """PyYAML's safe loader with YAML 1.2's scalars, without aliases (which can expand for ever)."""
 
-    yaml_implicit_resolvers: dict[str, list[Any]] = {}
+    yaml_implicit_resolvers: ClassVar[dict[str, list[Any]]] = {}
     depth = 0
 
     def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
@@ -81,7 +84,7 @@ class RecipeLoader(yaml.SafeLoader):
 class RecipeDumper(yaml.SafeDumper):
     """Writes scalars so that `RecipeLoader` reads them back as they were."""
 
-    yaml_implicit_resolvers: dict[str, list[Any]] = {}
+    yaml_implicit_resolvers: ClassVar[dict[str, list[Any]]] = {}
 
 
 for _tag, (_pattern, _first) in RESOLVERS.items():
@@ -105,7 +108,7 @@ def parse(text: str, name: str) -> Entry | None:
         ConfigError: not YAML, a duplicate key, a key that is not a string, or a tag or alias.
     """
     try:
-        # Reading a text with characters YAML forbids fails in the loader's constructor already.
+        # A text with characters YAML forbids fails in the loader's constructor already.
         loader = RecipeLoader(text)
         node = loader.get_single_node()
         return None if node is None else _entry(node, loader, name)
@@ -141,7 +144,7 @@ def _entry(node: yaml.Node, loader: RecipeLoader, name: str) -> Entry:
 
 
 def merge(base: Entry, over: Entry) -> Entry:
-    """`over` on top of `base`: mappings merge key by key, everything else (lists, null) replaces."""
+    """`over` on top of `base`: mappings merge key by key, all else (lists, null) replaces."""
     if not (isinstance(base.value, dict) and isinstance(over.value, dict)):
         return over
     merged = dict(base.value)
@@ -195,7 +198,7 @@ def _read_with_parents(path: Path, children: tuple[Path, ...]) -> Entry:
         return tree
     if not isinstance(parent.value, str) or not parent.value:
         raise ConfigError(
-            f"{parent.origin}: extends: should be the name of one recipe file, not {parent.plain()!r}"
+            f"{parent.origin}: extends: should name one recipe file, not {parent.plain()!r}"
         )
     parent_path = path.parent / parent.value
     if not parent_path.is_file():
@@ -226,3 +229,62 @@ def _read_file(path: Path) -> Entry:
 
 def _kind(value: Any) -> str:
     return "a list" if isinstance(value, list) else f"the value {value!r}"
+
+
+def explain(error: ValidationError, tree: Entry, path: Path, model: type[BaseModel]) -> str:
+    """One line for Pydantic's first complaint about `tree`, with the number of the others."""
+    mistakes = error.errors(include_url=False)
+    mistake = mistakes[0]
+    kind, context = mistake["type"], mistake.get("ctx", {})
+    keys = [str(key) for key in mistake["loc"]]
+    if kind == "conflict":
+        keys = context["key"].split(".")
+        text = context["text"]
+    elif kind == "extra_forbidden":
+        text = f"there is no such key; {_nearest(keys, model)}"
+    elif kind == "missing":
+        text = "is missing"
+    elif kind == "model_type":
+        text = f"should be a mapping of keys, not {_short(mistake['input'])}"
+    elif kind == "string_pattern_mismatch":
+        text = f"should match {context['pattern']}, not {_short(mistake['input'])}"
+    else:
+        wanted = mistake["msg"].removeprefix("Input ")
+        text = f"{wanted[0].lower()}{wanted[1:]}, not {_short(mistake['input'])}"
+    where, entry = str(path), tree
+    for key in keys:
+        if not isinstance(entry.value, dict) or key not in entry.value:
+            break
+        entry = entry.value[key]
+        where = entry.origin
+    more = f" (and {len(mistakes) - 1} more)" if len(mistakes) > 1 else ""
+    return f"{where}: {'.'.join(keys)}: {text}{more}"
+
+
+def _short(value: Any) -> str:
+    text = dump_value(value)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def _nearest(keys: list[str], model: type[BaseModel]) -> str:
+    """What to say of an unknown key: the nearest of its section, the same name elsewhere, or all."""
+    everything = list(_dotted(model, ""))
+    section = ".".join(keys[:-1])
+    names = [
+        name for parent, _, name in (key.rpartition(".") for key in everything) if parent == section
+    ]
+    close = difflib.get_close_matches(keys[-1], names, n=1)
+    if close:
+        return f"did you mean {'.'.join([*keys[:-1], close[0]])}?"
+    elsewhere = [key for key in everything if key.rpartition(".")[2] == keys[-1]]
+    if elsewhere:
+        return f"did you mean {' or '.join(elsewhere)}?"
+    return f"the keys here are {', '.join(names)}"
+
+
+def _dotted(model: type[BaseModel], prefix: str) -> Iterator[str]:
+    for name, field in model.model_fields.items():
+        yield prefix + name
+        for part in get_args(field.annotation) or (field.annotation,):
+            if isinstance(part, type) and issubclass(part, BaseModel):
+                yield from _dotted(part, f"{prefix}{name}.")
