@@ -1,7 +1,7 @@
 """Every setting of fmray: typed models, and one way to load them.
 
-In: a YAML recipe (with at most one `extends:` parent) and dotted `--set` overrides. Out: a `Recipe`,
-the origin of each value, a resolved dump and a JSON Schema. A user's mistake is a `ConfigError` of
+In: a YAML recipe (with at most one `extends:` parent) and dotted `--set` overrides. Out: a
+`Recipe`, the origin of each value, a resolved dump and a JSON Schema. A user's mistake is a `ConfigError` of
 one line. How files are read is in `recipe_file.py`, which settings clash in `recipe_checks.py`.
 """
 
@@ -137,6 +137,9 @@ class ZeroConfig(Section):
     stage: Literal[0, 1, 2, 3] = 2
     offload_optimizer: Literal["none", "cpu"] = "none"
     offload_parameters: Literal["none", "cpu"] = "none"
+    parameter_persistence: int = Field(
+        100_000, ge=0, description="stage 3: parameters smaller than this stay whole on every worker"
+    )
 
 
 class TrainConfig(Section):
@@ -229,7 +232,7 @@ class Recipe(Section):
 
 @dataclass(frozen=True)
 class LoadedRecipe:
-    """A recipe and, by dotted key, where each value came from: `file:line`, `--set` or `default`."""
+    """A recipe and where each value came from: dotted key -> `file:line`, `--set` or `default`."""
 
     recipe: Recipe
     origins: dict[str, str]
@@ -326,7 +329,7 @@ def job_arguments(argv: Sequence[str] | None, description: str) -> tuple[LoadedR
 
 
 def job_path(name: str) -> Path:
-    """A file of `jobs/` (`train_adallava.py`, `recipes/shapes_tiny.yaml`): in the checkout, or in the wheel.
+    """A file of `jobs/`, such as `recipes/shapes_tiny.yaml`: in the checkout, or in the wheel.
 
     Raises:
         FileNotFoundError: neither has it.
