@@ -1,8 +1,9 @@
 """Every setting of fmray: typed models, and one way to load them.
 
 In: a YAML recipe (with at most one `extends:` parent) and dotted `--set` overrides. Out: a
-`Recipe`, the origin of each value, a resolved dump and a JSON Schema. A user's mistake is a `ConfigError` of
-one line. How files are read is in `recipe_file.py`, which settings clash in `recipe_checks.py`.
+`Recipe`, the origin of each value, a resolved dump and a JSON Schema. A user's mistake is a
+`ConfigError` of one line. How files are read is in `recipe_file.py`, which settings clash in
+`recipe_checks.py`.
 """
 
 from __future__ import annotations
@@ -138,7 +139,7 @@ class ZeroConfig(Section):
     offload_optimizer: Literal["none", "cpu"] = "none"
     offload_parameters: Literal["none", "cpu"] = "none"
     parameter_persistence: int = Field(
-        100_000, ge=0, description="stage 3: parameters smaller than this stay whole on every worker"
+        100_000, ge=0, description="stage 3: parameters smaller than this stay whole"
     )
 
 

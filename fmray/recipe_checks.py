@@ -45,9 +45,7 @@ def conflicts(recipe: Recipe) -> Iterator[tuple[str, str]]:
             f" {train.micro_batch} = {step}; {right} would be right",
         )
     uri = recipe.tracking.uri
-    if uri is not None and not re.match(
-        r"(https?|sqlite|mysql|postgresql|databricks)\b[^:]*:", uri
-    ):
+    if uri is not None and not re.match(r"https?://.|sqlite:///.", uri):
         yield (
             "tracking.uri",
             f"should be http(s)://HOST or sqlite:///FILE, not {uri!r} (MLflow 3 has no file store)",

@@ -171,7 +171,7 @@ def parse_override(text: str) -> Entry:
     key = key.strip()
     if not equals or not all(key.split(".")):
         raise ConfigError(f"--set {text}: write key=VALUE with a dotted key, such as train.lr=1e-5")
-    parsed = parse(value, f"--set {key}")
+    parsed = parse(value, f"--set {text}")
     entry = _relabel(parsed, "--set") if parsed else Entry(None, "--set")
     for part in reversed(key.split(".")):
         entry = Entry({part: entry}, "--set")
@@ -242,8 +242,14 @@ def explain(error: ValidationError, tree: Entry, path: Path, model: type[BaseMod
         text = context["text"]
     elif kind == "extra_forbidden":
         text = f"there is no such key; {_nearest(keys, model)}"
+    elif kind == "missing" and isinstance(mistake["loc"][-1], int):
+        text = "is missing (the list is too short)"
     elif kind == "missing":
         text = "is missing"
+    elif kind == "too_short":
+        text = f"should be a list of {context['min_length']} or more, not []"
+    elif kind == "tuple_type":
+        text = f"should be a list such as [1, 2], not {_short(mistake['input'])}"
     elif kind == "model_type":
         text = f"should be a mapping of keys, not {_short(mistake['input'])}"
     elif kind == "string_pattern_mismatch":
@@ -267,7 +273,7 @@ def _short(value: Any) -> str:
 
 
 def _nearest(keys: list[str], model: type[BaseModel]) -> str:
-    """What to say of an unknown key: the nearest of its section, the same name elsewhere, or all."""
+    """What to say of an unknown key: the nearest in its section, the same elsewhere, or all."""
     everything = list(_dotted(model, ""))
     section = ".".join(keys[:-1])
     names = [

@@ -1,0 +1,42 @@
+"""What all tests share: one marker per folder, and what a machine lacks is said with a reason."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+COST_CLASSES = {"unit", "local", "cluster", "serve", "chaos", "gpu"}
+TESTS = Path(__file__).parent
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Two cores, no accelerator: set before any test imports DeepSpeed or starts Ray."""
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark each test with its folder, so that `pytest -m unit` runs one cost class."""
+    for item in items:
+        folder = item.path.relative_to(TESTS).parts[0]
+        if folder in COST_CLASSES:
+            item.add_marker(getattr(pytest.mark, folder))
+        if folder == "gpu" and not torch.cuda.is_available():
+            item.add_marker(pytest.mark.skip(reason="this machine has no GPU"))
+        if folder == "chaos" and os.geteuid() != 0:
+            item.add_marker(pytest.mark.skip(reason="network namespaces need root"))
+
+
+@pytest.fixture(scope="session")
+def real_data() -> Path:
+    """The folder of real photographs and questions; skips where FMRAY_TEST_DATA is not set."""
+    folder = os.environ.get("FMRAY_TEST_DATA")
+    if not folder:
+        pytest.skip("FMRAY_TEST_DATA is not set")
+    path = Path(folder)
+    assert path.is_dir(), f"FMRAY_TEST_DATA names {path}, which is not a folder"
+    return path
