@@ -340,3 +340,21 @@ def job_path(name: str) -> Path:
         if (folder / name).is_file():
             return folder / name
     raise FileNotFoundError(f"there is no {name} in jobs/; is this a whole installation of fmray?")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The arguments of `fmray config`."""
+    parser.add_argument("recipe", type=Path, nargs="?", help="recipe (YAML) to resolve and print")
+    parser.add_argument("--set", dest="overrides", action="append", default=[], metavar="KEY=VALUE")
+    parser.add_argument("--schema", action="store_true", help="print the JSON Schema of recipes")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """`fmray config`: print a resolved recipe with origins, or the JSON Schema."""
+    if arguments.schema == (arguments.recipe is not None):
+        raise ConfigError("fmray config: give a recipe, or --schema")
+    if arguments.schema:
+        print(json.dumps(schema(), indent=2))
+    else:
+        print(load(arguments.recipe, arguments.overrides).dump(), end="")
+    return 0

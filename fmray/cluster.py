@@ -1,0 +1,139 @@
+"""Ray around a job: start or join a cluster, and submit a job script to it.
+
+In: the `cluster` section of a recipe, a script of `jobs/` and its arguments. Out: a `Session` (a
+connected Ray) and the exit code of the job. Whether the job can be placed at all is for
+`fmray.preflight` to say.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import shlex
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from fmray.config import ClusterConfig
+
+if TYPE_CHECKING:
+    from ray.job_submission import JobSubmissionClient
+
+AGENT_SECONDS = 60  # a new cluster takes jobs once the agent of its head node has registered
+
+
+@dataclass(frozen=True)
+class Session:
+    """A connected Ray: `dashboard` is the http address that takes jobs; `started`: by us, here."""
+
+    address: str
+    dashboard: str | None
+    started: bool
+
+
+@contextmanager
+def start_or_join(cluster: ClusterConfig) -> Iterator[Session]:
+    """Connect to `cluster.address`, RAY_ADDRESS or this machine's cluster, else start one with a
+    dashboard.
+
+    A cluster started here ends with the context; one that was there stays. Ray secures a new local
+    cluster with a token in the user's home (`ray get-auth-token`); its own processes and job
+    clients find it there.
+
+    Raises:
+        ValueError: no cluster answers at the address.
+    """
+    import ray
+
+    connected = ray.is_initialized()
+    try:
+        context = ray.init(
+            address=None if connected else cluster.address,
+            include_dashboard=True,
+            ignore_reinit_error=True,
+        )
+    except ConnectionError as error:
+        address = cluster.address or os.environ.get("RAY_ADDRESS")
+        raise ValueError(
+            f"cluster.address: no Ray cluster answers at {address}; start one with"
+            " `ray start --head`, or set it to null to use this machine"
+        ) from error
+    url = context.dashboard_url
+    # Ray names a session after the process that started it.
+    started = not connected and str(context.address_info["session_dir"]).endswith(f"_{os.getpid()}")
+    try:
+        yield Session(
+            context.address_info["gcs_address"], f"http://{url}" if url else None, started
+        )
+    finally:
+        if not connected:
+            ray.shutdown()
+
+
+def submit(session: Session, script: Path, arguments: Sequence[str], submission_id: str) -> int:
+    """Run a job script as a Ray job, print its log lines as they come, and return its exit code.
+
+    On a cluster that this process started, the job runs in the folder and with the Python of this
+    process. A cluster that was there gets the script's folder as working directory and must have
+    fmray installed; paths in `arguments` are then relative to that folder. Interrupted (ctrl-C), it
+    stops the job first.
+
+    Raises:
+        ValueError: the cluster has no dashboard, so it takes no jobs.
+    """
+    from ray.job_submission import JobSubmissionClient
+
+    if session.dashboard is None:
+        raise ValueError(
+            f"the Ray cluster at {session.address} has no dashboard and so takes no jobs;"
+            " start it with one"
+        )
+    client = JobSubmissionClient(session.dashboard)
+    if session.started:
+        command = shlex.join([sys.executable, str(script.resolve()), *arguments])
+        entrypoint, environment = f"cd {shlex.quote(os.getcwd())} && exec {command}", None
+    else:
+        entrypoint = shlex.join(["python", script.name, *arguments])
+        environment = {"working_dir": str(script.resolve().parent)}
+    _submit_when_ready(client, entrypoint, environment, submission_id)
+    try:
+        asyncio.run(_print_log(client, submission_id))
+        return _exit_code(client, submission_id)
+    except BaseException:
+        client.stop_job(submission_id)
+        raise
+
+
+def _submit_when_ready(
+    client: JobSubmissionClient, entrypoint: str, environment: dict[str, str] | None, job: str
+) -> None:
+    deadline = time.monotonic() + AGENT_SECONDS
+    while True:
+        try:
+            client.submit_job(entrypoint=entrypoint, runtime_env=environment, submission_id=job)
+            return
+        except RuntimeError as error:
+            if "No available agent" not in str(error) or time.monotonic() > deadline:
+                raise
+        time.sleep(0.5)
+
+
+async def _print_log(client: JobSubmissionClient, job: str) -> None:
+    async for lines in client.tail_job_logs(job):
+        print(lines, end="", flush=True)
+
+
+def _exit_code(client: JobSubmissionClient, job: str) -> int:
+    """The exit code of a job whose log has ended; its status follows within moments."""
+    while not client.get_job_status(job).is_terminal():
+        time.sleep(0.1)
+    info = client.get_job_info(job)
+    if info.driver_exit_code is None:
+        # The script never ran: the runtime environment could not be set up, or the supervisor died.
+        print(f"fmray: job {job}: {info.status.value}: {info.message}", file=sys.stderr)
+        return 1
+    return info.driver_exit_code

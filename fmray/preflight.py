@@ -1,0 +1,131 @@
+"""Whether a job can be placed: what Ray would otherwise wait for without a word.
+
+In: a recipe and the machines of a cluster. Out: `Finding`s, each one plain line, a failure with the
+setting that would be right. No Ray in here but in `machines_of_cluster`: the rules are tested on
+made-up machines.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from fmray.config import ClusterConfig, Recipe
+
+EPSILON = 1e-6  # Ray counts in ten-thousandths; 3 x 0.1 must fit into 0.3
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What Ray may use of one node."""
+
+    name: str
+    cpus: float
+    gpus: float
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One line: `ok`, `note` or `FAIL`, and why."""
+
+    level: Literal["ok", "note", "FAIL"]
+    text: str
+
+    def __str__(self) -> str:
+        return f"{self.level:<4} {self.text}"
+
+
+def machines_of_cluster() -> list[Machine]:
+    """The living nodes of the connected cluster."""
+    import ray
+
+    return [
+        Machine(
+            node["NodeManagerHostname"],
+            float(node["Resources"].get("CPU", 0)),
+            float(node["Resources"].get("GPU", 0)),
+        )
+        for node in ray.nodes()
+        if node["Alive"]
+    ]
+
+
+def preflight(recipe: Recipe, machines: Sequence[Machine]) -> list[Finding]:
+    """Whether the workers of `recipe` find room on `machines`, and what is left for Ray Data."""
+    cluster = recipe.cluster
+    if cluster.workers == 0:
+        return [
+            Finding("ok", "cluster.workers: 0 trains in one process; there is nothing to place")
+        ]
+    wanted = f"{_count(cluster.workers, 'worker')} of {_resources(cluster)}"
+    cpus, gpus = sum(m.cpus for m in machines), sum(m.gpus for m in machines)
+    have = f"{_count(len(machines), 'node')} with {cpus:g} CPUs and {gpus:g} GPUs"
+    room, left = _place(cluster, machines)
+    if room < cluster.workers:
+        text = f"{wanted} cannot be placed on {have}: there is room for {room}"
+        return [Finding("FAIL", text + _what_would_do(recipe, machines))]
+    findings = [Finding("ok", f"{wanted} can be placed on {have}")]
+    if left < cluster.data_cpus - EPSILON:
+        text = (
+            f"the workers leave {left:g} CPUs for Ray Data and cluster.data_cpus is"
+            f" {cluster.data_cpus:g}: data tasks would wait for ever"
+        )
+        findings.append(Finding("FAIL", text + _what_would_do(recipe, machines)))
+    else:
+        findings.append(Finding("ok", f"{left:g} CPUs are left for Ray Data and the driver"))
+    return findings
+
+
+def _place(cluster: ClusterConfig, machines: Sequence[Machine]) -> tuple[int, float]:
+    """(how many workers there is room for, CPUs that `cluster.workers` of them leave for tasks).
+
+    A worker sits on one machine whole, and machines are filled one after another, as Ray Train's
+    default strategy (PACK) does. A task needs its CPU on one machine too: two halves do not make
+    one.
+    """
+    room, remaining, left = 0, cluster.workers, 0.0
+    for machine in machines:
+        here = math.floor(machine.cpus / cluster.cpus_per_worker + EPSILON)
+        if cluster.gpus_per_worker:
+            here = min(here, math.floor(machine.gpus / cluster.gpus_per_worker + EPSILON))
+        room += here
+        placed = min(here, remaining)
+        remaining -= placed
+        free = machine.cpus - placed * cluster.cpus_per_worker
+        if free >= min(1.0, cluster.data_cpus) - EPSILON:
+            left += free
+    return room, left
+
+
+def _what_would_do(recipe: Recipe, machines: Sequence[Machine]) -> str:
+    """The setting with which the job can be placed: fewer CPUs a worker, else fewer workers."""
+    cluster, train = recipe.cluster, recipe.train
+    share = (sum(m.cpus for m in machines) - cluster.data_cpus) / cluster.workers
+    changes: list[dict[str, float]] = [
+        {"cpus_per_worker": cpus}
+        for cpus in (math.floor(share * 20) / 20, 0.5, 0.25)
+        if 0 < cpus < cluster.cpus_per_worker
+    ]
+    changes += [
+        {"workers": workers}
+        for workers in range(cluster.workers - 1, 0, -1)
+        if train.global_batch % (workers * train.micro_batch) == 0
+    ]
+    for change in changes:
+        changed = cluster.model_copy(update=change)
+        room, left = _place(changed, machines)
+        if room >= changed.workers and left >= cluster.data_cpus - EPSILON:
+            [(key, value)] = change.items()
+            return f"; cluster.{key}: {value:g} would do"
+    return ""
+
+
+def _resources(cluster: ClusterConfig) -> str:
+    gpus = f" and {cluster.gpus_per_worker:g} GPU" if cluster.gpus_per_worker else ""
+    return f"{cluster.cpus_per_worker:g} CPU{gpus}"
+
+
+def _count(count: int, noun: str) -> str:
+    return f"{count} {noun}" + ("" if count == 1 else "s")
