@@ -1,0 +1,296 @@
+"""Running decoder layers under plans: masked (training) and skipped (inference).
+
+In: hidden states [B, n, d], a plan [B, K], what a stock decoder layer takes. Out: hidden states [B,
+n, d]. `masked` computes every layer and multiplies by the plan, so that plans have gradients and
+every rank runs the same modules. `skipped` runs, at each layer, only the rows whose switch is on (a
+per-row gather), and holds no key or value for what is off; design H cuts each layer's weights once
+per pattern and keeps the cut layers (section 5.2.4).
+"""
+
+from __future__ import annotations
+
+import copy
+from collections import OrderedDict
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+
+from fmray.adallava.families import Backbone, block_of
+from fmray.adallava.layout import SwitchLayout
+
+PACKED_LAYERS_KEPT = 256
+
+
+@dataclass(frozen=True)
+class LayerInputs:
+    """What every decoder layer of one forward pass takes beside the hidden states.
+
+    mask: None, [B, m] (flash attention) or [B or 1, 1, n, m]; rotary: cos and sin, [B or 1, n, .]
+    or [3, B, n, .]; positions: [B or 1, n] or None.
+    """
+
+    mask: Tensor | None
+    rotary: tuple[Tensor, Tensor]
+    positions: Tensor | None
+
+    def rows(self, index: Tensor) -> LayerInputs:
+        """The same for some rows of the batch only: index [R] -> everything with batch R."""
+        return replace(
+            self,
+            mask=_rows(self.mask, 0, index),
+            rotary=tuple(_rows(part, part.dim() - 3, index) for part in self.rotary),
+            positions=_rows(self.positions, 0, index),
+        )
+
+    def arguments(self, cache: LayerCache | None) -> dict[str, object]:
+        """Keyword arguments of a stock decoder layer."""
+        return {
+            "attention_mask": self.mask,
+            "position_embeddings": self.rotary,
+            "position_ids": self.positions,
+            "past_key_values": cache,
+            "use_cache": cache is not None,
+        }
+
+
+def _rows(value: Tensor | None, dim: int, index: Tensor) -> Tensor | None:
+    """Rows of the batch dimension; a batch dimension of 1 is shared by all rows and stays."""
+    if value is None or value.shape[dim] == 1:
+        return value
+    return value.index_select(dim, index)
+
+
+class LayerCache:
+    """Keys and values [R, H, m, head_dim] of one layer (or part of one) for the rows that run it.
+    """
+
+    def __init__(self) -> None:
+        self.keys: Tensor | None = None
+        self.values: Tensor | None = None
+
+    def update(
+        self, keys: Tensor, values: Tensor, *_: object, **__: object
+    ) -> tuple[Tensor, Tensor]:
+        """Append, and return all: the one call a stock attention makes on its cache."""
+        if self.keys is not None:
+            keys = torch.cat((self.keys, keys), dim=2)
+            values = torch.cat((self.values, values), dim=2)
+        self.keys, self.values = keys, values
+        return keys, values
+
+    def drop_last(self) -> None:
+        """Forget the newest token (a probe that only reads)."""
+        self.keys, self.values = self.keys[:, :, :-1], self.values[:, :, :-1]
+
+
+@dataclass(frozen=True)
+class Group:
+    """Rows of a batch that run one layer in the same way, and the module that does it."""
+
+    rows: Tensor | None  # None: all of them, in order
+    layer: nn.Module
+
+
+class Execution:
+    """Runs the switchable layers of one model, masked or skipped."""
+
+    def __init__(self, backbone: Backbone, layout: SwitchLayout) -> None:
+        self.backbone = backbone
+        self.layout = layout
+        self._packed: OrderedDict[tuple[object, ...], tuple[object, nn.Module]] = OrderedDict()
+        if layout.design == "heads":
+            block_of(backbone.layers[layout.first])  # an unknown block is refused at once
+            slices = [layout.unit_slices(unit) for unit in range(layout.units_per_layer)]
+            sizes = [(s[0].stop - s[0].start) * layout.head_dim for s in slices]
+            units = torch.arange(layout.units_per_layer)
+            self._unit_of_feature = units.repeat_interleave(torch.tensor(sizes))
+            sizes = [s[2].stop - s[2].start for s in slices]
+            self._unit_of_channel = units.repeat_interleave(torch.tensor(sizes))
+
+    # -- masked ---------------------------------------------------------------------------------------------------
+
+    def masked_layer(self, index: int, hidden: Tensor, inputs: LayerInputs, plan: Tensor) -> Tensor:
+        """Decoder layer `index` for all rows, its effect multiplied by the plan [B, K] (float, 0 or
+        1).
+        """
+        layer = self.backbone.layers[index]
+        units = self.layout.units_per_layer
+        start = (index - self.layout.first) * units
+        switches = plan[:, start : start + units].to(hidden.dtype)
+        if self.layout.design == "layers":
+            gate = switches[:, :, None]
+            # not h + gate * (y - h): with gate 1 this gives y to the last bit
+            return layer(hidden, **inputs.arguments(None)) * gate + hidden * (1 - gate)
+        heads = switches[:, self._unit_of_feature.to(hidden.device)][:, None, :]
+        channels = switches[:, self._unit_of_channel.to(hidden.device)][:, None, :]
+        block = block_of(layer)
+        hooks = [
+            getattr(layer.self_attn, block.attention_out).register_forward_pre_hook(
+                lambda _, inputs: (inputs[0] * heads,)
+            ),
+            getattr(layer.mlp, block.down).register_forward_pre_hook(
+                lambda _, inputs: (inputs[0] * channels,)
+            ),
+        ]
+        try:
+            return layer(hidden, **inputs.arguments(None))
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    # -- skipped --------------------------------------------------------------------------------------------------
+
+    def groups(self, plan: Tensor) -> list[list[Group]]:
+        """Who runs what, for each switchable layer: plan bool [B, K] -> groups; rows in no group
+        skip the layer.
+
+        The plan is read once, here; one decision serves the prefill and every decoding step.
+        """
+        switches = plan.view(plan.shape[0], -1, self.layout.units_per_layer)
+        table = switches.tolist()
+        result = []
+        for place in range(switches.shape[1]):
+            patterns: OrderedDict[tuple[bool, ...], list[int]] = OrderedDict()
+            for row, units in enumerate(table):
+                patterns.setdefault(tuple(units[place]), []).append(row)
+            groups = []
+            for pattern, rows in patterns.items():
+                layer = self._layer(self.layout.first + place, pattern)
+                if layer is not None:
+                    whole = len(rows) == plan.shape[0]
+                    index = None if whole else torch.tensor(rows, device=plan.device)
+                    groups.append(Group(index, layer))
+            result.append(groups)
+        return result
+
+    def run_groups(
+        self,
+        hidden: Tensor,
+        inputs: LayerInputs,
+        groups: list[Group],
+        caches: list[LayerCache | None],
+    ) -> Tensor:
+        """One layer: each group's rows through its module. caches: one a group, same order at every
+        step.
+        """
+        before = hidden
+        for place, group in enumerate(groups):
+            cache = caches[place]
+            if group.rows is None:
+                return group.layer(hidden, **inputs.arguments(cache))
+            rows = group.layer(before[group.rows], **inputs.rows(group.rows).arguments(cache))
+            hidden = hidden.index_copy(0, group.rows, rows)
+        return hidden
+
+    def _layer(self, index: int, pattern: tuple[bool, ...]) -> nn.Module | None:
+        """The module for a pattern of a layer's switches; None where nothing of it runs."""
+        layer = self.backbone.layers[index]
+        if all(pattern):
+            return layer
+        if self.layout.design == "layers":
+            return None
+        if not any(pattern) and not _output_biases(layer):
+            return None
+        # in the key, what tells that the weights were changed since they were cut
+        state = tuple((p.data_ptr(), p._version) for p in layer.parameters())
+        key = (index, pattern)
+        kept = self._packed.pop(key, None)
+        if kept is None or kept[0] != state:
+            kept = (state, pack_layer(layer, self.layout, pattern))
+        self._packed[key] = kept
+        while len(self._packed) > PACKED_LAYERS_KEPT:
+            self._packed.popitem(last=False)
+        return kept[1]
+
+
+def pack_layer(layer: nn.Module, layout: SwitchLayout, pattern: tuple[bool, ...]) -> nn.Module:
+    """A copy of a stock decoder layer that has only the heads and channels of the switches that are
+    on.
+
+    Norms and output biases are shared with the original; the other weights are cut (copied). With
+    no switch on, what is left is the residual plus the output biases. Raises ValueError for layers
+    whose projections are not plain linear ones (merge adapters first).
+    """
+    block = block_of(layer)
+    slices = [layout.unit_slices(unit) for unit, on in enumerate(pattern) if on]
+    packed = _shallow_copy(layer)
+    if not slices:
+        packed.self_attn = _Constant(
+            getattr(layer.self_attn, block.attention_out).bias, attention=True
+        )
+        packed.mlp = _Constant(getattr(layer.mlp, block.down).bias, attention=False)
+        return packed
+    dim = layout.head_dim
+    device = next(layer.parameters()).device
+
+    def index(part: int, width: int) -> Tensor:
+        return torch.cat(
+            [
+                torch.arange(s[part].start * width, s[part].stop * width, device=device)
+                for s in slices
+            ]
+        )
+
+    queries, keys, channels = index(0, dim), index(1, dim), index(2, 1)
+    packed.self_attn = attention = _shallow_copy(layer.self_attn)
+    attention.q_proj = _cut(attention.q_proj, outputs=queries)
+    attention.k_proj = _cut(attention.k_proj, outputs=keys)
+    attention.v_proj = _cut(attention.v_proj, outputs=keys)
+    out = getattr(attention, block.attention_out)
+    setattr(attention, block.attention_out, _cut(out, inputs=queries))
+    packed.mlp = mlp = _shallow_copy(layer.mlp)
+    for name in block.up:
+        setattr(mlp, name, _cut(getattr(mlp, name), outputs=channels))
+    setattr(mlp, block.down, _cut(getattr(mlp, block.down), inputs=channels))
+    return packed
+
+
+class _Constant(nn.Module):
+    """What an attention or MLP with nothing on adds: its output bias, or nothing."""
+
+    def __init__(self, bias: Tensor | None, attention: bool) -> None:
+        super().__init__()
+        self.bias = bias
+        self.attention = attention
+
+    def forward(self, hidden_states: Tensor, **_: object) -> Tensor | tuple[Tensor, None]:
+        value = torch.zeros_like(hidden_states)
+        if self.bias is not None:
+            value = value + self.bias
+        return (value, None) if self.attention else value
+
+
+def _output_biases(layer: nn.Module) -> bool:
+    block = block_of(layer)
+    outputs = (getattr(layer.self_attn, block.attention_out), getattr(layer.mlp, block.down))
+    return any(getattr(module, "bias", None) is not None for module in outputs)
+
+
+def _shallow_copy(module: nn.Module) -> nn.Module:
+    """The same module object apart from its children, which may be replaced without touching the
+    original's.
+    """
+    twin = copy.copy(module)
+    twin._modules = dict(module._modules)
+    return twin
+
+
+def _cut(
+    linear: nn.Module, outputs: Tensor | None = None, inputs: Tensor | None = None
+) -> nn.Linear:
+    if type(linear) is not nn.Linear:
+        raise ValueError(
+            f"design 'heads' can only skip inside plain linear layers, not {type(linear).__name__}; "
+            "merge the adapters first, or run with execution='masked'"
+        )
+    weight, bias = linear.weight, linear.bias
+    if outputs is not None:
+        weight = weight[outputs]
+        bias = None if bias is None else bias[outputs]
+    if inputs is not None:
+        weight = weight[:, inputs]
+    packed = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
+    packed.weight = nn.Parameter(weight.detach().contiguous(), requires_grad=False)
+    packed.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
+    return packed

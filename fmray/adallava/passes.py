@@ -1,0 +1,234 @@
+"""One pass of the decoder under plans: masked (training), prefill and decoding step (inference).
+
+In: an `AdaptiveVLM` and embedded prompts. Out: hidden states, the plan, and for decoding the keys
+and values of what ran. The latency token enters after the prompt, is read at the first switchable
+layer, and then stays or leaves.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
+
+from fmray.adallava.execution import Group, LayerCache, LayerInputs
+from fmray.adallava.families import Backbone
+from fmray.adallava.placement import index_like, insert_token
+
+if TYPE_CHECKING:
+    from fmray.adallava.model import AdaptiveVLM
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """Embedded rows, ready for the decoder (with their answers behind the prompts, in training).
+
+    embeddings: [B, n, d]. attention_mask: [B, n] or None. positions: [B, n], [3, B, n], or None to
+    count from 0. end: [B], one past each prompt's last token. units_on: [B]. plan: [B, K], or None
+    to ask the scheduler.
+    """
+
+    embeddings: Tensor
+    attention_mask: Tensor | None
+    positions: Tensor | None
+    end: Tensor
+    units_on: Tensor
+    plan: Tensor | None
+
+    @property
+    def next_position(self) -> Tensor:
+        """The text position after each prompt's last token: [B]."""
+        if self.positions is None:
+            return self.end
+        flat = self.positions if self.positions.dim() == 2 else self.positions[0]
+        return flat.gather(1, self.end[:, None] - 1)[:, 0] + 1
+
+    @property
+    def seen(self) -> Tensor:
+        """What a probe may attend to, itself in the last column: bool [B, n + 1]."""
+        length = self.embeddings.shape[1]
+        seen = torch.arange(length + 1, device=self.end.device) < self.end[:, None]
+        if self.attention_mask is not None:
+            seen[:, :length] &= self.attention_mask.bool()
+        seen[:, length] = True
+        return seen
+
+
+@dataclass(frozen=True)
+class Draw:
+    """Where the randomness of a drawn plan comes from: a generator, or Gumbel noise [B, K] given
+    whole.
+    """
+
+    generator: torch.Generator | None = None
+    noise: Tensor | None = None
+
+
+@dataclass
+class DecodingState:
+    """What decoding needs of a prefill. Off layers have no cache; a group's cache holds its own
+    rows only.
+
+    lower: one cache an always-on layer; upper: per switchable layer, one a group. attention_mask:
+    [B, tokens so far].
+    """
+
+    groups: list[list[Group]]
+    lower: list[LayerCache]
+    upper: list[list[LayerCache]]
+    attention_mask: Tensor | None
+
+
+def masked_pass(model: AdaptiveVLM, prompt: Prompt, draw: Draw) -> tuple[Tensor, Tensor, Tensor]:
+    """Every layer for all rows, multiplied by the plan; the same modules on every rank, whatever
+    the plans.
+
+    Returns hidden states ([B, n + 1, d] with the latency token at `end` where it is inline, else
+    [B, n, d]), the plan and the plan logits [B, K].
+    """
+    backbone, layout = model.backbone, model.layout
+    token = model.latency_embedding(prompt.units_on, prompt.embeddings.dtype)
+    if model.latency_token == "inline":
+        hidden, mask, positions = insert_token(
+            prompt.embeddings, token, prompt.attention_mask, prompt.positions, prompt.end
+        )
+        lower = upper = _inputs(backbone, hidden, mask, positions)
+    else:
+        upper = _inputs(backbone, prompt.embeddings, prompt.attention_mask, prompt.positions)
+        hidden, lower = _append_probe(backbone, token, prompt)
+
+    def run(function: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
+        if model.gradient_checkpointing and model.training:
+            return checkpoint(function, *tensors, use_reentrant=False)
+        return function(*tensors)
+
+    for layer in backbone.layers[: layout.first]:
+        hidden = run(lambda h, layer=layer: layer(h, **lower.arguments(None)), hidden)
+    if model.latency_token == "inline":
+        token = hidden[torch.arange(hidden.shape[0], device=hidden.device), prompt.end]
+    else:
+        hidden, token = hidden[:, :-1], hidden[:, -1]
+    plan, plan_logits = model.decide(token, prompt, draw)
+    for index in range(layout.first, layout.num_layers):
+        hidden = run(
+            lambda h, p, index=index: model.execution.masked_layer(index, h, upper, p), hidden, plan
+        )
+    return hidden, plan, plan_logits
+
+
+def prefill(
+    model: AdaptiveVLM, prompt: Prompt, draw: Draw, keep: bool = False
+) -> tuple[Tensor, Tensor, Tensor, DecodingState]:
+    """Only what is on, for the rows it is on for. Returns what `masked_pass` does, and the state to
+    decode from.
+
+    keep: hold keys and values for decoding.
+    """
+    backbone = model.backbone
+    probe = model.latency_token == "probe"
+    token = model.latency_embedding(prompt.units_on, prompt.embeddings.dtype)
+    hidden, mask, positions = prompt.embeddings, prompt.attention_mask, prompt.positions
+    if not probe:
+        hidden, mask, positions = insert_token(hidden, token, mask, positions, prompt.end)
+    inputs = _inputs(backbone, hidden, mask, positions)
+    # a probe reads the prompt's keys, so they are held while it does
+    lower = [LayerCache() if keep or probe else None for _ in range(model.layout.first)]
+    for layer, cache in zip(backbone.layers, lower, strict=False):
+        hidden = layer(hidden, **inputs.arguments(cache))
+    if probe:
+        token = _run_probe(backbone, token, prompt, lower)
+    else:
+        token = hidden[torch.arange(hidden.shape[0], device=hidden.device), prompt.end]
+    plan, plan_logits = model.decide(token, prompt, draw)
+    plan = plan.detach().bool()
+    groups = model.execution.groups(plan)
+    upper = [[LayerCache() if keep else None for _ in layer_groups] for layer_groups in groups]
+    for layer_groups, caches in zip(groups, upper, strict=True):
+        hidden = model.execution.run_groups(hidden, inputs, layer_groups, caches)
+    return hidden, plan, plan_logits, DecodingState(groups, lower, upper, mask)
+
+
+def decode(model: AdaptiveVLM, tokens: Tensor, positions: Tensor, state: DecodingState) -> Tensor:
+    """One decoding step: tokens [B] at text positions [B] -> logits [B, V]. Grows the caches of
+    `state`.
+    """
+    backbone = model.backbone
+    hidden = backbone.embed(tokens[:, None], None, {})
+    state.attention_mask = functional.pad(state.attention_mask, (0, 1), value=1)
+    inputs = LayerInputs(
+        backbone.row_mask(state.attention_mask.bool(), hidden.dtype),
+        backbone.rotary(hidden, positions[:, None]),
+        positions[:, None],
+    )
+    for layer, cache in zip(backbone.layers, state.lower, strict=False):
+        hidden = layer(hidden, **inputs.arguments(cache))
+    for layer_groups, caches in zip(state.groups, state.upper, strict=True):
+        hidden = model.execution.run_groups(hidden, inputs, layer_groups, caches)
+    return backbone.logits(hidden[:, 0])
+
+
+def _inputs(
+    backbone: Backbone, hidden: Tensor, attention_mask: Tensor | None, positions: Tensor | None
+) -> LayerInputs:
+    if positions is None:
+        positions = torch.arange(hidden.shape[1], device=hidden.device)[None]
+    return LayerInputs(
+        backbone.causal_mask(hidden, attention_mask, positions),
+        backbone.rotary(hidden, positions),
+        positions if positions.dim() == 2 else None,
+    )
+
+
+def _probe_positions(prompt: Prompt) -> tuple[Tensor, Tensor]:
+    """Positions of the rows [B, n] or [3, B, n], and of a probe right after each prompt [B, 1] or
+    [3, B, 1].
+    """
+    rows, length, _ = prompt.embeddings.shape
+    positions = prompt.positions
+    if positions is None:
+        positions = torch.arange(length, device=prompt.end.device).expand(rows, -1)
+    return positions, positions.gather(-1, index_like(prompt.end - 1, positions)) + 1
+
+
+def _append_probe(backbone: Backbone, token: Tensor, prompt: Prompt) -> tuple[Tensor, LayerInputs]:
+    """The probe as an extra last token that sees its prompt and itself, and that nobody sees."""
+    if backbone.attention not in ("sdpa", "eager"):
+        raise ValueError(
+            f"latency_token 'probe' needs attention 'sdpa' or 'eager' here, not {backbone.attention!r}"
+        )
+    rows, length, _ = prompt.embeddings.shape
+    positions, place = _probe_positions(prompt)
+    mask = backbone.causal_mask(prompt.embeddings, prompt.attention_mask, positions, explicit=True)
+    boolean = mask.dtype == torch.bool
+    hide, show = (False, True) if boolean else (torch.finfo(mask.dtype).min, 0.0)
+    grown = mask.new_full((rows, 1, length + 1, length + 1), hide)
+    grown[:, :, :length, :length] = mask
+    grown[:, 0, length] = torch.where(prompt.seen, mask.new_tensor(show), mask.new_tensor(hide))
+    positions = torch.cat((positions, place), dim=-1)
+    hidden = torch.cat((prompt.embeddings, token[:, None]), dim=1)
+    rotary = backbone.rotary(hidden, positions)
+    return hidden, LayerInputs(grown, rotary, positions if positions.dim() == 2 else None)
+
+
+def _run_probe(
+    backbone: Backbone, token: Tensor, prompt: Prompt, caches: list[LayerCache]
+) -> Tensor:
+    """One query a row through the always-on layers, over the prompt's keys; leaves no trace. -> [B,
+    d]
+    """
+    _, place = _probe_positions(prompt)
+    hidden = token[:, None]
+    inputs = LayerInputs(
+        backbone.row_mask(prompt.seen, hidden.dtype),
+        backbone.rotary(hidden, place),
+        place if place.dim() == 2 else None,
+    )
+    for layer, cache in zip(backbone.layers, caches, strict=False):
+        hidden = layer(hidden, **inputs.arguments(cache))
+        cache.drop_last()
+    return hidden[:, 0]
