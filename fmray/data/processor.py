@@ -1,11 +1,14 @@
 """The processor of a run: tokenizer, image processor and chat template.
 
-In: the texts and sizes of a model made from scratch, or a hub name or directory. Out: a transformers processor that
-`save_pretrained` and `AutoProcessor.from_pretrained` carry over unchanged.
+In: the texts and sizes of a model made from scratch, or a hub name or directory. Out: a
+transformers processor that `save_pretrained` and `AutoProcessor.from_pretrained` carry over
+unchanged.
 """
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
@@ -24,7 +27,8 @@ if TYPE_CHECKING:
 SPECIAL_TOKENS = ("<pad>", "<s>", "</s>", "<unk>", "<image>")
 ANSWER_MARK = "ASSISTANT:"  # one token: what follows it is the answer
 
-# "<s><image>\nwhat color topleft ? ASSISTANT: red</s>how many red ? ASSISTANT: one</s>"; content may be a plain string.
+# "<s><image>\nwhat color topleft ? ASSISTANT: red</s>how many red ? ASSISTANT: one</s>"; content
+# may be a plain string.
 CHAT_TEMPLATE = (
     "{{ '<s>' }}"
     "{%- for message in messages -%}"
@@ -42,10 +46,11 @@ CHAT_TEMPLATE = (
 
 
 def scratch_processor(texts: Iterable[str], model: ScratchConfig) -> LlavaProcessor:
-    """A processor for a small LLaVA: words of `texts` (the most frequent, ties by spelling), CLIP's image steps.
+    """A processor for a small LLaVA: words of `texts` (the most frequent, ties by spelling), CLIP's
+    image steps.
 
-    The vocabulary has at most `model.max_vocabulary` entries, the six special ones included; other words are `<unk>`.
-    Text is split at spaces and around punctuation; case is kept.
+    The vocabulary has at most `model.max_vocabulary` entries, the six special ones included; other
+    words are `<unk>`. Text is split at spaces and around punctuation; case is kept.
     """
     splitter = Whitespace()
     counts: Counter[str] = Counter()
@@ -93,8 +98,32 @@ def load_processor(source: str | Path, revision: str | None = None) -> Processor
     try:
         processor = AutoProcessor.from_pretrained(str(source), revision=revision)
     except (OSError, ValueError) as error:
-        raise ValueError(f"{source}: holds no processor that transformers can load ({error})") from error
+        raise ValueError(
+            f"{source}: holds no processor that transformers can load ({error})"
+        ) from error
     for needed in ("tokenizer", "image_processor", "chat_template"):
         if getattr(processor, needed, None) is None:
-            raise ValueError(f"{source}: its processor has no {needed}; a vision-language chat model is needed")
+            raise ValueError(
+                f"{source}: its processor has no {needed}; a vision-language chat model is needed"
+            )
     return processor
+
+
+def fingerprint(processor: ProcessorMixin) -> str:
+    """Hash of all that decides token ids and pixels: the same after saving and loading."""
+    tokenizer = processor.tokenizer
+    images = {
+        key: value
+        for key, value in processor.image_processor.to_dict().items()
+        if not key.startswith("_")
+        and not key.endswith("_type")  # names of classes, which a reload may vary
+    }
+    parts = {
+        "tokenizer": tokenizer.backend_tokenizer.to_str(),
+        "special": {name: str(token) for name, token in tokenizer.special_tokens_map.items()},
+        "images": images,
+        "class": type(processor).__name__,
+        "patch_size": getattr(processor, "patch_size", None),
+        "chat_template": processor.chat_template,
+    }
+    return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()

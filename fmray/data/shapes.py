@@ -1,8 +1,9 @@
 """A generated visual-question set: small pictures of coloured shapes with questions about them.
 
-In: a `ShapesConfig` and a seed. Out: a folder in LLaVA's format (`train.json`, `validation.json`, `images/`), or single
-records in memory. Every record follows from (seed, split, index) alone. Some questions need one look-up
-("what color topleft ?"), some need two ("what color beside red circle ?"): find a shape, then read its neighbour.
+In: a `ShapesConfig` and a seed. Out: a folder in LLaVA's format (`train.json`, `validation.json`,
+`images/`), or single records in memory. Every record follows from (seed, split, index) alone. Some
+questions need one look-up ("what color topleft ?"), some need two ("what color beside red circle
+?"): find a shape, then read its neighbour.
 """
 
 from __future__ import annotations
@@ -35,9 +36,8 @@ COLORS = {
     "white": (255, 255, 255),
 }
 SHAPES = ("circle", "square", "triangle", "cross", "diamond", "ring")
-NUMBERS = (
-    "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen"
-).split()
+NUMBERS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
+NUMBERS += ("eleven", "twelve", "thirteen", "fourteen", "fifteen", "sixteen")
 VALIDATION_SHARE = 0.1  # share of all possible scenes that only the validation split may show
 MARKER = "shapes.json"
 VERSION = 1  # part of the marker: a changed generator makes old folders stale
@@ -55,7 +55,8 @@ class Question:
 def make_record(
     seed: int, split: Split, index: int, config: ShapesConfig
 ) -> tuple[np.ndarray, list[dict[str, str]], list[str]]:
-    """Picture (uint8 [image_size, image_size, 3]), conversation in LLaVA's format, one tag per answer."""
+    """Picture (uint8 [image_size, image_size, 3]), conversation in LLaVA's format, one tag per
+    answer."""
     cells, source = _scene(seed, split, index, config)
     questions = ask(cells, config, source)
     conversation = []
@@ -81,8 +82,9 @@ def place_names(grid: int) -> list[str]:
 def ask(cells: tuple[Cell, ...], config: ShapesConfig, source: random.Random) -> list[Question]:
     """Up to `config.turns` different questions, each with one right answer; at least one.
 
-    Each turn needs two look-ups with probability `config.two_hop`; its kind is drawn evenly from the kinds that this
-    scene allows. Answers of `count` and `compare` are drawn first, so that none is the safe guess.
+    Each turn needs two look-ups with probability `config.two_hop`; its kind is drawn evenly from
+    the kinds that this scene allows. Answers of `count` and `compare` are drawn first, so that none
+    is the safe guess.
     """
     one_hop, two_hop = _one_hop(cells, config, source), _two_hop(cells, config)
     questions: list[Question] = []
@@ -97,7 +99,8 @@ def ask(cells: tuple[Cell, ...], config: ShapesConfig, source: random.Random) ->
 
 
 def draw(cells: tuple[Cell, ...], config: ShapesConfig, source: random.Random) -> np.ndarray:
-    """Picture of a scene, uint8 [image_size, image_size, 3]; shapes fill 70 % of a cell, moved by up to two pixels."""
+    """Picture of a scene, uint8 [image_size, image_size, 3]; shapes fill 70 % of a cell, moved by
+    up to two pixels."""
     size, grid = config.image_size, config.grid
     side = size // grid
     sprite_side = max(3, round(0.7 * side))
@@ -115,21 +118,27 @@ def draw(cells: tuple[Cell, ...], config: ShapesConfig, source: random.Random) -
 
 
 def generate(folder: Path, config: ShapesConfig, seed: int) -> None:
-    """Write `train.json`, `validation.json` and `images/<split>/<thousand>/<index>.png` under `folder`.
+    """Write `train.json`, `validation.json` and `images/<split>/<thousand>/<index>.png` under
+    `folder`.
 
-    Does nothing where the same set is there already. Raises ValueError when `folder` holds something else, or when
-    the sizes leave too few different scenes or too few pixels.
+    Does nothing where the same set is there already. Raises ValueError when `folder` holds
+    something else, or when the sizes leave too few different scenes or too few pixels.
     """
     if config.image_size // config.grid < 6:
         raise ValueError(
-            f"data.shapes.image_size: {config.image_size} gives {config.image_size // config.grid} pixels a cell; "
+            f"data.shapes.image_size: {config.image_size} gives "
+            f"{config.image_size // config.grid} pixels a cell; "
             f"a grid of {config.grid} needs at least {6 * config.grid}"
         )
-    marker = json.dumps({"version": VERSION, "seed": seed, "config": config.model_dump()}, sort_keys=True)
+    marker = json.dumps(
+        {"version": VERSION, "seed": seed, "config": config.model_dump()}, sort_keys=True
+    )
     if (folder / MARKER).exists() and (folder / MARKER).read_text() == marker:
         return
     if folder.exists() and any(folder.iterdir()) and not (folder / MARKER).exists():
-        raise ValueError(f"{folder}: not empty and not made by the shapes generator; name another data.store")
+        raise ValueError(
+            f"{folder}: not empty and not made by the shapes generator; name another data.store"
+        )
     temporary = folder.with_name(folder.name + ".tmp")
     if temporary.exists():
         shutil.rmtree(temporary)
@@ -142,7 +151,9 @@ def generate(folder: Path, config: ShapesConfig, seed: int) -> None:
     temporary.rename(folder)
 
 
-def _write_split(folder: Path, split: Split, pictures: int, config: ShapesConfig, seed: int) -> None:
+def _write_split(
+    folder: Path, split: Split, pictures: int, config: ShapesConfig, seed: int
+) -> None:
     records = []
     for index in range(pictures):
         picture, conversation, tags = make_record(seed, split, index, config)
@@ -151,7 +162,12 @@ def _write_split(folder: Path, split: Split, pictures: int, config: ShapesConfig
             (folder / image).parent.mkdir(parents=True)
         Image.fromarray(picture).save(folder / image, compress_level=1)
         records.append(
-            {"id": f"{split}-{index:06d}", "image": str(image), "conversations": conversation, "tags": tags}
+            {
+                "id": f"{split}-{index:06d}",
+                "image": str(image),
+                "conversations": conversation,
+                "tags": tags,
+            }
         )
     (folder / f"{split}.json").write_text(json.dumps(records))
 
@@ -161,19 +177,26 @@ def _scene(
 ) -> tuple[tuple[Cell, ...], random.Random]:
     """Cells, and the random source that goes on to choose questions and jitter.
 
-    A hash of the scene says which split may show it, so the splits share no scene whatever their sizes.
+    A hash of the scene says which split may show it, so the splits share no scene whatever their
+    sizes.
     """
     source = random.Random(f"{seed}/{split}/{index}")
-    pairs = [(color, shape) for color in list(COLORS)[: config.colors] for shape in SHAPES[: config.shapes]]
+    pairs = [
+        (color, shape)
+        for color in list(COLORS)[: config.colors]
+        for shape in SHAPES[: config.shapes]
+    ]
     count = config.grid**2
     for _ in range(1000):
-        drawn = source.sample(pairs, count) if len(pairs) >= count else source.choices(pairs, k=count)
+        drawn = (
+            source.sample(pairs, count) if len(pairs) >= count else source.choices(pairs, k=count)
+        )
         cells = tuple(None if source.random() < config.empty else pair for pair in drawn)
         if any(cells) and _split_of(cells, seed) == split:
             return cells, source
     raise ValueError(
-        f"data.shapes: {config.colors} colors and {config.shapes} shapes on a grid of {config.grid} leave no scene "
-        f"for the {split} split; use more colors or shapes"
+        f"data.shapes: {config.colors} colors and {config.shapes} shapes on a grid of "
+        f"{config.grid} leave no scene for the {split} split; use more colors or shapes"
     )
 
 
@@ -186,7 +209,9 @@ def _one_hop(
     cells: tuple[Cell, ...], config: ShapesConfig, source: random.Random
 ) -> dict[str, list[Question]]:
     """Questions by tag; empty tags are left out."""
-    questions: dict[str, list[Question]] = {tag: [] for tag in ("color", "shape", "place", "count", "compare")}
+    questions: dict[str, list[Question]] = {
+        tag: [] for tag in ("color", "shape", "place", "count", "compare")
+    }
     for place, cell in zip(place_names(config.grid), cells, strict=True):
         if cell is None:
             continue
@@ -194,7 +219,7 @@ def _one_hop(
         questions["shape"].append(Question(f"what shape {place} ?", cell[1], "shape"))
         if cells.count(cell) == 1:
             questions["place"].append(Question(f"where {cell[0]} {cell[1]} ?", place, "place"))
-    counts = {color: 0 for color in list(COLORS)[: config.colors]}
+    counts = dict.fromkeys(list(COLORS)[: config.colors], 0)
     for cell in cells:
         if cell is not None:
             counts[cell[0]] += 1
@@ -202,7 +227,9 @@ def _one_hop(
     for color, count in counts.items():
         by_count.setdefault(count, []).append(color)
     for count, colors in by_count.items():  # one color for each number: numbers are asked evenly
-        questions["count"].append(Question(f"how many {source.choice(colors)} ?", NUMBERS[count], "count"))
+        questions["count"].append(
+            Question(f"how many {source.choice(colors)} ?", NUMBERS[count], "count")
+        )
     more = [(a, b) for a in counts for b in counts if counts[a] > counts[b]]
     if more:  # one yes and one no; a no is a tie as often as the scene has ties
         a, b = source.choice(more)
