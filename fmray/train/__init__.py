@@ -1,1 +1,4 @@
-"""Training and evaluation on Ray Train and DeepSpeed: models, ZeRO settings, the loop, checkpoints, the job."""
+"""Training and evaluation on Ray Train and DeepSpeed.
+
+Models, ZeRO settings, the loop, checkpoints, the job.
+"""

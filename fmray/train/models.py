@@ -1,12 +1,12 @@
-"""The model a recipe asks for: made from sizes, loaded from the hub or a directory, adaptive or not.
+"""The model a recipe asks for: made from sizes or loaded, adaptive or not.
 
-In: a `Recipe` and the processor of its data store. Out: an `nn.Module` on the CPU, equal on every worker (seeded),
-with `requires_grad` set as the recipe says. Also: folding LoRA weights back into the layers they adapt.
+In: a `Recipe` and the processor of its data store. Out: an `nn.Module` on the CPU, equal on every
+worker (seeded), with `requires_grad` set as the recipe says. Also: folding LoRA weights back into
+the layers they adapt.
 """
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
@@ -24,13 +24,13 @@ from transformers import (
     Qwen2Config,
 )
 
-from fmray.adallava.layout import SwitchLayout
+from fmray.adallava import AdaptiveVLM, SwitchLayout
+from fmray.adallava.store import is_adaptive
 from fmray.config import AdaptiveConfig, ModelConfig, Recipe, ScratchConfig
 
 if TYPE_CHECKING:
     from transformers import ProcessorMixin
 
-ADAPTIVE_FILE = "adaptive.json"  # what tells an adaptive directory from a stock one
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 TEXT_CONFIGS: dict[str, type[PreTrainedConfig]] = {
     "llama": LlamaConfig,
@@ -40,18 +40,18 @@ TEXT_CONFIGS: dict[str, type[PreTrainedConfig]] = {
 
 
 def build_model(recipe: Recipe, processor: ProcessorMixin, lora: bool = True) -> nn.Module:
-    """The module to train: a stock model, or an `AdaptiveVLM` where the recipe has an `adaptive` section.
+    """The module to train: a stock model, or an `AdaptiveVLM` for a recipe that is `adaptive`.
 
-    `lora=False` leaves the LoRA layers out (to load merged weights into). Raises ValueError when the source does not
-    fit the recipe.
+    `lora=False` leaves the LoRA layers out (to load merged weights into). Raises ValueError when
+    the source does not fit the recipe.
     """
-    source = Path(recipe.model.source)
+    source = recipe.model.source
     torch.manual_seed(recipe.seed)
-    if (source / ADAPTIVE_FILE).is_file():
+    if is_adaptive(source):
         if recipe.adaptive is None:
             raise ValueError(
-                f"model.source {source} is an adaptive model, and the recipe has no `adaptive` section; "
-                "add one, or name a stock model"
+                f"model.source {source} is an adaptive model, and the recipe has no `adaptive` "
+                "section; add one, or name a stock model"
             )
         model = _load_adaptive(recipe.model, recipe.adaptive)
         base = model.base
@@ -70,9 +70,6 @@ def build_model(recipe: Recipe, processor: ProcessorMixin, lora: bool = True) ->
     if recipe.train.gradient_checkpointing:
         model.gradient_checkpointing_enable()
         base.config.use_cache = False
-    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    if not trainable:
-        raise ValueError("nothing to train: model.freeze covers every part of the model")
     return model
 
 
@@ -80,20 +77,6 @@ def scratch_model(
     config: ScratchConfig, processor: ProcessorMixin, dtype: torch.dtype, attention: str
 ) -> LlavaForConditionalGeneration:
     """A small LLaVA with random weights for `processor`'s vocabulary; seed torch before."""
-    for key, size, heads in (
-        ("hidden", config.hidden, config.heads),
-        ("vision_hidden", config.vision_hidden, config.vision_heads),
-    ):
-        if size % heads:
-            raise ValueError(f"model.scratch.{key} {size} is not a multiple of its {heads} heads")
-    if config.heads % (config.kv_heads or config.heads):
-        raise ValueError(
-            f"model.scratch.heads {config.heads} is not a multiple of kv_heads {config.kv_heads}"
-        )
-    if config.image_size % config.patch_size:
-        raise ValueError(
-            f"model.scratch.image_size {config.image_size} is not a multiple of patch_size {config.patch_size}"
-        )
     tokenizer = processor.tokenizer
     text = TEXT_CONFIGS[config.text_family](
         vocab_size=len(tokenizer),
@@ -133,9 +116,10 @@ def scratch_model(
 
 
 def merge_lora(state: dict[str, Tensor], alpha: float, rank: int) -> dict[str, Tensor]:
-    """Weights with the LoRA factors folded in: W + alpha/rank * B A, under the names of the plain model.
+    """Weights with the LoRA factors folded in: W + alpha/rank * B A, under the plain names.
 
-    state: the full state dict of a model with LoRA layers (peft's names). The sum is taken in float32.
+    state: the full state dict of a model with LoRA layers (peft's names). The sum is taken in
+    float32.
     """
     merged: dict[str, Tensor] = {}
     for name, tensor in state.items():
@@ -157,12 +141,15 @@ def _load_base(config: ModelConfig, processor: ProcessorMixin) -> nn.Module:
         return scratch_model(config.scratch, processor, dtype, config.attention)
     try:
         return AutoModelForImageTextToText.from_pretrained(
-            config.source, revision=config.revision, dtype=dtype, attn_implementation=config.attention
+            config.source,
+            revision=config.revision,
+            dtype=dtype,
+            attn_implementation=config.attention,
         )
     except (OSError, ImportError) as error:
         reason = str(error).strip().splitlines()[0]
         raise ValueError(
-            f"model.source {config.source} (attention {config.attention}) cannot be loaded: {reason}"
+            f"model.source {config.source} (attention {config.attention}) does not load: {reason}"
         ) from error
 
 
@@ -174,26 +161,26 @@ def _layout(config: AdaptiveConfig, base: nn.Module) -> SwitchLayout:
 
 
 def _wrap(base: nn.Module, config: AdaptiveConfig) -> nn.Module:
-    from fmray.adallava import AdaptiveVLM
-
     return AdaptiveVLM.from_base(
         base,
         _layout(config, base),
         latency_token=config.latency_token,
         scheduler=config.scheduler,
         tau=config.tau,
+        penalty=config.penalty,
     )
 
 
 def _load_adaptive(config: ModelConfig, adaptive: AdaptiveConfig) -> nn.Module:
-    from fmray.adallava import AdaptiveVLM
-
-    model = AdaptiveVLM.from_pretrained(config.source).to(DTYPES[config.dtype])
+    dtype = DTYPES[config.dtype]
+    model = AdaptiveVLM.from_pretrained(
+        config.source, dtype=dtype, attn_implementation=config.attention
+    ).to(dtype)
     wanted = _layout(adaptive, model.base)
     if model.layout != wanted:
         raise ValueError(
-            f"model.source {config.source} has the switches {model.layout}, the recipe's `adaptive` section "
-            f"asks for {wanted}; make them equal, or start from the base model"
+            f"model.source {config.source} has the switches {model.layout}, the recipe's "
+            f"`adaptive` section asks for {wanted}; make them equal, or start from the base model"
         )
     return model
 
@@ -214,10 +201,17 @@ def _parts(base: nn.Module) -> dict[str, list[nn.Module]]:
 
 
 def _inject_lora(base: nn.Module, parts: dict[str, list[nn.Module]], config: ModelConfig) -> None:
-    """LoRA on every linear layer of the decoder; its own weights rest, the projector learns unless frozen."""
+    """LoRA on every linear layer of the decoder.
+
+    Its own weights rest, the projector learns unless frozen.
+    """
     decoder = parts["language"][0]
     targets = sorted(
-        {name.rpartition(".")[2] for name, module in decoder.named_modules() if isinstance(module, nn.Linear)}
+        {
+            name.rpartition(".")[2]
+            for name, module in decoder.named_modules()
+            if isinstance(module, nn.Linear)
+        }
     )
     inject_adapter_in_model(
         PeftLoraConfig(

@@ -1,0 +1,192 @@
+"""The training job: from a recipe to a trained model, with supervision around Ray Train.
+
+In: a `LoadedRecipe` and a run id; a running Ray, or one to start. Out: a `Result`, and in
+`<storage>/<run id>/` the resolved `recipe.yaml`, `log.jsonl`, checkpoints and `model/`. The same
+run id goes on where the run stopped.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ray.train import CheckpointConfig, ControllerError, FailureConfig, RunConfig, ScalingConfig
+from ray.train.torch import TorchConfig, TorchTrainer
+
+from fmray.cluster import start_or_join
+from fmray.config import LoadedRecipe, Recipe
+from fmray.preflight import machines_of_cluster, preflight
+from fmray.train import checkpoint as checkpoints
+from fmray.train.loop import train_here, train_worker
+
+CONTROLLER_FAILURES = 3  # Ray's default is to try for ever
+SUPERVISED_TRIES = 3
+POLL_SECONDS = "0.5"  # how often Ray's controller collects reports; a report waits for it
+
+_logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Result:
+    """model_dir: safetensors and processor. metrics: the last step's and the last evaluation's."""
+
+    model_dir: Path
+    metrics: dict[str, float]
+    mlflow_run_id: str | None
+    run_dir: Path
+    best_checkpoint: Path | None
+
+
+def train(loaded: LoadedRecipe, run_id: str) -> Result:
+    """Run the recipe's training and wait for it.
+
+    Raises ValueError for a recipe, data store or checkpoint that does not fit, and Ray's
+    TrainingFailedError when workers fail more than `cluster.max_failures` times.
+    """
+    recipe = absolute_paths(loaded.recipe)
+    run_dir = recipe.cluster.storage / run_id
+    _check_store(recipe)
+    newest = checkpoints.find_checkpoint(run_dir)
+    if newest is not None:
+        checkpoints.check_state(checkpoints.read_state(newest), recipe, newest)
+        print(f"run {run_id} goes on from {newest}", flush=True)
+    run_dir.mkdir(parents=True, exist_ok=True)
+    (run_dir / "recipe.yaml").write_text(loaded.dump(), encoding="utf-8")
+    print(loaded.dump(), flush=True)
+    config = {
+        "recipe": recipe.model_dump_json(),
+        "recipe_text": loaded.dump(),
+        "run_id": run_id,
+    }
+    if recipe.cluster.workers == 0:
+        values = _fit(recipe, run_id, config)
+    else:
+        os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", POLL_SECONDS)
+        with start_or_join(recipe.cluster):
+            _place(recipe)
+            values = _fit(recipe, run_id, config)
+    best = values["best_step"]
+    best_checkpoint = checkpoints.checkpoint_path(run_dir, best) if best is not None else None
+    result = Result(
+        run_dir / "model",
+        values["metrics"],
+        values["mlflow_run_id"],
+        run_dir,
+        best_checkpoint if best_checkpoint is not None and best_checkpoint.is_dir() else None,
+    )
+    print(_table(recipe, run_id, result), flush=True)
+    return result
+
+
+def absolute_paths(recipe: Recipe) -> Recipe:
+    """The recipe with absolute paths: workers run in another directory."""
+    data = recipe.data
+    changed: dict[str, Any] = {
+        name: Path(value).absolute()
+        for name in ("store", "train", "validation", "image_folder")
+        if (value := getattr(data, name)) is not None
+    }
+    model = recipe.model
+    if model.source != "scratch" and Path(model.source).is_dir():
+        model = model.model_copy(update={"source": str(Path(model.source).absolute())})
+    return recipe.model_copy(
+        update={
+            "model": model,
+            "data": data.model_copy(update=changed),
+            "cluster": recipe.cluster.model_copy(
+                update={"storage": recipe.cluster.storage.absolute()}
+            ),
+        }
+    )
+
+
+def _fit(recipe: Recipe, run_id: str, config: dict[str, Any]) -> dict[str, Any]:
+    """Fit, and fit again from the last checkpoint when Ray's controller gives up.
+
+    A node that dies while the process group starts leaves its placement group behind, and the
+    controller cannot get past it; a new controller can.
+    """
+    for attempt in range(1, SUPERVISED_TRIES + 1):
+        try:
+            return _trainer(recipe, run_id, config).fit().return_value
+        except ControllerError as error:
+            if attempt == SUPERVISED_TRIES:
+                raise
+            _logger.warning(
+                "Ray's training controller failed (try %d): %s; trying again", attempt, error
+            )
+    raise AssertionError("unreachable")
+
+
+def _trainer(recipe: Recipe, run_id: str, config: dict[str, Any]) -> TorchTrainer:
+    cluster = recipe.cluster
+    gpu = cluster.gpus_per_worker > 0
+    resources = {"CPU": cluster.cpus_per_worker}
+    if gpu:
+        resources["GPU"] = cluster.gpus_per_worker
+    return TorchTrainer(
+        train_worker if cluster.workers > 0 else train_here,
+        train_loop_config=config,
+        torch_config=TorchConfig(backend="nccl" if gpu else "gloo", timeout_s=cluster.timeout_s),
+        scaling_config=ScalingConfig(
+            num_workers=cluster.workers, use_gpu=gpu, resources_per_worker=resources
+        ),
+        run_config=RunConfig(
+            name=run_id,
+            storage_path=str(cluster.storage),
+            failure_config=FailureConfig(
+                max_failures=cluster.max_failures, controller_failure_limit=CONTROLLER_FAILURES
+            ),
+            checkpoint_config=CheckpointConfig(
+                num_to_keep=recipe.train.keep_checkpoints,
+                checkpoint_score_attribute="score",
+                checkpoint_score_order="max",
+            ),
+            worker_runtime_env={"env_vars": {} if gpu else {"DS_ACCELERATOR": "cpu"}},
+        ),
+    )
+
+
+def _place(recipe: Recipe) -> None:
+    """Raises ValueError when the workers would wait for ever for what Ray does not have."""
+    failures = [
+        finding.text
+        for finding in preflight(recipe, machines_of_cluster())
+        if finding.level == "FAIL"
+    ]
+    if failures:
+        raise ValueError("; ".join(failures))
+
+
+def _check_store(recipe: Recipe) -> None:
+    store = recipe.data.store
+    for part in ("processor", "train", "validation", "manifest.json"):
+        if not (store / part).exists():
+            raise ValueError(
+                f"data.store {store}: no {part}; "
+                "prepare it with `python jobs/prepare_data.py --config ...`"
+            )
+
+
+def _table(recipe: Recipe, run_id: str, result: Result) -> str:
+    """The end of the job in a few lines."""
+    metrics = result.metrics
+    lines = [
+        f"run {run_id}: {int(metrics['step'])} steps",
+        f"{'budget':>8}  {'accuracy':>8}  {'loss':>8}",
+    ]
+    for name, value in metrics.items():
+        kind, _, budget = name.partition("/")
+        if kind == "accuracy":
+            lines.append(f"{budget:>8}  {value:8.4f}  {metrics[f'loss/{budget}']:8.4f}")
+    lines.append(f"model: {result.model_dir}")
+    if result.best_checkpoint is not None:
+        lines.append(f"best checkpoint: {result.best_checkpoint}")
+    if result.mlflow_run_id is not None:
+        lines.append(
+            f"MLflow run: {result.mlflow_run_id} (experiment {recipe.tracking.experiment})"
+        )
+    return "\n".join(lines)

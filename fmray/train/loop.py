@@ -1,0 +1,387 @@
+"""The training loop of one worker: started by Ray Train, stepped by DeepSpeed, read from the top.
+
+In: `{"recipe": JSON, "recipe_text": YAML, "run_id": name}`, paths absolute. Out: on rank 0 a dict
+with the last metrics; in the run's folder `log.jsonl` (a line per step), checkpoints and, at the
+end, `model/`.
+
+What a step computes does not depend on the number of workers: the loss is the mean over the answer
+tokens of the *global* batch, and the level and the noise of a sample are drawn from (seed, step,
+sample).
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import ray.train
+import ray.train.torch
+import torch
+import torch.distributed as dist
+from ray.train import Checkpoint, CheckpointUploadMode
+from torch import Tensor, nn
+from torch.nn import functional
+
+from fmray import tracking
+from fmray.config import Recipe
+from fmray.data.loader import Batch, InstructionLoader, evaluation_batches
+from fmray.data.processor import load_processor
+from fmray.train import checkpoint as checkpoints
+from fmray.train.checkpoint import TrainState
+from fmray.train.models import DTYPES, build_model, merge_lora
+from fmray.train.progress import Progress, StepLog
+from fmray.train.zero import accumulation_steps, engine_config, make_optimizer, make_schedule
+
+if TYPE_CHECKING:
+    from deepspeed import DeepSpeedEngine
+    from transformers import ProcessorMixin
+
+IGNORED = -100  # label of a token that is not supervised
+
+
+def train_worker(config: dict[str, Any]) -> dict[str, Any] | None:
+    """Train, evaluate, checkpoint, export. Runs on every worker.
+
+    Goes on from the run's newest checkpoint.
+    """
+    recipe = Recipe.model_validate_json(config["recipe"])
+    run_dir = recipe.cluster.storage / config["run_id"]
+    context = ray.train.get_context()
+    rank, world_size = context.get_world_rank(), context.get_world_size()
+    first = rank == 0
+    device = ray.train.torch.get_device() if torch.cuda.is_available() else torch.device("cpu")
+    if device.type == "cpu" and recipe.cluster.workers > 0:
+        torch.set_num_threads(max(1, int(recipe.cluster.cpus_per_worker)))
+    deepspeed = _deepspeed()
+
+    processor = load_processor(recipe.data.store / "processor")
+    loader = InstructionLoader(
+        recipe.data.store,
+        "train",
+        processor,
+        global_batch=recipe.train.global_batch,
+        rank=rank,
+        world_size=world_size,
+        seed=recipe.seed,
+        samples=recipe.data.samples,
+        max_length=recipe.data.max_length,
+        micro_batch=recipe.train.micro_batch,
+        threads=recipe.data.loader_threads,
+        prefetch=recipe.data.prefetch_batches,
+    )
+    total = recipe.train.steps or max(1, round(recipe.train.epochs * loader.steps_per_epoch))
+    passes = accumulation_steps(recipe, world_size)
+
+    resumed, state = _find_state(recipe, run_dir)
+    universal = state is not None and state.world_size != world_size
+    if universal and first:
+        checkpoints.make_universal(resumed, recipe.zero.stage)
+    dist.barrier()
+    model = build_model(recipe, processor)
+    engine, _, _, _ = deepspeed.initialize(
+        model=model,
+        optimizer=make_optimizer(model, recipe),
+        lr_scheduler=lambda optimizer: make_schedule(optimizer, recipe, total),
+        config=engine_config(recipe, world_size, universal),
+        dist_init_required=False,
+    )
+    if state is not None:
+        checkpoints.load_checkpoint(engine, resumed, universal)
+    step = state.step if state is not None else 0
+    best, best_step = (state.best, state.best_step) if state is not None else (None, None)
+    levels = _levels(recipe, model) if recipe.adaptive is not None else None
+
+    with (
+        tracking.open_run(
+            recipe.tracking if first else recipe.tracking.model_copy(update={"enabled": False}),
+            recipe.cluster.storage,
+            config["run_id"],
+            recipe.model_dump(mode="json"),
+            {"fmray.job": "train"},
+        ) as run,
+        StepLog(run_dir / "log.jsonl", keep_until=step, enabled=first) as log,
+        Progress(total, step, enabled=first) as progress,
+    ):
+        metrics: dict[str, float] = {}
+        found: dict[str, float] = {}
+        started, waited = time.monotonic(), loader.wait_seconds
+        for micro_batches in _steps(loader, step, total):
+            assert len(micro_batches) == passes, (len(micro_batches), passes)
+            engine.train()
+            [answer_tokens] = _sum([sum(_answer_tokens(batch) for batch in micro_batches)], device)
+            loss_sum = torch.zeros((), device=device)
+            share_sum = 0.0
+            for batch in micro_batches:
+                inputs = _inputs(batch, recipe, device)
+                if levels is not None:
+                    units_on, noise = draw(batch, recipe.seed, step, levels)
+                    share_sum += float(model.share_of(units_on).sum())
+                    inputs |= {"units_on": units_on.to(device), "noise": noise.to(device)}
+                loss = engine(**inputs).loss * _answer_tokens(batch)
+                # DeepSpeed takes the mean over workers and micro batches; this makes it the mean
+                # over tokens
+                engine.backward(loss * (world_size * passes / answer_tokens))
+                engine.step()
+                loss_sum += loss.detach()
+            step += 1
+
+            tokens = sum(int(batch.attention_mask.sum()) for batch in micro_batches)
+            sums = _sum([float(loss_sum), share_sum, tokens], device)
+            seconds, waiting = time.monotonic() - started, loader.wait_seconds - waited
+            metrics = {
+                "loss": sums[0] / answer_tokens,
+                "lr": float(engine.get_lr()[0]),
+                "grad_norm": float(engine.get_global_grad_norm() or 0.0),
+                "tokens_per_s": sums[2] / seconds,
+                "waiting_share": waiting / seconds,
+            }
+            if levels is not None:
+                metrics["budget"] = sums[1] / recipe.train.global_batch
+            log.write(step, metrics)
+            run.log(step, **{f"train/{name}": value for name, value in metrics.items()})
+            progress.update(step, metrics)
+
+            evaluate_now = step == total or _due(step, recipe.train.eval_every)
+            save_now = step == total or _due(step, recipe.train.checkpoint_every)
+            score = -1.0  # of a checkpoint that was not evaluated: the first to be removed
+            if evaluate_now:
+                found = evaluate_budgets(engine, recipe, processor, rank, world_size, device)
+                accuracies = [value for name, value in found.items() if name.startswith("accuracy")]
+                score = sum(accuracies) / len(accuracies)
+                log.write(step, found)
+                run.log(step, **{f"eval/{name}": value for name, value in found.items()})
+                progress.say(f"step {step}: " + ", ".join(f"{k} {v:.4f}" for k, v in found.items()))
+            path = None
+            if save_now:
+                if evaluate_now and (best is None or score > best):
+                    best, best_step = score, step
+                settings = checkpoints.training_settings(recipe)
+                saved = TrainState(
+                    step=step,
+                    epoch=step // loader.steps_per_epoch,
+                    cursor=step % loader.steps_per_epoch,
+                    seed=recipe.seed,
+                    world_size=world_size,
+                    zero_stage=recipe.zero.stage,
+                    config_hash=checkpoints.settings_hash(settings),
+                    settings=settings,
+                    best=best,
+                    best_step=best_step,
+                )
+                path = checkpoints.save_checkpoint(engine, run_dir, saved, config["recipe_text"])
+                if recipe.cluster.workers == 0:  # with workers, Ray removes old ones, by score
+                    checkpoints.prune_checkpoints(run_dir, recipe.train.keep_checkpoints, best_step)
+            if evaluate_now or save_now:
+                ray.train.report(
+                    {"step": step, "score": score, **metrics, **(found if evaluate_now else {})},
+                    checkpoint=Checkpoint.from_directory(path)
+                    if path is not None and first
+                    else None,
+                    checkpoint_upload_mode=CheckpointUploadMode.NO_UPLOAD,
+                )
+            started, waited = time.monotonic(), loader.wait_seconds
+
+        if not found:  # resumed after the last step: there was nothing left to train
+            found = evaluate_budgets(engine, recipe, processor, rank, world_size, device)
+        weights = checkpoints.full_state(model)
+        if first:
+            if recipe.model.lora is not None:
+                weights = merge_lora(weights, recipe.model.lora.alpha, recipe.model.lora.rank)
+            plain = build_model(recipe, processor, lora=False)
+            checkpoints.export_model(plain, weights, processor, run_dir / "model")
+        mlflow_run_id = run.mlflow_run_id
+    return {
+        "metrics": {"step": step, **metrics, **found},
+        "best_step": best_step,
+        "mlflow_run_id": mlflow_run_id,
+    }
+
+
+def train_here(config: dict[str, Any]) -> dict[str, Any] | None:
+    """`train_worker` in this process, for Ray Train's local mode.
+
+    With a process group of its own, gone afterwards.
+    """
+    deepspeed = _deepspeed()
+    os.environ.setdefault("LOCAL_RANK", "0")
+    backend = "nccl" if torch.cuda.is_available() else "gloo"
+    dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        return train_worker(config)
+    finally:
+        if deepspeed.comm.comm.cdb is None:  # failed before DeepSpeed took the group over
+            dist.destroy_process_group()
+        else:
+            deepspeed.comm.destroy_process_group()
+
+
+def evaluate_budgets(
+    engine: DeepSpeedEngine,
+    recipe: Recipe,
+    processor: ProcessorMixin,
+    rank: int,
+    world_size: int,
+    device: torch.device,
+) -> dict[str, float]:
+    """Share of validation answers that are right in every token, and loss per answer token.
+
+    At each of `train.eval_budgets` (without one for a base model), teacher-forced, over
+    `train.eval_rows` answers. Layers are masked, not skipped: every rank runs the same modules,
+    which ZeRO-3 needs. Every rank must call this.
+    """
+    batches = list(
+        evaluation_batches(
+            recipe.data.store,
+            "validation",
+            processor,
+            recipe.train.micro_batch,
+            rows=recipe.train.eval_rows,
+            rank=rank,
+            world_size=world_size,
+        )
+    )
+    passes = torch.tensor([len(batches), -len(batches)], device=device)
+    dist.all_reduce(passes, op=dist.ReduceOp.MAX)
+    if passes[1] == 0:
+        raise ValueError(
+            f"fewer validation rows than the {world_size} workers; use a larger validation split"
+        )
+    engine.eval()
+    results: dict[str, float] = {}
+    for budget in recipe.train.eval_budgets if recipe.adaptive is not None else (None,):
+        totals = torch.zeros(
+            4, dtype=torch.float64, device=device
+        )  # answers, right ones, tokens, loss
+        for index in range(int(passes[0])):
+            batch = batches[min(index, len(batches) - 1)]
+            inputs = _inputs(batch, recipe, device)
+            labels = inputs.pop("labels")
+            if budget is not None:
+                _, noise = draw(batch, recipe.seed, 0, range(engine.module.layout.num_units + 1))
+                # labels say where the prompt ends
+                inputs |= {
+                    "labels": labels,
+                    "budget": budget,
+                    "execution": "masked",
+                    "noise": noise.to(device),
+                }
+            with torch.no_grad():
+                logits = engine(**inputs).logits
+            if index < len(batches):  # else a repeat, so that all ranks make as many passes
+                totals += torch.stack(score_answers(logits, labels)).sum(1)
+        dist.all_reduce(totals)
+        name = "base" if budget is None else f"{budget:g}"
+        answers, right, tokens, loss = totals.tolist()
+        results |= {f"accuracy/{name}": right / answers, f"loss/{name}": loss / tokens}
+    return results
+
+
+def score_answers(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Per row, float64 [B]: 1, whether every answer token is right, answer tokens, their loss.
+
+    logits: [B, n, V], where logits[:, i] predicts token i + 1; labels: [B, n], -100 outside
+    answers.
+    """
+    predicted, wanted = logits[:, :-1], labels[:, 1:]
+    supervised = wanted != IGNORED
+    right = ((predicted.argmax(-1) == wanted) | ~supervised).all(1).double()
+    loss = functional.cross_entropy(
+        predicted.flatten(0, 1).float(), wanted.flatten(), ignore_index=IGNORED, reduction="none"
+    )
+    loss = loss.view_as(wanted).double().sum(1)
+    return torch.ones_like(right), right, supervised.sum(1).double(), loss
+
+
+def draw(batch: Batch, seed: int, step: int, levels: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """Switches on (int64 [B], uniform over `levels`) and Gumbel noise (float32 [B, K]).
+
+    A sample is known by its row and the place of its first answer token, so that the draw does not
+    depend on the worker or micro batch it lands in. K is the last level.
+    """
+    first_answer = (batch.labels != IGNORED).int().argmax(1).tolist()
+    units_on, noise = [], []
+    for row, place in zip(batch.rows, first_answer, strict=True):
+        generator = np.random.default_rng((seed, step, row, place))
+        units_on.append(levels[int(generator.integers(len(levels)))])
+        noise.append(generator.gumbel(size=levels[-1]))
+    return torch.tensor(units_on), torch.from_numpy(np.stack(noise)).float()
+
+
+def _deepspeed() -> ModuleType:
+    """DeepSpeed, told before its import which accelerator there is."""
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    import deepspeed
+
+    # an all-reduce for inference on CPUs, not used in training: compiling it takes a minute and
+    # needs a compiler
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    return deepspeed
+
+
+def _find_state(recipe: Recipe, run_dir: Path) -> tuple[Path, TrainState] | tuple[None, None]:
+    """The run's newest checkpoint, checked against the recipe."""
+    newest = checkpoints.find_checkpoint(run_dir)
+    if newest is None:
+        return None, None
+    state = checkpoints.read_state(newest)
+    checkpoints.check_state(state, recipe, newest)
+    return newest, state
+
+
+def _levels(recipe: Recipe, model: nn.Module) -> range:
+    """The numbers of switches that training draws from.
+
+    Raises ValueError for a budget that no plan can keep.
+    """
+    tokens = recipe.data.max_length
+    for budget in recipe.train.eval_budgets:
+        model.cost.max_units(budget, tokens)
+    smallest = recipe.adaptive.min_budget
+    lowest = 0 if smallest is None else model.cost.max_units(smallest, tokens)
+    return range(lowest, model.layout.num_units + 1)
+
+
+def _steps(loader: InstructionLoader, step: int, total: int) -> Iterator[list[Batch]]:
+    """This rank's micro batches, a list per optimizer step, from `step` to `total`."""
+    while step < total:
+        epoch, start = divmod(step, loader.steps_per_epoch)
+        for micro_batches in loader.epoch(epoch, start):
+            yield micro_batches
+            step += 1
+            if step == total:
+                return
+
+
+def _inputs(batch: Batch, recipe: Recipe, device: torch.device) -> dict[str, Any]:
+    batch = batch.to(device)
+    inputs = {
+        "input_ids": batch.input_ids,
+        "attention_mask": batch.attention_mask,
+        "labels": batch.labels,
+        **batch.extras,
+    }
+    if batch.pixel_values is not None:
+        inputs["pixel_values"] = batch.pixel_values.to(DTYPES[recipe.model.dtype])
+    return inputs
+
+
+def _answer_tokens(batch: Batch) -> int:
+    return int((batch.labels[:, 1:] != IGNORED).sum())
+
+
+def _sum(values: list[float], device: torch.device) -> list[float]:
+    """Element-wise sum over the workers."""
+    # float32 would lose whole tokens above 2**24
+    total = torch.tensor(values, dtype=torch.float64, device=device)
+    dist.all_reduce(total)
+    return total.tolist()
+
+
+def _due(step: int, every: int | None) -> bool:
+    return every is not None and step % every == 0

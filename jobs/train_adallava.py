@@ -1,0 +1,30 @@
+r"""Train a multimodal model to obey a budget (or, with `adaptive: null`, the base model).
+
+    ray job submit --working-dir . -- \
+        python jobs/train_adallava.py --config jobs/recipes/shapes_tiny.yaml
+
+In: a recipe whose data store is prepared (`jobs/prepare_data.py`). Out: `<storage>/<run id>/model`;
+the same `--run-id` goes on where a run stopped.
+"""
+
+from __future__ import annotations
+
+import sys
+
+from fmray.config import job_arguments
+from fmray.train.job import train
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Exit code 0, or 2 for a mistake in recipe, data or checkpoint."""
+    try:
+        loaded, run_id = job_arguments(argv, "Train a model under Ray Train and DeepSpeed.")
+        train(loaded, run_id)
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
