@@ -70,8 +70,8 @@ class SwitchLayout:
             )
         if self.first > self.num_layers - 1:
             raise ValueError(
-                f"first is {self.first}; the first switchable layer of a decoder of {self.num_layers} "
-                f"layers must be in 1..{self.num_layers - 1} (the layers below it always run)"
+                f"first is {self.first}; the first switchable of {self.num_layers} decoder layers "
+                f"must be in 1..{self.num_layers - 1} (the layers below it always run)"
             )
         if self.num_heads % self.num_kv_heads:
             raise ValueError(
