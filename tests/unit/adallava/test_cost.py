@@ -337,6 +337,31 @@ def test_plans_of_heads_are_counted_at_their_true_sizes(data):
     assert expected <= model.layers_cost(n, sum(plan)) + rounding
 
 
+@pytest.mark.parametrize(
+    ("name", "convention", "bound"),
+    [
+        ("llava-1.5-7b", "exact", 0),
+        ("llava-1.5-13b", "exact", 2e-5),
+        ("llava-1.5-7b", "llm-viewer", 7e-5),
+        ("llava-1.5-13b", "llm-viewer", 7e-5),
+    ],
+)
+def test_what_the_charge_of_heads_leaves_out(name, convention, bound):
+    """The plan of k switches with the largest MLP groups, spread over all layers."""
+    model = published(name, convention, "heads")
+    layout, full = model.layout, model.layers_cost(644, model.layout.num_units)
+    widths = [layout.unit_slices(unit)[2] for unit in range(layout.units_per_layer)]
+
+    def size(unit):
+        part = widths[unit % layout.units_per_layer]
+        return (part.start - part.stop, unit % layout.units_per_layer)
+
+    plan, order = [False] * layout.num_units, sorted(range(layout.num_units), key=size)
+    for count, unit in enumerate(order, 1):
+        plan[unit] = True
+        assert model.layers_cost(644, plan) - model.layers_cost(644, count) <= bound * full
+
+
 def test_layers_run():
     model = published("llava-1.5-13b", design="heads")
     assert model.layers_run(644, 0) == 20
