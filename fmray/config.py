@@ -352,7 +352,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """`fmray config`: print a resolved recipe with origins, or the JSON Schema."""
     if arguments.schema == (arguments.recipe is not None):
-        raise ConfigError("fmray config: give a recipe, or --schema")
+        raise ConfigError("config: name a recipe, or ask for --schema")
     if arguments.schema:
         print(json.dumps(schema(), indent=2))
     else:
