@@ -199,8 +199,9 @@ class InstructionLoader:
         if global_batch % world_size or global_batch // world_size % micro_batch:
             share = world_size * micro_batch
             raise ValueError(
-                f"train.global_batch {global_batch} is not a multiple of {world_size} workers x "
-                f"micro_batch {micro_batch} = {share}; {max(1, round(global_batch / share)) * share} would be"
+                f"train.global_batch {global_batch} is not a multiple of {world_size} "
+                f"workers x micro_batch {micro_batch} = {share}; "
+                f"{max(1, round(global_batch / share)) * share} would be"
             )
         self.rank, self.world_size = rank, world_size
         self.micro_batch, self.threads, self.prefetch = micro_batch, threads, prefetch

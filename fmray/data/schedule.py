@@ -51,7 +51,8 @@ class Schedule:
         if self.lanes % world_size:
             raise ValueError(
                 f"train.global_batch {self.global_batch} has {self.lanes} lanes, which "
-                f"{world_size} workers cannot share evenly; use a number of workers that divides {self.lanes}"
+                f"{world_size} workers cannot share evenly; use a number of workers that divides "
+                f"{self.lanes}"
             )
 
     def epoch(self, epoch: int, rank: int, world_size: int) -> np.ndarray:
