@@ -1,7 +1,7 @@
 """The figures of a run: accuracy against budget, plans as pictures, loss curves, plan usage.
 
-In: the typed values below (plain numbers, no tensors) and a path. Out: one image file, in the format
-of its ending, written under a temporary name and moved. Nothing is shown on a screen, and
+In: the typed values below (plain numbers, no tensors) and a path. Out: one image file, in the
+format of its ending, written under a temporary name and moved. Nothing is shown on a screen, and
 matplotlib is imported only when a figure is made. Colours are told apart by the colour-blind too
 (Okabe and Ito's palette), and every line also has a marker of its own.
 """
