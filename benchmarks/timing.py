@@ -1,0 +1,48 @@
+"""Paired timing in one process: A B A B ..., medians and the ratio pair by pair, so that drift
+cancels.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+
+import torch
+
+
+def seconds(function: Callable[[], object]) -> float:
+    """Wall time of one call, the device's queue included."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    start = time.perf_counter()
+    function()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
+def compare(
+    name: str,
+    measured: Callable[[], object],
+    peer: Callable[[], object],
+    runs: int,
+    bar: float | None,
+) -> float:
+    """Time both in turn, `runs` times after a warm-up; print medians and the median ratio, and
+    return it.
+
+    bar: the ratio that should not be exceeded; missing it is said, and nothing is hidden.
+    """
+    measured(), peer()
+    pairs = [(seconds(measured), seconds(peer)) for _ in range(runs)]
+    ratios = sorted(a / b for a, b in pairs)
+    ratio = statistics.median(ratios)
+    verdict = "" if bar is None else f"   bar {bar:.2f}: {'met' if ratio <= bar else 'MISSED'}"
+    print(
+        f"{name:58s} {1e3 * statistics.median(a for a, _ in pairs):9.1f} ms"
+        f" / {1e3 * statistics.median(b for _, b in pairs):9.1f} ms"
+        f" = {ratio:.3f}  [{ratios[0]:.3f}, {ratios[-1]:.3f}]{verdict}",
+        flush=True,
+    )
+    return ratio

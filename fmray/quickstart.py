@@ -1,0 +1,134 @@
+"""`fmray quickstart`: from nothing to a model that obeys a budget, on this machine, in some
+minutes.
+
+In: nothing but a folder to work in. Out: a base model and an adaptive one, trained by submitted Ray
+jobs; a table and a plot of accuracy against budget; example plans; the runs in MLflow; the model in
+the registry. Interrupted, the same command goes on where it stopped.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import time
+from pathlib import Path
+
+from fmray.ask import MODEL, STORAGE
+
+FAST = (
+    "data.shapes.pictures=400",
+    "data.shapes.validation_pictures=50",
+    "train.global_batch=32",
+    "train.micro_batch=16",
+    "train.eval_every=null",
+    "train.eval_rows=64",
+)
+FAST_STEPS = {"base": 40, "adaptive": 20}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of `fmray quickstart`."""
+    parser.add_argument(
+        "--folder",
+        type=Path,
+        default=STORAGE,
+        help=f"where everything goes (default {STORAGE}); an unfinished one there is continued",
+    )
+    parser.add_argument(
+        "--fast",
+        action="store_true",
+        help="a smoke run of about a minute: every step, too little training",
+    )
+    parser.add_argument("--seed", type=int, default=0)
+
+
+def run(options: argparse.Namespace) -> int:
+    """Run the jobs one after the other; the first that fails ends it with its exit code."""
+    from fmray.cluster import start_or_join, submit
+    from fmray.config import job_path, load
+
+    folder = options.folder
+    _claim(folder, options.fast, options.seed)
+    recipes = job_path("recipes")
+    settings = [
+        f"seed={options.seed}",
+        f"data.store={folder / 'store'}",
+        f"cluster.storage={folder}",
+        *(FAST if options.fast else ()),
+    ]
+    stages = {
+        "base": list(settings),
+        "adaptive": [*settings, f"model.source={folder / 'base' / 'model'}"],
+    }
+    if options.fast:
+        for stage, steps in FAST_STEPS.items():
+            stages[stage].append(f"train.steps={steps}")
+        stages["adaptive"].append("evaluate.calibration_rows=64")
+    files = {"base": recipes / "shapes_base.yaml", "adaptive": recipes / "shapes_tiny.yaml"}
+    plan = (
+        ("make the pictures and questions", "prepare_data.py", "base"),
+        ("train a small base model from scratch", "train_adallava.py", "base"),
+        ("finetune it to obey budgets: 2 workers, ZeRO-2", "train_adallava.py", "adaptive"),
+        ("measure accuracy at every budget", "evaluate.py", "adaptive"),
+    )
+    loaded = load(files["adaptive"], stages["adaptive"])
+    begun = time.monotonic()
+    with start_or_join(loaded.recipe.cluster) as session:
+        print(f"Ray at {session.address}, dashboard {session.dashboard}", flush=True)
+        for number, (what, script, stage) in enumerate(plan, start=1):
+            minutes, seconds = divmod(int(time.monotonic() - begun), 60)
+            print(f"\n== {number}/{len(plan)} [{minutes}:{seconds:02d}] {what}", flush=True)
+            arguments = ["--config", str(files[stage]), "--run-id", stage]
+            for setting in stages[stage]:
+                arguments += ["--set", setting]
+            job = f"fmray-{folder.name}-{number}-{int(time.time())}"
+            code = submit(session, job_path(script), arguments, job)
+            if code != 0:
+                print(f"\n{script} failed with exit code {code}; the same command goes on from here")
+                return code
+    from fmray.tracking import register, tracking_uri
+
+    tracking = loaded.recipe.tracking
+    version = register(tracking, folder, MODEL, folder / "adaptive" / "model", "adaptive")
+    example = _example(folder)
+    elsewhere = "" if folder == STORAGE else f" --storage {folder}"
+    seconds = int(time.monotonic() - begun)
+    print(f"\nDone in {seconds // 60} min {seconds % 60} s.")
+    print(f"Model {MODEL} version {version} is registered, and in production.\n")
+    print(f"  curve     {folder / 'adaptive' / 'evaluation' / 'budget_curve.png'}")
+    print(f"  plans     {folder / 'adaptive' / 'evaluation' / 'plans.png'}")
+    print(f"  MLflow    mlflow ui --backend-store-uri {tracking_uri(tracking, folder)}")
+    print(f"  ask it    fmray ask {example[0]} {example[1]!r} --budget 0.5{elsewhere}")
+    return 0
+
+
+def _claim(folder: Path, fast: bool, seed: int) -> None:
+    """Make the folder ours, or check that it is, and of the same kind: a fast run is no start for a
+    real one.
+    """
+    marker = folder / "quickstart.json"
+    wanted = {"fast": fast, "seed": seed}
+    if marker.is_file():
+        found = json.loads(marker.read_text())
+        if found != wanted:
+            raise ValueError(
+                f"{folder} holds a quickstart with {found}, and this one is {wanted}; "
+                "give another --folder"
+            )
+        return
+    if folder.is_dir() and any(folder.iterdir()):
+        raise ValueError(f"{folder} is not empty and holds no quickstart; give another --folder")
+    folder.mkdir(parents=True, exist_ok=True)
+    temporary = marker.with_suffix(".tmp")
+    temporary.write_text(json.dumps(wanted))
+    shutil.move(temporary, marker)
+
+
+def _example(folder: Path) -> tuple[Path, str]:
+    """A held-out picture and its first question, for the command that is suggested at the end."""
+    source = folder / "store" / "source"
+    record = json.loads((source / "validation.json").read_text())[0]
+    return source / record["image"], record["conversations"][0]["value"].replace(
+        "<image>", ""
+    ).strip()
