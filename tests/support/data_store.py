@@ -1,0 +1,57 @@
+"""A small finished data store without Ray: shards are written in this process."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from fmray.config import ScratchConfig, ShapesConfig
+from fmray.data import shapes
+from fmray.data.manifest import Manifest
+from fmray.data.processor import fingerprint, scratch_processor
+from fmray.data.shard import ShardTask, write_shard
+
+
+def make_store(
+    store: Path,
+    records: list[dict[str, Any]],
+    image_folder: Path,
+    processor: Any,
+    rows_per_shard: int = 200,
+    max_length: int = 2048,
+) -> Path:
+    """Write good records as the train split."""
+    (store / "train").mkdir(parents=True)
+    processor.save_pretrained(store / "processor")
+    rows = list(enumerate(records))
+    shards = [rows[i : i + rows_per_shard] for i in range(0, len(rows), rows_per_shard)]
+    counts = {"rows": 0, "answers": 0, "shards": len(shards)}
+    for number, shard in enumerate(shards):
+        task = ShardTask(
+            split="train",
+            path=str(store / "train" / f"part-{number:05d}.parquet"),
+            file="records",
+            rows=json.dumps(shard).encode(),
+            image_folder=str(image_folder),
+            processor=str(store / "processor"),
+            processor_hash=fingerprint(processor),
+            max_length=max_length,
+            pictures="null",
+            write_bad=False,
+        )
+        result = write_shard(task)
+        assert not result.bad_rows
+        counts["rows"] += result.rows
+        counts["answers"] += result.answers
+    Manifest({}, fingerprint(processor), {"train": counts}, bad_rows=0).write(store)
+    return store
+
+
+def shapes_store(folder: Path, config: ShapesConfig, **options: Any) -> Path:
+    """Generated shapes in `folder/source`, their train split as a store in `folder/store`."""
+    shapes.generate(folder / "source", config, seed=0)
+    records = json.loads((folder / "source" / "train.json").read_text())
+    texts = [turn["value"] for record in records for turn in record["conversations"]]
+    processor = scratch_processor(texts, ScratchConfig())
+    return make_store(folder / "store", records, folder / "source", processor, **options)

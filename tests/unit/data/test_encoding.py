@@ -1,0 +1,179 @@
+"""Tokens and learned spans against the processors of transformers themselves."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+from tokenizers import AddedToken, Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
+from transformers import (
+    LlavaNextImageProcessor,
+    LlavaNextProcessor,
+    PreTrainedTokenizerFast,
+    Qwen2VLImageProcessor,
+    Qwen2VLProcessor,
+    Qwen2VLVideoProcessor,
+)
+
+from fmray.config import ScratchConfig
+from fmray.data.encoding import chat_messages, encode, image_tokens
+from fmray.data.processor import scratch_processor
+
+CONVERSATION = [
+    {"from": "human", "value": "<image>\nwhat color topleft ?"},
+    {"from": "gpt", "value": "red"},
+    {"from": "human", "value": "how many red shapes are there ?"},
+    {"from": "gpt", "value": "two of them"},
+    {"from": "human", "value": "more ?"},
+    {"from": "gpt", "value": "no"},
+]
+ANSWERS = ["red", "two of them", "no"]
+TEXT_ONLY = [
+    {"from": turn["from"], "value": turn["value"].removeprefix("<image>\n")}
+    for turn in CONVERSATION
+]
+
+# The form of LLaVA 1.5's template: roles in words, blanks after each turn, nothing that ends an
+# answer.
+LLAVA_TEMPLATE = (
+    "{% for m in messages %}{{ m['role'].upper() + ': ' }}"
+    "{% for c in m['content'] if c['type'] == 'image' %}{{ '<image>\n' }}{% endfor %}"
+    "{% for c in m['content'] if c['type'] == 'text' %}{{ c['text'] + ' ' }}{% endfor %}"
+    "{% endfor %}{% if add_generation_prompt %}{{ 'ASSISTANT:' }}{% endif %}"
+)
+# The form of Qwen2-VL's: a system turn of its own, a marked end, a line break after it.
+QWEN_TEMPLATE = (
+    "<|im_start|>system\nyou help<|im_end|>\n"
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n"
+    "{% for c in m['content'] %}"
+    "{% if c['type'] == 'image' %}<|vision_start|><|image_pad|><|vision_end|>"
+    "{% else %}{{ c['text'] }}{% endif %}"
+    "{% endfor %}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def tokenizer(*special: str, **named: Any) -> PreTrainedTokenizerFast:
+    words = "what color topleft ? red how many shapes are there two of them more no you help"
+    words = [*special, *words.split(" "), "system", "user", "assistant", "USER", "ASSISTANT", ":"]
+    raw = Tokenizer(WordLevel({word: i for i, word in enumerate(words)}, unk_token=special[0]))
+    raw.pre_tokenizer = Whitespace()
+    raw.add_special_tokens([AddedToken(token, special=True) for token in special])
+    return PreTrainedTokenizerFast(tokenizer_object=raw, unk_token=special[0], **named)
+
+
+def scratch() -> Any:
+    return scratch_processor([turn["value"] for turn in CONVERSATION], ScratchConfig())
+
+
+def llava() -> Any:
+    processor = scratch()
+    processor.chat_template = LLAVA_TEMPLATE
+    return processor
+
+
+def llava_next() -> Any:
+    special = ["<unk>", "<s>", "</s>", "<image>"]
+    named = {
+        "eos_token": "</s>",
+        "pad_token": "<unk>",
+        "extra_special_tokens": {"image_token": "<image>"},
+    }
+    images = LlavaNextImageProcessor(
+        size={"shortest_edge": 32},
+        crop_size={"height": 32, "width": 32},
+        image_grid_pinpoints=[[32, 64], [64, 32], [64, 64]],
+    )
+    return LlavaNextProcessor(
+        images,
+        tokenizer(*special, **named),
+        patch_size=8,
+        vision_feature_select_strategy="default",
+        num_additional_image_tokens=1,
+        chat_template=LLAVA_TEMPLATE,
+    )
+
+
+def qwen2_vl() -> Any:
+    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>"]
+    special += ["<|image_pad|>", "<|video_pad|>"]
+    named = {"eos_token": "<|im_end|>", "pad_token": "<|endoftext|>"}
+    named["extra_special_tokens"] = {"image_token": "<|image_pad|>", "video_token": "<|video_pad|>"}
+    pixels = {"shortest_edge": 28 * 28, "longest_edge": 28 * 28 * 9}
+    return Qwen2VLProcessor(
+        Qwen2VLImageProcessor(size=pixels),
+        tokenizer(*special, **named),
+        Qwen2VLVideoProcessor(),
+        chat_template=QWEN_TEMPLATE,
+    )
+
+
+@pytest.fixture(params=[scratch, llava, llava_next, qwen2_vl], ids=lambda make: make.__name__)
+def processor(request: pytest.FixtureRequest) -> Any:
+    """One of the families, small."""
+    return request.param()
+
+
+def test_answers_and_their_ends_are_what_is_learned(processor: Any) -> None:
+    for conversation in (CONVERSATION, TEXT_ONLY):
+        encoded = encode(processor, conversation)
+        end = processor.tokenizer.eos_token_id
+        for start, stop, answer in zip(encoded.starts, encoded.ends, ANSWERS, strict=True):
+            assert encoded.ids[stop - 1] == end
+            assert processor.tokenizer.decode(encoded.ids[start : stop - 1]) == answer
+        assert (encoded.image_at is not None) == (conversation is CONVERSATION)
+
+
+def test_every_turn_is_a_prefix_of_the_whole(processor: Any) -> None:
+    """One tokenisation serves all turns."""
+    whole = encode(processor, CONVERSATION)
+    for turns in (1, 2):
+        part = encode(processor, CONVERSATION[: 2 * turns])
+        end = part.ends[-1]
+        assert part.starts == whole.starts[:turns] and part.ends == whole.ends[:turns]
+        assert (part.ids[:end] == whole.ids[:end]).all()
+
+
+@pytest.mark.parametrize("size", [(32, 32), (100, 40), (33, 91), (640, 480)])
+def test_length_equals_the_real_processors(processor: Any, size: tuple[int, int]) -> None:
+    picture = Image.fromarray(np.zeros((size[1], size[0], 3), dtype=np.uint8))
+    text = processor.apply_chat_template(chat_messages(CONVERSATION))
+    real = processor(images=[picture], text=[text])["input_ids"][0]
+    encoded = encode(processor, CONVERSATION)
+    count = image_tokens(processor, size)
+    assert count == list(real).count(processor.image_token_id)
+    ended_by_template = text.rstrip().endswith(processor.tokenizer.eos_token)
+    added = 0 if ended_by_template else len(ANSWERS)  # end tokens that LLaVA's template lacks
+    assert len(encoded.ids) - 1 + count == len(real) + added
+    assert encoded.turn_tokens(count) == [end - 1 + count for end in encoded.ends]
+    kept = [token for token in real if token != processor.image_token_id]
+    if ended_by_template:
+        assert kept == [token for token in encoded.ids if token != processor.image_token_id]
+
+
+def test_a_template_that_rewrites_earlier_turns_is_refused() -> None:
+    processor = scratch()
+    processor.chat_template = (
+        "{% for m in messages %}{{ m['role'] }} {{ loop.revindex }} "
+        "{{ m['content'][-1]['text'] }}{% endfor %}"
+    )
+    with pytest.raises(ValueError, match="text of earlier turns changes as the conversation grows"):
+        encode(processor, CONVERSATION)
+
+
+def test_a_template_without_image_token_is_refused() -> None:
+    processor = scratch()
+    processor.chat_template = processor.chat_template.replace("<image>", "picture")
+    with pytest.raises(ValueError, match=r"0 image tokens \('<image>'\) for one image"):
+        encode(processor, CONVERSATION)
+
+
+def test_image_goes_before_the_text_wherever_the_mark_was() -> None:
+    messages = chat_messages([{"from": "human", "value": "what is it?\n<image>"}])
+    assert messages == [
+        {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "what is it?"}]}
+    ]

@@ -1,0 +1,177 @@
+"""The door for records: each kind of bad one has its reason, and nothing at all crashes it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fmray.config import ScratchConfig
+from fmray.data.encoding import encode
+from fmray.data.processor import scratch_processor
+from fmray.data.records import check_record, find_bad_rows, read_records, record_id
+from fmray.data.shard import SCHEMA
+
+ASK = {"from": "human", "value": "<image>\nwhat ?"}
+ANSWER = {"from": "gpt", "value": "red"}
+GOOD = {"id": "a", "image": "a.png", "conversations": [ASK, ANSWER]}
+
+
+def turns(*changed: Any) -> dict[str, Any]:
+    return {**GOOD, "conversations": list(changed)}
+
+
+BAD = {
+    "not an object but text": "record",
+    "not an object but a list": [],
+    "not an object but null": None,
+    "no id; should be": {key: GOOD[key] for key in ("image", "conversations")},
+    "no id": {**GOOD, "id": True},
+    "image is a list; should be one file name": {**GOOD, "image": ["a.png", "b.png"]},
+    "image is empty text": {**GOOD, "image": ""},
+    "image '../../secret.png' is not a path inside": {**GOOD, "image": "../../secret.png"},
+    "image '/etc/passwd' is not a path inside": {**GOOD, "image": "/etc/passwd"},
+    "conversations is empty or missing": {**GOOD, "conversations": []},
+    "conversations is empty or missing; ": {**GOOD, "conversations": "hello"},
+    "turn 1 is text; should be {from, value}": turns(ASK, "red"),
+    "turn 1: unknown from 'bot'; should be human or gpt": turns(
+        ASK, {"from": "bot", "value": "red"}
+    ),
+    "turn 0: unknown from None": turns({"value": "<image> what ?"}, ANSWER),
+    "turn 0: unknown from ['human']": turns({"from": ["human"], "value": "<image>"}, ANSWER),
+    "turn 1: value is a number; should be text": turns(ASK, {"from": "gpt", "value": 3}),
+    "turn 1: value is null": turns(ASK, {"from": "gpt"}),
+    "wrong turn order: turn 0 is from gpt, should be human": turns(ANSWER, ASK),
+    "wrong turn order: turn 1 is from human, should be gpt": turns(ASK, ASK),
+    "no answer: turn 1 is empty": turns(ASK, {"from": "gpt", "value": " \n"}),
+    "no answer: the last turn is from human": turns(ASK),
+    "half a surrogate pair": turns(ASK, {"from": "gpt", "value": "\ud83d"}),
+    "0 <image> marks for one image; should be 1": turns(
+        {"from": "human", "value": "what ?"}, ANSWER
+    ),
+    "2 <image> marks for one image": turns({"from": "human", "value": "<image><image>"}, ANSWER),
+    "<image> in turn 1": turns(ASK, {"from": "gpt", "value": "<image>"}),
+    "<image> in turn 2": turns(ASK, ANSWER, ASK, ANSWER),
+    "1 <image> marks but no image": {"id": 1, "conversations": [ASK, ANSWER]},
+    "tags should be a list with one text": {**GOOD, "tags": "color"},
+    "2 tags for 1 answers; should be one for each": {**GOOD, "tags": ["color", "shape"]},
+}
+
+
+@pytest.mark.parametrize("reason", BAD)
+def test_bad_record_has_its_reason(reason: str) -> None:
+    assert (check_record(BAD[reason]) or "").startswith(reason) or reason in (
+        check_record(BAD[reason]) or ""
+    )
+
+
+def test_good_records_pass() -> None:
+    text_only = [{"from": "human", "value": "what ?"}, ANSWER]
+    for good in (
+        GOOD,
+        {**GOOD, "id": 17, "model": "extra keys do no harm"},
+        {**GOOD, "tags": ["color"]},
+        {"id": "b", "conversations": text_only},
+        {"id": "b", "image": None, "conversations": text_only},
+        turns({"from": "human", "value": "what is it?\n<image>"}, ANSWER),
+    ):
+        assert check_record(good) is None
+
+
+def test_a_repeated_record_is_bad_but_not_a_repeated_id(tmp_path: Path) -> None:
+    other = turns(ASK, {"from": "gpt", "value": "blue"})
+    bad = find_bad_rows(tmp_path / "x.json", [GOOD, other, dict(GOOD)])
+    assert [(row.row, row.id) for row in bad] == [(2, "a")]
+    assert "duplicate: same id, image and conversations as row 0" in str(bad[0])
+    assert str(bad[0]).startswith(f"{tmp_path}/x.json: row 2 (id 'a'): ")
+
+
+FILES = {
+    "no such file": None,
+    "holds no records": b"[]",
+    "holds no records;": b"  \n",
+    "not UTF-8 at byte 2": b'["\xff"]',
+    "not valid JSON: Expecting ',' delimiter: line 3 column 1 (char 5)": b'[{}\n\n"',
+    "not valid JSON: Exceeds the limit": b"[" + b"1" * 5000 + b"]",
+    "nested too deeply": b"[" * 200_000,
+}
+
+
+@pytest.mark.parametrize("message", FILES)
+def test_unreadable_file_is_named(message: str, tmp_path: Path) -> None:
+    file = tmp_path / "data.json"
+    if FILES[message] is not None:
+        file.write_bytes(FILES[message])
+    with pytest.raises(ValueError) as raised:
+        read_records(file)
+    assert str(raised.value).startswith(f"{file}: ")
+    assert message in str(raised.value)
+
+
+def test_jsonl_keeps_going_after_a_broken_line(tmp_path: Path) -> None:
+    file = tmp_path / "data.jsonl"
+    file.write_text(f"{json.dumps(GOOD)}\n\n{{broken\n{json.dumps({**GOOD, 'id': 2})}\n")
+    records = read_records(file)
+    assert [record_id(record) for record in records] == ["a", None, "2"]
+    (bad,) = find_bad_rows(file, records)
+    assert bad.row == 1 and bad.reason.startswith("not valid JSON: line 3, column 2")
+
+
+json_values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(),
+    lambda inner: (
+        st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=5), inner, max_size=4)
+    ),
+    max_leaves=10,
+)
+senders = st.sampled_from(["human", "gpt", "system", ""]) | json_values
+values = (
+    st.sampled_from(["<image>\nwhat ?", "red", "", "<image>", "\ud800", "</s>"])
+    | st.text()
+    | json_values
+)
+records = st.fixed_dictionaries(
+    {},
+    optional={
+        "id": st.text() | json_values,
+        "image": st.sampled_from(["a.png", "../a.png", None]) | json_values,
+        "conversations": json_values
+        | st.lists(
+            st.fixed_dictionaries({}, optional={"from": senders, "value": values}), max_size=4
+        )
+        | st.tuples(
+            st.text().map(lambda text: {"from": "human", "value": "<image>" + text}),
+            st.text().map(lambda text: {"from": "gpt", "value": text}),
+        ).map(list),
+        "tags": st.lists(st.text(), max_size=2) | json_values,
+    },
+)
+PROCESSOR = scratch_processor(["what ?", "red"], ScratchConfig())
+
+
+@settings(max_examples=400, deadline=None)
+@given(st.lists(records | json_values, max_size=3))
+def test_no_record_crashes_the_door_and_what_passes_can_be_stored(found: list[Any]) -> None:
+    bad = {row.row for row in find_bad_rows(Path("x"), found)}
+    for row, record in enumerate(found):
+        if row in bad:
+            continue
+        stored = {
+            "id": record_id(record),
+            "image": b"",
+            "conversations": [
+                {k: turn[k] for k in ("from", "value")} for turn in record["conversations"]
+            ],
+            "tags": record.get("tags"),
+            "turn_tokens": [1],
+            "row": row,
+        }
+        assert pa.Table.from_pylist([stored], schema=SCHEMA).num_rows == 1
+        encoded = encode(PROCESSOR, stored["conversations"])
+        assert len(encoded.ends) == len(record["conversations"]) // 2
+        assert all(start < end for start, end in zip(encoded.starts, encoded.ends, strict=True))
