@@ -13,19 +13,17 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import ray.train
 import ray.train.torch
 import torch
 import torch.distributed as dist
 from ray.train import Checkpoint, CheckpointUploadMode
-from torch import Tensor, nn
-from torch.nn import functional
+from torch import nn
 
 from fmray import tracking
 from fmray.config import Recipe
@@ -35,13 +33,19 @@ from fmray.train import checkpoint as checkpoints
 from fmray.train.checkpoint import TrainState
 from fmray.train.models import DTYPES, build_model, merge_lora
 from fmray.train.progress import Progress, StepLog
+from fmray.train.samples import (
+    answer_tokens,
+    blank_row,
+    draw,
+    model_inputs,
+    score_answers,
+    with_picture,
+)
 from fmray.train.zero import accumulation_steps, engine_config, make_optimizer, make_schedule
 
 if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine
     from transformers import ProcessorMixin
-
-IGNORED = -100  # label of a token that is not supervised
 
 
 def train_worker(config: dict[str, Any]) -> dict[str, Any] | None:
@@ -94,6 +98,7 @@ def train_worker(config: dict[str, Any]) -> dict[str, Any] | None:
         checkpoints.load_checkpoint(engine, resumed, universal)
     step = state.step if state is not None else 0
     best, best_step = (state.best, state.best_step) if state is not None else (None, None)
+    blank = blank_row(processor)
     levels = _levels(recipe, model) if recipe.adaptive is not None else None
 
     with (
@@ -113,35 +118,37 @@ def train_worker(config: dict[str, Any]) -> dict[str, Any] | None:
         for micro_batches in _steps(loader, step, total):
             assert len(micro_batches) == passes, (len(micro_batches), passes)
             engine.train()
-            [answer_tokens] = _sum([sum(_answer_tokens(batch) for batch in micro_batches)], device)
+            [tokens_learned] = _sum([sum(answer_tokens(batch) for batch in micro_batches)], device)
             loss_sum = torch.zeros((), device=device)
-            share_sum = 0.0
+            share_sum, rows = 0.0, 0
             for batch in micro_batches:
-                inputs = _inputs(batch, recipe, device)
+                batch = with_picture(batch, blank)
+                inputs = model_inputs(batch, DTYPES[recipe.model.dtype], device)
                 if levels is not None:
                     units_on, noise = draw(batch, recipe.seed, step, levels)
                     share_sum += float(model.share_of(units_on).sum())
+                    rows += len(units_on)
                     inputs |= {"units_on": units_on.to(device), "noise": noise.to(device)}
-                loss = engine(**inputs).loss * _answer_tokens(batch)
+                loss = engine(**inputs).loss * answer_tokens(batch)
                 # DeepSpeed takes the mean over workers and micro batches; this makes it the mean
                 # over tokens
-                engine.backward(loss * (world_size * passes / answer_tokens))
+                engine.backward(loss * (world_size * passes / tokens_learned))
                 engine.step()
                 loss_sum += loss.detach()
             step += 1
 
             tokens = sum(int(batch.attention_mask.sum()) for batch in micro_batches)
-            sums = _sum([float(loss_sum), share_sum, tokens], device)
+            sums = _sum([float(loss_sum), share_sum, rows, tokens], device)
             seconds, waiting = time.monotonic() - started, loader.wait_seconds - waited
             metrics = {
-                "loss": sums[0] / answer_tokens,
+                "loss": sums[0] / tokens_learned,
                 "lr": float(engine.get_lr()[0]),
                 "grad_norm": float(engine.get_global_grad_norm() or 0.0),
-                "tokens_per_s": sums[2] / seconds,
+                "tokens_per_s": sums[3] / seconds,
                 "waiting_share": waiting / seconds,
             }
             if levels is not None:
-                metrics["budget"] = sums[1] / recipe.train.global_batch
+                metrics["budget"] = sums[1] / sums[2]
             log.write(step, metrics)
             run.log(step, **{f"train/{name}": value for name, value in metrics.items()})
             progress.update(step, metrics)
@@ -234,6 +241,7 @@ def evaluate_budgets(
     `train.eval_rows` answers. Layers are masked, not skipped: every rank runs the same modules,
     which ZeRO-3 needs. Every rank must call this.
     """
+    blank = blank_row(processor)
     batches = list(
         evaluation_batches(
             recipe.data.store,
@@ -245,71 +253,30 @@ def evaluate_budgets(
             world_size=world_size,
         )
     )
-    passes = torch.tensor([len(batches), -len(batches)], device=device)
-    dist.all_reduce(passes, op=dist.ReduceOp.MAX)
-    if passes[1] == 0:
-        raise ValueError(
-            f"fewer validation rows than the {world_size} workers; use a larger validation split"
-        )
     engine.eval()
     results: dict[str, float] = {}
     for budget in recipe.train.eval_budgets if recipe.adaptive is not None else (None,):
         totals = torch.zeros(
             4, dtype=torch.float64, device=device
         )  # answers, right ones, tokens, loss
-        for index in range(int(passes[0])):
-            batch = batches[min(index, len(batches) - 1)]
-            inputs = _inputs(batch, recipe, device)
+        for batch in batches:
+            batch = with_picture(batch, blank)
+            inputs = model_inputs(batch, DTYPES[recipe.model.dtype], device)
             labels = inputs.pop("labels")
             if budget is not None:
                 _, noise = draw(batch, recipe.seed, 0, range(engine.module.layout.num_units + 1))
                 # labels say where the prompt ends
-                inputs |= {
-                    "labels": labels,
-                    "budget": budget,
-                    "execution": "masked",
-                    "noise": noise.to(device),
-                }
+                inputs |= {"labels": labels, "budget": budget, "noise": noise.to(device)}
+                inputs["execution"] = "masked"
             with torch.no_grad():
                 logits = engine(**inputs).logits
-            if index < len(batches):  # else a repeat, so that all ranks make as many passes
+            if not batch.filler:
                 totals += torch.stack(score_answers(logits, labels)).sum(1)
         dist.all_reduce(totals)
         name = "base" if budget is None else f"{budget:g}"
         answers, right, tokens, loss = totals.tolist()
         results |= {f"accuracy/{name}": right / answers, f"loss/{name}": loss / tokens}
     return results
-
-
-def score_answers(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Per row, float64 [B]: 1, whether every answer token is right, answer tokens, their loss.
-
-    logits: [B, n, V], where logits[:, i] predicts token i + 1; labels: [B, n], -100 outside
-    answers.
-    """
-    predicted, wanted = logits[:, :-1], labels[:, 1:]
-    supervised = wanted != IGNORED
-    right = ((predicted.argmax(-1) == wanted) | ~supervised).all(1).double()
-    loss = functional.cross_entropy(
-        predicted.flatten(0, 1).float(), wanted.flatten(), ignore_index=IGNORED, reduction="none"
-    )
-    loss = loss.view_as(wanted).double().sum(1)
-    return torch.ones_like(right), right, supervised.sum(1).double(), loss
-
-
-def draw(batch: Batch, seed: int, step: int, levels: Sequence[int]) -> tuple[Tensor, Tensor]:
-    """Switches on (int64 [B], uniform over `levels`) and Gumbel noise (float32 [B, K]).
-
-    A sample is known by its row and the place of its first answer token, so that the draw does not
-    depend on the worker or micro batch it lands in. K is the last level.
-    """
-    first_answer = (batch.labels != IGNORED).int().argmax(1).tolist()
-    units_on, noise = [], []
-    for row, place in zip(batch.rows, first_answer, strict=True):
-        generator = np.random.default_rng((seed, step, row, place))
-        units_on.append(levels[int(generator.integers(len(levels)))])
-        noise.append(generator.gumbel(size=levels[-1]))
-    return torch.tensor(units_on), torch.from_numpy(np.stack(noise)).float()
 
 
 def _deepspeed() -> ModuleType:
@@ -356,23 +323,6 @@ def _steps(loader: InstructionLoader, step: int, total: int) -> Iterator[list[Ba
             step += 1
             if step == total:
                 return
-
-
-def _inputs(batch: Batch, recipe: Recipe, device: torch.device) -> dict[str, Any]:
-    batch = batch.to(device)
-    inputs = {
-        "input_ids": batch.input_ids,
-        "attention_mask": batch.attention_mask,
-        "labels": batch.labels,
-        **batch.extras,
-    }
-    if batch.pixel_values is not None:
-        inputs["pixel_values"] = batch.pixel_values.to(DTYPES[recipe.model.dtype])
-    return inputs
-
-
-def _answer_tokens(batch: Batch) -> int:
-    return int((batch.labels[:, 1:] != IGNORED).sum())
 
 
 def _sum(values: list[float], device: torch.device) -> list[float]:

@@ -10,8 +10,6 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import torch
-from peft import LoraConfig as PeftLoraConfig
-from peft import inject_adapter_in_model
 from torch import Tensor, nn
 from transformers import (
     AutoModelForImageTextToText,
@@ -205,6 +203,10 @@ def _inject_lora(base: nn.Module, parts: dict[str, list[nn.Module]], config: Mod
 
     Its own weights rest, the projector learns unless frozen.
     """
+    # slow to import, and few runs need it
+    from peft import LoraConfig as PeftLoraConfig
+    from peft import inject_adapter_in_model
+
     decoder = parts["language"][0]
     targets = sorted(
         {

@@ -1,0 +1,341 @@
+"""Accuracy against budget: a model's own plans beside random, static and importance plans.
+
+In: a model directory, a data store, the `evaluate` section of a recipe. Out: an `Evaluation`, and
+in a folder `results.json`, `questions.parquet` (a row per question, budget and kind of plans, for
+paired tests) and `budget_curve.png`. Off layers are really skipped. Needs no Ray.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForImageTextToText
+
+from fmray import plots, tracking
+from fmray.adallava import AdaptiveVLM, best_plan
+from fmray.adallava.baselines import best_static_plan, importance_scores
+from fmray.adallava.placement import prompt_ends
+from fmray.adallava.store import is_adaptive
+from fmray.config import EvaluateConfig, LoadedRecipe
+from fmray.data.loader import Batch, evaluation_batches
+from fmray.data.processor import load_processor
+from fmray.data.store import StoreSplit
+from fmray.train.samples import draw, model_inputs, score_answers
+from fmray.train.statistics import (
+    Dependence,
+    PairedTest,
+    dependence,
+    paired_test,
+    wilson_interval,
+)
+
+BASE = "base"  # the kind of plans of the model without a budget
+SCHEMA = pa.schema(
+    [
+        ("id", pa.string()),
+        ("row", pa.int64()),
+        ("turn", pa.int32()),
+        ("tag", pa.string()),
+        ("plans", pa.string()),
+        ("budget", pa.float64()),  # null: no budget
+        ("correct", pa.bool_()),
+        ("loss", pa.float64()),  # nats, summed over the answer's tokens
+        ("share", pa.float64()),  # of the decoder's operations over the prompt
+        ("plan", pa.string()),  # "1011...": a digit per switch; null without a budget
+    ]
+)
+
+Plan = Callable[[AdaptiveVLM, Batch, Tensor], Tensor | None]
+
+
+@dataclass(frozen=True)
+class Point:
+    """One kind of plans at one budget; low, high: 95 % interval; share: of operations, mean."""
+
+    plans: str
+    budget: float
+    accuracy: float
+    low: float
+    high: float
+    loss: float
+    share: float
+    questions: int
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """base: the model without a budget. dependence: learned plans on question types, by budget.
+
+    paired: learned against another kind, by (kind, budget).
+    """
+
+    base: Point
+    points: list[Point]
+    dependence: dict[float, Dependence]
+    paired: dict[tuple[str, float], PairedTest]
+    questions: Path
+
+    def table(self) -> str:
+        """For the terminal: accuracy with its interval and the share of operations, by budget."""
+        kinds = list(dict.fromkeys(point.plans for point in self.points))
+        lines = [f"{'budget':>8}  {'share':>6}" + "".join(f"  {kind:>19}" for kind in kinds)]
+        for budget in sorted({point.budget for point in self.points}):
+            row = {point.plans: point for point in self.points if point.budget == budget}
+            share = next(iter(row.values())).share
+            lines.append(
+                f"{budget:>8g}  {share:>6.3f}" + "".join(f"  {_cell(row[kind])}" for kind in kinds)
+            )
+        lines.append(
+            f"{BASE:>8}  {1:>6.3f}  {_cell(self.base)}   ({self.base.questions} questions)"
+        )
+        for (kind, budget), test in self.paired.items():
+            lines.append(
+                f"learned - {kind} at {budget:g}: {test.difference:+.4f} "
+                f"({test.only_a} against {test.only_b} questions, p = {test.p_value:.2g})"
+            )
+        for budget, found in self.dependence.items():
+            lines.append(
+                f"plan and question type at {budget:g}: {found.bits:.3f} bits "
+                f"(shuffled {found.shuffled_bits:.3f}, p = {found.p_value:.2g})"
+            )
+        return "\n".join(lines)
+
+
+def evaluate(model_dir: Path, store: Path, config: EvaluateConfig, out: Path) -> Evaluation:
+    """Measure a model on the validation split of a store.
+
+    Raises ValueError for a budget below the always-on layers, or a store or model with parts
+    missing.
+    """
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    processor = load_processor(store / "processor")
+    adaptive = is_adaptive(model_dir)
+    load = AdaptiveVLM if adaptive else AutoModelForImageTextToText
+    model = load.from_pretrained(model_dir).to(device).eval()
+    dtype = next(model.parameters()).dtype
+
+    def batches(split: str, rows: int | None) -> Iterator[Batch]:
+        return evaluation_batches(store, split, processor, config.batch, rows=rows)
+
+    names = _row_ids(store)
+    kinds: dict[str, Plan] = {}
+    if adaptive:
+        calibration = [
+            model_inputs(batch, dtype, device)
+            for batch in batches("train", config.calibration_rows)
+            if {"static", "importance"} & set(config.plans)
+        ]
+        kinds = {kind: _plans(kind, model, calibration) for kind in config.plans}
+    records: list[dict[str, Any]] = []
+    answered: Counter[int] = Counter()  # answers of a row so far: they come in order
+    for batch in batches("validation", config.rows):
+        inputs = model_inputs(batch, dtype, device)
+        questions = _questions(batch, names, answered)
+        records += _records(questions, BASE, None, None, _score(model, inputs, {}))
+        for budget in config.budgets if adaptive else ():
+            ends = prompt_ends(inputs["input_ids"], inputs["attention_mask"], inputs["labels"])
+            units_on = model.units_for(budget, ends)
+            for kind, plan in kinds.items():
+                given = {"budget": budget, "plan": plan(model, batch, units_on)}
+                scored = _score(model, inputs, given)
+                shares = [
+                    model.cost.share(tokens, used.count("1"))
+                    for tokens, used in zip(ends.tolist(), scored[2], strict=True)
+                ]
+                records += _records(questions, kind, budget, shares, scored)
+
+    out.mkdir(parents=True, exist_ok=True)
+    table = pa.Table.from_pylist(records, schema=SCHEMA)
+    file = out / "questions.parquet"
+    pq.write_table(table, file.with_suffix(".partial"))
+    os.replace(file.with_suffix(".partial"), file)
+    result = _summary(table, config if adaptive else None, file)
+    _write_json(result, out / "results.json")
+    if result.points:
+        curve = [
+            plots.CurvePoint(p.plans, p.budget, p.accuracy, (p.high - p.low) / 2)
+            for p in result.points
+        ]
+        plots.budget_curve(curve, result.base.accuracy, out / "budget_curve.png")
+    return result
+
+
+def evaluate_run(loaded: LoadedRecipe, run_id: str) -> Evaluation:
+    """Evaluate the model that the training run `run_id` made, into its folder and its MLflow run.
+
+    Raises ValueError when the run has no model yet.
+    """
+    recipe = loaded.recipe
+    run_dir = recipe.cluster.storage / run_id
+    if not (run_dir / "model").is_dir():
+        raise ValueError(
+            f"{run_dir}: no model/ to evaluate; --run-id must name a finished training run in "
+            f"cluster.storage {recipe.cluster.storage}"
+        )
+    with tracking.open_run(
+        recipe.tracking, recipe.cluster.storage, run_id, recipe.model_dump(mode="json")
+    ) as run:
+        result = evaluate(
+            run_dir / "model", recipe.data.store, recipe.evaluate, run_dir / "evaluation"
+        )
+        metrics = {f"evaluate/{p.plans}/{p.budget:g}": p.accuracy for p in result.points}
+        run.log(0, **metrics, **{f"evaluate/{BASE}": result.base.accuracy})
+        run.artifact(run_dir / "evaluation")
+    print(result.table(), flush=True)
+    return result
+
+
+def _plans(kind: str, model: AdaptiveVLM, calibration: list[dict[str, Tensor]]) -> Plan:
+    """How a kind of plans is made: from the batch and the switches allowed [B] to plans [B, K]."""
+    if kind == "learned":
+        return lambda model, batch, units_on: None  # the model's own scheduler decides
+    if kind == "random":
+        return _random_plans
+    if kind == "importance":
+        scores = importance_scores(model, calibration)
+        return lambda model, batch, units_on: best_plan(
+            scores.to(units_on.device).expand(len(units_on), -1), units_on
+        )
+    assert kind == "static", kind
+    known: dict[int, Tensor] = {}
+
+    def static(model: AdaptiveVLM, batch: Batch, units_on: Tensor) -> Tensor:
+        for units in set(units_on.tolist()) - known.keys():
+            known[units] = best_static_plan(model, calibration, units)
+        return torch.stack([known[units] for units in units_on.tolist()]).to(units_on.device)
+
+    return static
+
+
+def _random_plans(model: AdaptiveVLM, batch: Batch, units_on: Tensor) -> Tensor:
+    """Uniform over the subsets of the size allowed: the first of an order drawn per question."""
+    _, noise = draw(batch, 0, 0, range(model.layout.num_units + 1))
+    return best_plan(noise.to(units_on.device), units_on)
+
+
+@torch.no_grad()
+def _score(
+    model: nn.Module, inputs: dict[str, Tensor], given: dict[str, Any]
+) -> tuple[list[bool], list[float], list[str] | None]:
+    """Whether each answer is right, its loss, and the plan it was given under."""
+    if given:
+        output = model(**inputs, **given)
+        plans = ["".join("01"[on] for on in row) for row in output.plan.int().tolist()]
+    else:
+        output = model(**inputs)
+        plans = None
+    _, right, _, loss = score_answers(output.logits, inputs["labels"])
+    return right.bool().tolist(), loss.tolist(), plans
+
+
+def _questions(batch: Batch, names: dict[int, str], answered: Counter[int]) -> list[dict[str, Any]]:
+    """What says which question each sample of a batch is."""
+    questions = []
+    for row, tag in zip(batch.rows, batch.tags, strict=True):
+        questions.append({"id": names[row], "row": row, "turn": answered[row], "tag": tag})
+        answered[row] += 1
+    return questions
+
+
+def _records(
+    questions: list[dict[str, Any]],
+    kind: str,
+    budget: float | None,
+    shares: list[float] | None,
+    scored: tuple[list[bool], list[float], list[str] | None],
+) -> Iterator[dict[str, Any]]:
+    correct, losses, plans = scored
+    for index, question in enumerate(questions):
+        yield question | {
+            "plans": kind,
+            "budget": budget,
+            "correct": correct[index],
+            "loss": losses[index],
+            "share": 1.0 if shares is None else shares[index],
+            "plan": None if plans is None else plans[index],
+        }
+
+
+def _summary(table: pa.Table, config: EvaluateConfig | None, questions: Path) -> Evaluation:
+    """The numbers of an evaluation from its table of questions; config: None for a stock model."""
+    columns = {name: np.array(table[name].to_pylist()) for name in ("plans", "tag", "plan")}
+    columns["budget"] = table["budget"].to_numpy()
+    columns["correct"] = np.array(table["correct"].to_pylist(), dtype=bool)
+    for name in ("loss", "share"):
+        columns[name] = table[name].to_numpy()
+
+    def chosen(kind: str, budget: float) -> dict[str, np.ndarray]:
+        rows = (columns["plans"] == kind) & (columns["budget"] == budget)
+        return {name: values[rows] for name, values in columns.items()}
+
+    base = {name: values[columns["plans"] == BASE] for name, values in columns.items()}
+    points: list[Point] = []
+    paired: dict[tuple[str, float], PairedTest] = {}
+    dependences: dict[float, Dependence] = {}
+    for budget in config.budgets if config is not None else ():
+        learned = chosen("learned", budget)
+        for kind in config.plans:
+            found = chosen(kind, budget)
+            points.append(_point(kind, budget, found))
+            if kind != "learned" and "learned" in config.plans:
+                paired[kind, budget] = paired_test(learned["correct"], found["correct"])
+        tagged = np.array([tag is not None for tag in learned["tag"]], dtype=bool)
+        if len(set(learned["tag"][tagged])) > 1:
+            dependences[budget] = dependence(
+                learned["tag"][tagged].astype(str), learned["plan"][tagged].astype(str)
+            )
+    return Evaluation(_point(BASE, 1.0, base), points, dependences, paired, questions)
+
+
+def _point(kind: str, budget: float, rows: dict[str, np.ndarray]) -> Point:
+    right, total = int(rows["correct"].sum()), len(rows["correct"])
+    low, high = wilson_interval(right, total)
+    return Point(
+        kind,
+        budget,
+        right / total,
+        low,
+        high,
+        float(rows["loss"].mean()),
+        float(rows["share"].mean()),
+        total,
+    )
+
+
+def _cell(point: Point) -> str:
+    return f"{point.accuracy:.4f} [{point.low:.3f}-{point.high:.3f}]"
+
+
+def _row_ids(store: Path) -> dict[int, str]:
+    """Source row -> id, of the validation split."""
+    names: dict[int, str] = {}
+    for file in StoreSplit(store, "validation").files:
+        part = pq.read_table(file, columns=["row", "id"])
+        names |= dict(zip(part["row"].to_pylist(), part["id"].to_pylist(), strict=True))
+    return names
+
+
+def _write_json(result: Evaluation, path: Path) -> None:
+    values = {
+        "base": asdict(result.base),
+        "points": [asdict(point) for point in result.points],
+        "dependence": [{"budget": b, **asdict(d)} for b, d in result.dependence.items()],
+        "paired": [
+            {"plans": kind, "budget": budget, **asdict(test)}
+            for (kind, budget), test in result.paired.items()
+        ],
+    }
+    partial = path.with_suffix(".partial")
+    partial.write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
+    os.replace(partial, path)

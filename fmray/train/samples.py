@@ -1,0 +1,118 @@
+"""From a batch of the loader to the model's arguments, and from its logits to right and wrong.
+
+In: `Batch`es. Out: keyword arguments on the device, the draw of each sample's budget and noise,
+scores of answers. Nothing here depends on the number of workers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.nn import functional
+
+from fmray.data.loader import IGNORED, Batch
+
+if TYPE_CHECKING:
+    from transformers import ProcessorMixin
+
+
+def model_inputs(batch: Batch, dtype: torch.dtype, device: torch.device) -> dict[str, Any]:
+    """The batch as the keyword arguments of a model's forward, pixels in the model's dtype."""
+    batch = batch.to(device)
+    inputs = {
+        "input_ids": batch.input_ids,
+        "attention_mask": batch.attention_mask,
+        "labels": batch.labels,
+        **batch.extras,
+    }
+    if batch.pixel_values is not None:
+        inputs["pixel_values"] = batch.pixel_values.to(dtype)
+    return inputs
+
+
+def blank_row(processor: ProcessorMixin) -> Batch:
+    """One row with a grey picture and nothing to learn, for `with_picture`."""
+    size = getattr(processor.image_processor, "crop_size", None) or {"height": 64, "width": 64}
+    grey = Image.new("RGB", (size["width"], size["height"]), (128, 128, 128))
+    features = dict(processor(images=[grey], text=[processor.image_token], return_tensors="pt"))
+    ids = features.pop("input_ids")
+    return Batch(
+        ids,
+        features.pop("attention_mask"),
+        torch.full_like(ids, IGNORED),
+        features.pop("pixel_values"),
+        {name: value for name, value in features.items() if name != "mm_token_type_ids"},
+        [None],
+        [0],
+    )
+
+
+def with_picture(batch: Batch, blank: Batch) -> Batch:
+    """The batch itself, or with the blank row added where it is text alone.
+
+    Workers exchange gradients (and, under ZeRO-3, weights) module by module: a worker whose micro
+    batch has no picture would leave out the vision tower and the projector, and the others would
+    wait for it, or add up the wrong things.
+    """
+    if batch.pixel_values is not None:
+        return batch
+    length = max(batch.input_ids.shape[1], blank.input_ids.shape[1])
+
+    def join(name: str, value: int) -> Tensor:
+        parts = [getattr(batch, name), getattr(blank, name)]
+        return torch.cat(
+            [functional.pad(part, (0, length - part.shape[1]), value=value) for part in parts]
+        )
+
+    return Batch(
+        join("input_ids", 0),
+        join("attention_mask", 0),
+        join("labels", IGNORED),
+        blank.pixel_values,
+        blank.extras,
+        [*batch.tags, *blank.tags],
+        [*batch.rows, *blank.rows],
+        batch.filler,
+    )
+
+
+def draw(batch: Batch, seed: int, step: int, levels: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """Switches on (int64 [B], uniform over `levels`) and Gumbel noise (float32 [B, K]).
+
+    A sample is known by its row and the place of its first answer token, so that the draw does not
+    depend on the worker or micro batch it lands in. K is the last level.
+    """
+    first_answer = (batch.labels != IGNORED).int().argmax(1).tolist()
+    units_on, noise = [], []
+    for row, place in zip(batch.rows, first_answer, strict=True):
+        generator = np.random.default_rng((seed, step, row, place))
+        units_on.append(levels[int(generator.integers(len(levels)))])
+        noise.append(generator.gumbel(size=levels[-1]))
+    return torch.tensor(units_on), torch.from_numpy(np.stack(noise)).float()
+
+
+def answer_tokens(batch: Batch) -> int:
+    """How many tokens are learned: those that some token precedes."""
+    return int((batch.labels[:, 1:] != IGNORED).sum())
+
+
+def score_answers(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Per row, float64 [B]: 1 (0 without an answer), 1 if every answer token is the most probable
+    one, answer tokens, their loss in nats.
+
+    logits: [B, n, V], where logits[:, i] predicts token i + 1; labels: [B, n], -100 outside
+    answers. Answers are teacher-forced: each token is predicted from the right ones before it.
+    """
+    predicted, wanted = logits[:, :-1], labels[:, 1:]
+    supervised = wanted != IGNORED
+    answered = supervised.any(1).double()
+    right = ((predicted.argmax(-1) == wanted) | ~supervised).all(1).double() * answered
+    loss = functional.cross_entropy(
+        predicted.flatten(0, 1).float(), wanted.flatten(), ignore_index=IGNORED, reduction="none"
+    )
+    return answered, right, supervised.sum(1).double(), loss.view_as(wanted).double().sum(1)

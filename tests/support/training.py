@@ -1,0 +1,72 @@
+"""A small store of generated shapes and recipes on it, for tests of training and evaluation."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fmray.config import LoadedRecipe, Recipe
+from fmray.data import ingest
+from fmray.data.shard import ShardTask, write_shard
+
+SCRATCH = {
+    "layers": 4,
+    "hidden": 32,
+    "heads": 4,
+    "kv_heads": 2,
+    "intermediate": 64,
+    "vision_layers": 1,
+    "vision_hidden": 32,
+    "vision_heads": 2,
+}
+ADAPTIVE = {"first": 1}
+
+
+def load_recipe(store: Path, storage: Path, **sections: Any) -> LoadedRecipe:
+    """A recipe of a tiny model on `store`: eight steps of 16 samples, in this process."""
+    values: dict[str, Any] = {
+        "name": "tiny",
+        "seed": 3,
+        "model": {"scratch": SCRATCH, "freeze": []},
+        "data": {
+            "store": str(store),
+            "max_length": 64,
+            "shapes": {"pictures": 200, "validation_pictures": 20},
+        },
+        "train": {"lr": 2e-3, "steps": 8, "global_batch": 16, "micro_batch": 8, "eval_rows": 8},
+        "cluster": {"storage": str(storage), "workers": 0, "cpus_per_worker": 0.5, "data_cpus": 0},
+        "tracking": {"enabled": False},
+    }
+    for section, changes in sections.items():
+        if isinstance(changes, dict) and isinstance(values.get(section), dict):
+            values[section] = values[section] | changes
+        else:
+            values[section] = changes
+    recipe = Recipe.model_validate(values)
+    return LoadedRecipe(recipe, dict.fromkeys(_keys(recipe.model_dump(mode="json"), ""), "test"))
+
+
+def make_store(folder: Path) -> Path:
+    """Generate and ingest the shapes of `load_recipe`, in this process, without Ray."""
+    store = folder / "store"
+
+    def run(tasks: list[ShardTask], recipe: Recipe) -> Iterator[tuple[str, Any]]:
+        for task in tasks:
+            Path(task.path).parent.mkdir(parents=True, exist_ok=True)
+            yield task.path, write_shard(task)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ingest, "_run", run)
+        ingest.prepare(load_recipe(store, folder).recipe)
+    return store
+
+
+def _keys(values: dict[str, Any], prefix: str) -> Iterator[str]:
+    for name, value in values.items():
+        if isinstance(value, dict) and value:
+            yield from _keys(value, f"{prefix}{name}.")
+        else:
+            yield prefix + name
