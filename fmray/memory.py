@@ -187,9 +187,9 @@ def model_config(model: ModelConfig) -> PreTrainedConfig:
     try:
         return AutoConfig.from_pretrained(model.source, revision=model.revision)
     except (OSError, ValueError, KeyError) as error:
-        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise ValueError(
-            f"model.source: no config of {model.source} can be read here: {reason}"
+            f"model.source: no config of {model.source} can be read here: no such folder, and the hub"
+            " does not know it or cannot be reached"
         ) from error
 
 
