@@ -1,0 +1,106 @@
+"""One Ray session, started as `fmray quickstart` does: jobs, their exit codes, and doctor."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import ray
+from ray.job_submission import JobStatus, JobSubmissionClient
+
+from fmray.cli import main
+from fmray.cluster import Session, start_or_join, submit
+from fmray.config import ClusterConfig
+from fmray.preflight import machines_of_cluster
+
+JOB = """
+import os, sys, time
+print("folder", os.getcwd(), "words", sys.argv[1:], flush=True)
+time.sleep(float(sys.argv[2]))
+sys.exit(int(sys.argv[1]))
+"""
+
+
+@pytest.fixture(scope="module")
+def session() -> Iterator[Session]:
+    with start_or_join(ClusterConfig(address="local")) as session:
+        yield session
+
+
+@pytest.fixture
+def script(tmp_path: Path) -> Path:
+    path = tmp_path / "a job.py"
+    path.write_text(JOB)
+    return path
+
+
+def test_a_session_that_was_started_takes_jobs(
+    session: Session, script: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert session.started
+    assert submit(session, script, ["0", "0", "a b"], "passes") == 0
+    assert f"folder {os.getcwd()} words ['0', '0', 'a b']" in capsys.readouterr().out
+    assert submit(session, script, ["3", "0"], "fails") == 3
+
+
+def test_joining_leaves_the_cluster_running(session: Session) -> None:
+    with start_or_join(ClusterConfig()) as joined:
+        assert joined.address == session.address
+        assert not joined.started
+    assert ray.is_initialized()
+    assert [machine.gpus for machine in machines_of_cluster()] == [0]
+
+
+def test_a_cluster_that_was_there_gets_the_folder(
+    session: Session, script: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    there = Session(session.address, session.dashboard, started=False)
+    assert submit(there, script, ["4", "0"], "uploaded") == 4
+    folder = capsys.readouterr().out.partition("folder ")[2].partition(" words")[0]
+    assert folder != str(script.parent)
+
+
+def test_interrupting_stops_the_job(session: Session, script: Path) -> None:
+    program = (
+        "import sys\nfrom pathlib import Path\nfrom fmray.cluster import Session, submit\n"
+        f"session = Session({session.address!r}, {session.dashboard!r}, True)\n"
+        f"submit(session, Path({str(script)!r}), ['0', '600'], 'interrupted')\n"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", program], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+    assert process.stdout is not None
+    assert any("folder" in line for line in process.stdout), "the job did not start"
+    process.send_signal(signal.SIGINT)
+    process.communicate(timeout=60)
+    assert process.returncode != 0
+    client = JobSubmissionClient(session.dashboard)
+    deadline = time.monotonic() + 30
+    while client.get_job_status("interrupted") == JobStatus.RUNNING:
+        assert time.monotonic() < deadline, "the job went on"
+        time.sleep(0.2)
+    assert client.get_job_status("interrupted") == JobStatus.STOPPED
+
+
+def test_doctor_sees_the_cluster(
+    session: Session, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(
+        f"name: a\ndata: {{shapes: {{}}, max_length: 128, store: {tmp_path}}}\n"
+        f"cluster: {{storage: {tmp_path}, cpus_per_worker: 0.5, data_cpus: 0.5}}\n"
+    )
+    assert main(["doctor", "--config", str(recipe)]) == 0
+    assert "ok   a Ray cluster is running" in capsys.readouterr().out
+    assert ray.is_initialized(), "doctor leaves a connection that was there"
+
+
+def test_no_dashboard_no_jobs(script: Path) -> None:
+    with pytest.raises(ValueError, match="has no dashboard and so takes no jobs"):
+        submit(Session("127.0.0.1:1", None, started=False), script, [], "none")
