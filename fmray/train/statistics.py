@@ -39,7 +39,8 @@ def wilson_interval(right: int, total: int) -> tuple[float, float]:
     share, square = right / total, Z_95**2 / total
     center = (share + square / 2) / (1 + square)
     half = Z_95 * math.sqrt(share * (1 - share) / total + square / (4 * total)) / (1 + square)
-    return max(0.0, center - half), min(1.0, center + half)
+    # exactly 0 and 1 at the ends, where rounding would miss them
+    return (center - half if right else 0.0), (center + half if right < total else 1.0)
 
 
 def paired_test(a: np.ndarray, b: np.ndarray) -> PairedTest:
