@@ -1,0 +1,220 @@
+"""The training loop in one process: gradients, resuming, accumulation, export, refusals."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from support.training import ADAPTIVE, load_recipe, make_store
+from torch.nn import functional
+
+from fmray.adallava import AdaptiveVLM
+from fmray.data.loader import InstructionLoader
+from fmray.data.processor import load_processor
+from fmray.train.checkpoint import find_checkpoint
+from fmray.train.job import Result, train
+from fmray.train.models import build_model
+from fmray.train.progress import read_log
+
+TRAIN = {"lr": 2e-3, "steps": 8, "global_batch": 16, "micro_batch": 8, "eval_rows": 8}
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_store(tmp_path_factory.mktemp("data"))
+
+
+@pytest.fixture
+def run(store: Path, tmp_path: Path) -> Callable[..., Result]:
+    """Train under a run id below the test's own folder."""
+    return lambda run_id, **sections: train(load_recipe(store, tmp_path, **sections), run_id)
+
+
+def losses(result: Result) -> list[float]:
+    return [line["loss"] for line in read_log(result.run_dir / "log.jsonl") if "loss" in line]
+
+
+def weights(result: Result) -> dict[str, torch.Tensor]:
+    return AdaptiveVLM.from_pretrained(result.model_dir).state_dict()
+
+
+def test_a_step_is_the_gradient_of_the_mean_answer_token(
+    store: Path, run: Callable[..., Result]
+) -> None:
+    """Loss and gradient norm of the first step against plain autograd, one sample at a time."""
+    result = run("first", train=TRAIN | {"steps": 1, "gradient_clip": 0.01})
+    recipe = load_recipe(store, store).recipe
+    processor = load_processor(store / "processor")
+    loader = InstructionLoader(
+        store, "train", processor, global_batch=16, rank=0, world_size=1, seed=recipe.seed,
+        samples="turn", max_length=64, micro_batch=1,
+    )  # fmt: skip
+    model = build_model(recipe, processor)
+    samples = next(iter(loader.epoch(0)))
+    assert len(samples) == 16
+    total, tokens = torch.zeros(()), 0
+    for sample in samples:
+        logits = model(
+            input_ids=sample.input_ids,
+            attention_mask=sample.attention_mask,
+            pixel_values=sample.pixel_values,
+        ).logits
+        wanted = sample.labels[:, 1:].flatten()
+        total = total + functional.cross_entropy(
+            logits[:, :-1].flatten(0, 1), wanted, ignore_index=-100, reduction="sum"
+        )
+        tokens += int((wanted != -100).sum())
+    (total / tokens).backward()
+    gradients = [p.grad.flatten() for p in model.parameters() if p.grad is not None]
+    [line] = [line for line in read_log(result.run_dir / "log.jsonl") if "loss" in line]
+    assert line["loss"] == pytest.approx(float(total.detach()) / tokens, rel=1e-5)
+    assert line["grad_norm"] == pytest.approx(float(torch.cat(gradients).norm()), rel=1e-4)
+
+
+def test_the_loss_falls_and_the_model_is_exported(run: Callable[..., Result]) -> None:
+    result = run("falls", adaptive=ADAPTIVE, train=TRAIN | {"steps": 24})
+    found = losses(result)
+    assert len(found) == 24
+    assert sum(found[-4:]) / 4 < found[0] - 0.3
+    assert set(result.metrics) >= {"accuracy/0.5", "accuracy/1", "loss/0.75", "budget", "step"}
+    state = json.loads((find_checkpoint(result.run_dir) / "state.json").read_text())
+    assert (state["step"], state["seed"], state["world_size"]) == (24, 3, 1)
+    assert "lr: 0.002  # test" in (find_checkpoint(result.run_dir) / "recipe.yaml").read_text()
+    assert load_processor(result.model_dir).chat_template
+    assert not list(result.run_dir.glob(".*partial"))
+
+
+@pytest.mark.parametrize("stage", [0, 2, 3])
+def test_resumed_equals_uninterrupted(run: Callable[..., Result], stage: int) -> None:
+    recipe = {
+        "adaptive": ADAPTIVE,
+        "zero": {"stage": stage, "parameter_persistence": 0},
+        "train": TRAIN | {"checkpoint_every": 3, "keep_checkpoints": 9},
+    }
+    whole = run("whole", **recipe)
+    names = sorted(path.name for path in whole.run_dir.glob("checkpoint-*"))
+    assert names == ["checkpoint-00000003", "checkpoint-00000006", "checkpoint-00000008"]
+    wanted, wanted_weights = losses(whole), weights(whole)
+    # as if the process had died after step 3, with two more steps already in the log
+    shutil.rmtree(whole.run_dir / "checkpoint-00000006")
+    shutil.rmtree(whole.run_dir / "checkpoint-00000008")
+    shutil.rmtree(whole.model_dir)
+    log = whole.run_dir / "log.jsonl"
+    log.write_text("".join(line + "\n" for line in log.read_text().splitlines()[:5]) + '{"st')
+    resumed = run("whole", **recipe)
+    assert losses(resumed) == wanted
+    found = weights(resumed)
+    assert all(torch.equal(found[name], wanted_weights[name]) for name in wanted_weights)
+
+
+def test_a_finished_run_is_not_trained_again(run: Callable[..., Result]) -> None:
+    first = run("done", adaptive=ADAPTIVE)
+    wanted = weights(first)
+    shutil.rmtree(first.model_dir)
+    again = run("done", adaptive=ADAPTIVE)
+    assert len(losses(again)) == 8
+    assert again.metrics["accuracy/0.5"] == first.metrics["accuracy/0.5"]
+    assert all(torch.equal(tensor, wanted[name]) for name, tensor in weights(again).items())
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_accumulation_and_stages_compute_the_same(run: Callable[..., Result], stage: int) -> None:
+    wanted = run("large", adaptive=ADAPTIVE, train=TRAIN | {"micro_batch": 16}, zero={"stage": 0})
+    found = run(
+        "small",
+        adaptive=ADAPTIVE,
+        train=TRAIN | {"micro_batch": 4},
+        zero={"stage": stage, "parameter_persistence": 0},
+    )
+    assert losses(found) == pytest.approx(losses(wanted), rel=1e-4)
+    assert found.metrics["budget"] == pytest.approx(wanted.metrics["budget"])
+
+
+def test_bfloat16_and_gradient_checkpointing_stay_close(run: Callable[..., Result]) -> None:
+    wanted = losses(run("float32", adaptive=ADAPTIVE))
+    checkpointed = run("again", adaptive=ADAPTIVE, train=TRAIN | {"gradient_checkpointing": True})
+    assert losses(checkpointed) == pytest.approx(wanted, rel=1e-5)
+    low = run("bfloat16", adaptive=ADAPTIVE, model={"dtype": "bfloat16"}, zero={"stage": 2})
+    assert losses(low) == pytest.approx(wanted, rel=0.01)
+    assert {tensor.dtype for tensor in weights(low).values()} == {torch.bfloat16}
+
+
+def test_frozen_parts_are_exported_as_they_came(store: Path, run: Callable[..., Result]) -> None:
+    sections = {"adaptive": ADAPTIVE, "model": {"freeze": ["vision"]}}
+    found = weights(run("frozen", **sections))
+    processor = load_processor(store / "processor")
+    before = build_model(load_recipe(store, store, **sections).recipe, processor).state_dict()
+    same = {name for name in found if torch.equal(found[name], before[name])}
+    assert same == {name for name in found if ".vision_tower." in name}
+
+
+def test_lora_is_trained_and_folded_in(store: Path, run: Callable[..., Result]) -> None:
+    sections = {"adaptive": ADAPTIVE, "model": {"freeze": ["vision"], "lora": {"rank": 4}}}
+    result = run("lora", **sections, zero={"stage": 3, "parameter_persistence": 0})
+    assert losses(result)[-1] < losses(result)[0] - 0.1
+    found = weights(result)
+    processor = load_processor(store / "processor")
+    plain = build_model(load_recipe(store, store, **sections).recipe, processor, lora=False)
+    before = plain.state_dict()
+    assert found.keys() == before.keys()
+    changed = {name for name in found if not torch.equal(found[name], before[name])}
+    decoder = ".language_model.layers."
+    adapted = {n for n in found if decoder in n and "norm" not in n}
+    assert {name for name in changed if decoder in name} == adapted
+    for name in adapted:
+        rank = torch.linalg.matrix_rank(found[name] - before[name], rtol=1e-3)
+        assert 1 <= int(rank) <= 4
+    assert "base.lm_head.weight" not in changed
+    assert "base.model.multi_modal_projector.linear_1.weight" in changed
+
+
+def test_a_checkpoint_of_another_recipe_is_refused(run: Callable[..., Result]) -> None:
+    run("taken")
+    with pytest.raises(ValueError, match=r"train\.lr was 0\.002 and is 0\.001; use these values"):
+        run("taken", train=TRAIN | {"lr": 1e-3})
+    with pytest.raises(ValueError, match=r"adaptive\.design was None and is 'layers'"):
+        run("taken", adaptive=ADAPTIVE)
+    run("taken", train=TRAIN | {"eval_rows": 4})  # how it is watched may change
+
+
+def broken(change: Callable[[Path], Any], run: Callable[..., Result], run_id: str) -> str:
+    change(find_checkpoint(run(run_id).run_dir))
+    with pytest.raises(ValueError) as error:
+        run(run_id)
+    return str(error.value)
+
+
+def test_a_broken_checkpoint_is_named(run: Callable[..., Result]) -> None:
+    def state(text: str) -> Callable[[Path], Any]:
+        return lambda path: (path / "state.json").write_text(text)
+
+    message = broken(lambda path: (path / "state.json").unlink(), run, "a")
+    assert "checkpoint-00000008: no state.json, so this checkpoint is not complete" in message
+    assert "not JSON" in broken(state("{"), run, "b")
+    assert "should hold" in broken(state("[]"), run, "c")
+    assert "holds ['step']" in broken(state('{"step": 8}'), run, "d")
+
+
+def test_a_store_that_is_not_prepared_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"no processor; prepare it with `python jobs/prepare"):
+        train(load_recipe(tmp_path / "nothing", tmp_path), "run")
+
+
+def test_old_checkpoints_go_and_the_best_stays(run: Callable[..., Result]) -> None:
+    every = {"checkpoint_every": 1, "eval_every": 1, "keep_checkpoints": 2}
+    result = run("pruned", train=TRAIN | every)
+    kept = sorted(int(path.name[-8:]) for path in result.run_dir.glob("checkpoint-*"))
+    scores = {
+        line["step"]: line["accuracy/base"]
+        for line in read_log(result.run_dir / "log.jsonl")
+        if "accuracy/base" in line
+    }
+    best = min(step for step in scores if scores[step] == max(scores.values()))
+    assert len(scores) == 8 and len(kept) == 2
+    assert kept == sorted({best, 8}) or best == 8
+    assert result.best_checkpoint == result.run_dir / f"checkpoint-{best:08d}"
