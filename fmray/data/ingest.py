@@ -18,6 +18,7 @@ import math
 import os
 import shutil
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,6 +26,7 @@ from typing import TYPE_CHECKING, Any
 import ray
 from tqdm import tqdm
 
+from fmray.cluster import start_or_join
 from fmray.config import Recipe
 from fmray.data import shapes
 from fmray.data.manifest import Manifest
@@ -56,28 +58,13 @@ def prepare(recipe: Recipe) -> Manifest:
     Raises ValueError for files that cannot be read, for bad rows unless `data.on_bad_row` is `skip`
     (all are listed in `<store>/bad_rows.jsonl`), and for a processor that cannot serve.
     """
-    data = recipe.data
-    store = data.store.resolve()  # workers have other working directories
-    if data.shapes is not None:
-        source = store / "source"
-        shapes.generate(source, data.shapes, recipe.seed)
-        files = {"train": source / "train.json", "validation": source / "validation.json"}
-        image_folder = source
-    elif data.train is not None:
-        files = {"train": data.train.resolve()}
-        if data.validation is not None:
-            files["validation"] = data.validation.resolve()
-        image_folder = (data.image_folder or data.train.parent).resolve()
-    else:
-        raise ValueError(
-            "data: nothing to prepare; set data.train to a LLaVA file, or data.shapes to make one"
-        )
-
+    store = recipe.data.store.resolve()  # workers have other working directories
+    files, image_folder = _find_sources(recipe, store)
     settings = _settings(recipe, files, image_folder)
     processor = None if recipe.model.source == "scratch" else _base_processor(recipe)
     found = Manifest.read(store) if Manifest.exists(store) else None
     if found is not None and _is_current(found, store, settings, processor):
-        print(f"store {data.store}: up to date, {found.summary()}")
+        print(f"store {recipe.data.store}: up to date, {found.summary()}")
         return found
 
     sources = {}
@@ -88,59 +75,62 @@ def prepare(recipe: Recipe) -> Manifest:
     if processor is None:
         processor = scratch_processor(_texts(sources), recipe.model.scratch)
     processor_hash = fingerprint(processor)
-    store.mkdir(parents=True, exist_ok=True)
-    Manifest.path(store).unlink(missing_ok=True)  # parts are about to change
-    _save_processor(processor, store / "processor")
+    if found is None or found.processor != processor_hash:
+        Manifest.path(store).unlink(missing_ok=True)
+        _save_processor(processor, store / "processor")
 
     plan = _plan_shards(recipe, sources, store, image_folder, processor_hash, settings)
-    results: dict[str, ShardResult] = {}
-    missing = []
-    for task in plan:
-        kept = finished_part(task)
-        if kept is None or kept.bad_rows:  # what was bad may have been mended
-            missing.append(task)
-        else:
-            results[task.path] = kept
-    with tqdm(total=len(plan), initial=len(results), desc="ingest", unit="shard") as bar:
-        for path, result in _run(missing, recipe):
-            results[path] = result
-            bar.update()
+    # what was bad may have been mended since, so parts with bad rows are made again
+    kept = ((task.path, finished_part(task)) for task in plan)
+    results = {path: result for path, result in kept if result and not result.bad_rows}
+    missing = [task for task in plan if task.path not in results]
+    if missing:
+        Manifest.path(store).unlink(missing_ok=True)
+        writing = _run(missing, recipe)
+        results |= tqdm(writing, total=len(plan), initial=len(results), desc="ingest", unit="shard")
 
     bad = [row for source in sources.values() for row in source.bad]
-    bad += [BadRow(**row) for task in plan for row in results[task.path].bad_rows]
+    bad += [BadRow(**row) for result in results.values() for row in result.bad_rows]
     _stop_at_bad_rows(recipe, store, bad)
-    _remove_strangers(store, {task.path for task in plan})
-    counts = {
-        split: {
-            "rows": sum(results[task.path].rows for task in plan if task.split == split),
-            "answers": sum(results[task.path].answers for task in plan if task.split == split),
-            "shards": sum(task.split == split for task in plan),
-        }
-        for split in ("train", "validation")
-    }
+    _remove_strangers(store, set(results))
+    counts = {split: _count(plan, results, split) for split in ("train", "validation")}
     for split, count in counts.items():
         if not count["rows"]:
-            hint = (
-                ""
-                if "validation" in files
-                else "; raise data.validation_share or name data.validation"
-            )
-            raise ValueError(
-                f"{files.get(split, files['train'])}: no good rows for the {split} split{hint}"
-            )
+            raise ValueError(f"{store / BAD_ROWS}: all {split} rows are bad")
     manifest = Manifest(settings, processor_hash, counts, bad_rows=len(bad))
     manifest.write(store)
-    print(f"store {data.store}: {len(missing)} of {len(plan)} shards written, {manifest.summary()}")
+    written = f"{len(missing)} of {len(plan)} shards written"
+    print(f"store {recipe.data.store}: {written}, {manifest.summary()}")
     return manifest
+
+
+def _find_sources(recipe: Recipe, store: Path) -> tuple[dict[str, Path], Path]:
+    """LLaVA files by split name and their image folder; generated where the recipe says so."""
+    data = recipe.data
+    if data.shapes is not None:
+        source = store / "source"
+        shapes.generate(source, data.shapes, recipe.seed)
+        return {split: source / f"{split}.json" for split in ("train", "validation")}, source
+    if data.train is None:
+        raise ValueError(
+            "data: nothing to prepare; set data.train to a LLaVA file, or data.shapes to make one"
+        )
+    files = {"train": data.train.resolve()}
+    if data.validation is not None:
+        files["validation"] = data.validation.resolve()
+    for name, file in files.items():
+        if not file.is_file():
+            raise ValueError(f"data.{name}: {file}: no such file; name a LLaVA JSON or JSONL file")
+    image_folder = (data.image_folder or data.train.parent).resolve()
+    if not image_folder.is_dir():
+        raise ValueError(f"data.image_folder: {image_folder}: no such folder")
+    return files, image_folder
 
 
 def _settings(recipe: Recipe, files: dict[str, Path], image_folder: Path) -> dict[str, Any]:
     """All that decides what the store holds, but the processor. Images are taken not to change
     under their names."""
     data, scratch = recipe.data, recipe.model.scratch
-    for name, file in files.items():
-        if not file.is_file():
-            raise ValueError(f"data.{name}: {file}: no such file; name a LLaVA JSON or JSONL file")
     return {
         "version": VERSION,
         "files": {name: str(file) for name, file in files.items()},
@@ -240,6 +230,12 @@ def _plan_shards(
     size = recipe.data.rows_per_shard
     tasks = []
     for split, rows in splits.items():
+        if not rows:
+            share = recipe.data.validation_share
+            raise ValueError(
+                f"data.validation_share: {share} of {len(sources['train'].records)} rows leave "
+                f"none for the {split} split; change it or name a file in data.validation"
+            )
         file = sources.get(split, sources["train"]).file
         for shard in range(math.ceil(len(rows) / size)):
             content = [row for row in rows[shard * size : (shard + 1) * size] if row[1] is not None]
@@ -261,25 +257,18 @@ def _plan_shards(
 
 def _run(tasks: list[ShardTask], recipe: Recipe) -> Iterator[tuple[str, ShardResult]]:
     """Write shards, one Ray Data task each; yields (path, result) as they are done."""
-    if not tasks:
-        return
-    if not ray.is_initialized():
-        ray.init(address=recipe.cluster.address)
-    if ray.cluster_resources().get("CPU", 0) < 1:
-        raise ValueError("ingest needs one CPU, and this Ray cluster has none")
     for folder in {Path(task.path).parent for task in tasks}:
         folder.mkdir(parents=True, exist_ok=True)
         for left_over in folder.glob("*.tmp"):  # of a run that was killed
             left_over.unlink()
-    context = ray.data.DataContext.get_current()
-    shown, context.enable_progress_bars = context.enable_progress_bars, False
-    try:
+    with nullcontext() if ray.is_initialized() else start_or_join(recipe.cluster):
+        if ray.cluster_resources().get("CPU", 0) < 1:
+            raise ValueError("ingest needs one CPU, and this Ray cluster has none")
         items = [asdict(task) for task in tasks]
         dataset = ray.data.from_items(items, override_num_blocks=len(items)).map(_write_shard)
-    finally:
-        context.enable_progress_bars = shown
-    for row in dataset.iter_rows():
-        yield row["path"], ShardResult.from_json(row["result"])
+        dataset.context.enable_progress_bars = False  # ours counts shards
+        for row in dataset.iter_rows():
+            yield row["path"], ShardResult.from_json(row["result"])
 
 
 def _write_shard(row: dict[str, Any]) -> dict[str, Any]:
@@ -287,9 +276,18 @@ def _write_shard(row: dict[str, Any]) -> dict[str, Any]:
     return {"path": row["path"], "result": write_shard(ShardTask(**row)).to_json()}
 
 
+def _count(plan: list[ShardTask], results: dict[str, ShardResult], split: str) -> dict[str, int]:
+    paths = [task.path for task in plan if task.split == split]
+    rows = sum(results[path].rows for path in paths)
+    answers = sum(results[path].answers for path in paths)
+    return {"rows": rows, "answers": answers, "shards": len(paths)}
+
+
 def _save_processor(processor: ProcessorMixin, folder: Path) -> None:
+    folder.parent.mkdir(parents=True, exist_ok=True)
     temporary = folder.with_name(folder.name + ".tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
+    if temporary.exists():
+        shutil.rmtree(temporary)
     processor.save_pretrained(temporary)
     if folder.exists():
         shutil.rmtree(folder)
