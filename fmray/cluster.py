@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import os
 import shlex
+import socket
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -24,15 +25,16 @@ if TYPE_CHECKING:
     from ray.job_submission import JobSubmissionClient
 
 AGENT_SECONDS = 60  # a new cluster takes jobs once the agent of its head node has registered
+ANSWER_SECONDS = 5
 
 
 @dataclass(frozen=True)
 class Session:
-    """A connected Ray: `dashboard` is the http address that takes jobs; `started`: by us, here."""
+    """A connected Ray: `dashboard` is the http address that takes jobs; `here`: they run here."""
 
     address: str
     dashboard: str | None
-    started: bool
+    here: bool
 
 
 @contextmanager
@@ -50,37 +52,59 @@ def start_or_join(cluster: ClusterConfig) -> Iterator[Session]:
     import ray
 
     connected = ray.is_initialized()
-    try:
-        context = ray.init(
-            address=None if connected else cluster.address,
-            include_dashboard=True,
-            ignore_reinit_error=True,
-        )
-    except ConnectionError as error:
-        address = cluster.address or os.environ.get("RAY_ADDRESS")
-        raise ValueError(
-            f"cluster.address: no Ray cluster answers at {address}; start one with"
-            " `ray start --head`, or set it to null to use this machine"
-        ) from error
+    if not connected:
+        check_answers(cluster.address)
+    context = ray.init(
+        address=None if connected else cluster.address,
+        include_dashboard=True,
+        ignore_reinit_error=True,
+    )
     url = context.dashboard_url
-    # Ray names a session after the process that started it.
-    started = not connected and str(context.address_info["session_dir"]).endswith(f"_{os.getpid()}")
     try:
         yield Session(
-            context.address_info["gcs_address"], f"http://{url}" if url else None, started
+            context.address_info["gcs_address"], f"http://{url}" if url else None, _on_head_node()
         )
     finally:
         if not connected:
             ray.shutdown()
 
 
+def check_answers(address: str | None) -> None:
+    """Raise ValueError when nothing listens at `address` (or RAY_ADDRESS): Ray tries for minutes."""
+    key = "cluster.address" if address else "RAY_ADDRESS"
+    address = address or os.environ.get("RAY_ADDRESS")
+    if address in (None, "", "auto", "local"):
+        return
+    host, _, port = address.rpartition(":")
+    if "://" in address or not host or not port.isdigit():
+        raise ValueError(f"{key}: should be HOST:PORT of a Ray head node, not {address!r}")
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=ANSWER_SECONDS).close()
+    except (OSError, OverflowError) as error:
+        raise ValueError(
+            f"{key}: no Ray cluster answers at {address} ({error}); start one with"
+            " `ray start --head`, or leave it out to use this machine"
+        ) from error
+
+
+def _on_head_node() -> bool:
+    """Whether this process sits on the node that runs submitted jobs."""
+    import ray
+
+    mine = ray.get_runtime_context().get_node_id()
+    return any(
+        node["NodeID"] == mine and "node:__internal_head__" in node["Resources"]
+        for node in ray.nodes()
+    )
+
+
 def submit(session: Session, script: Path, arguments: Sequence[str], submission_id: str) -> int:
     """Run a job script as a Ray job, print its log lines as they come, and return its exit code.
 
-    On a cluster that this process started, the job runs in the folder and with the Python of this
-    process. A cluster that was there gets the script's folder as working directory and must have
-    fmray installed; paths in `arguments` are then relative to that folder. Interrupted (ctrl-C), it
-    stops the job first.
+    Where jobs run on this machine, the job has the folder, the Python and the paths of this
+    process. Elsewhere it gets a copy of the script's folder as working directory, fmray must be
+    installed, and paths in `arguments` are relative to that folder or shared by all nodes.
+    Interrupted (ctrl-C), it stops the job first.
 
     Raises:
         ValueError: the cluster has no dashboard, so it takes no jobs.
@@ -93,7 +117,7 @@ def submit(session: Session, script: Path, arguments: Sequence[str], submission_
             " start it with one"
         )
     client = JobSubmissionClient(session.dashboard)
-    if session.started:
+    if session.here:
         command = shlex.join([sys.executable, str(script.resolve()), *arguments])
         entrypoint, environment = f"cd {shlex.quote(os.getcwd())} && exec {command}", None
     else:

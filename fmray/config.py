@@ -102,9 +102,13 @@ class ShapesConfig(Section):
     image_size: int = Field(32, ge=16)
     turns: int = Field(4, ge=1, le=16, description="questions a picture")
     two_hop: float = Field(0.4, ge=0, le=1, description="share of questions that need two look-ups")
+    relations: int = Field(
+        3, ge=1, le=3, description="beside, vertical, opposite (larger grids: right, below)"
+    )
     colors: int = Field(4, ge=2, le=8)
     shapes: int = Field(3, ge=2, le=6)
     empty: float = Field(0.0, ge=0, lt=1, description="share of empty cells")
+    jitter: int = Field(2, ge=0, description="pixels a shape may lie off its cell's middle")
 
 
 class DataConfig(Section):
@@ -330,14 +334,14 @@ def job_arguments(argv: Sequence[str] | None, description: str) -> tuple[LoadedR
 
 
 def job_path(name: str) -> Path:
-    """A file of `jobs/`, such as `recipes/shapes_tiny.yaml`: in the checkout, or in the wheel.
+    """A file or folder of `jobs/`, such as `recipes/shapes_tiny.yaml`, in checkout or wheel.
 
     Raises:
         FileNotFoundError: neither has it.
     """
     package = Path(__file__).parent
     for folder in (package.parent / "jobs", package / "_jobs"):
-        if (folder / name).is_file():
+        if (folder / name).exists():
             return folder / name
     raise FileNotFoundError(f"there is no {name} in jobs/; is this a whole installation of fmray?")
 

@@ -22,6 +22,7 @@ from pathlib import Path
 import torch
 from packaging.requirements import Requirement
 
+from fmray.cluster import check_answers
 from fmray.config import ConfigError, Recipe, load
 from fmray.memory import GIB, Sizes, estimate, measure
 from fmray.preflight import Finding, Machine, machines_of_cluster, preflight
@@ -113,14 +114,10 @@ def _ray_if_running(address: str | None) -> Iterator[bool]:
     if address == "local":  # always a new one
         yield False
         return
+    check_answers(address)
     try:
         ray.init(address=address or "auto", log_to_driver=False, logging_level="ERROR")
-    except ConnectionError as error:
-        if address not in (None, "auto"):
-            raise ValueError(
-                f"cluster.address: no Ray cluster answers at {address}; start one with"
-                " `ray start --head`, or set it to null to use this machine"
-            ) from error
+    except ConnectionError:  # "auto" found none on this machine
         yield False
         return
     try:

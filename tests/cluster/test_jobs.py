@@ -15,7 +15,7 @@ import ray
 from ray.job_submission import JobStatus, JobSubmissionClient
 
 from fmray.cli import main
-from fmray.cluster import Session, start_or_join, submit
+from fmray.cluster import Session, check_answers, start_or_join, submit
 from fmray.config import ClusterConfig
 from fmray.preflight import machines_of_cluster
 
@@ -40,10 +40,10 @@ def script(tmp_path: Path) -> Path:
     return path
 
 
-def test_a_session_that_was_started_takes_jobs(
+def test_jobs_run_in_this_folder_and_their_exit_codes_come_back(
     session: Session, script: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert session.started
+    assert session.here
     assert submit(session, script, ["0", "0", "a b"], "passes") == 0
     assert f"folder {os.getcwd()} words ['0', '0', 'a b']" in capsys.readouterr().out
     assert submit(session, script, ["3", "0"], "fails") == 3
@@ -52,16 +52,15 @@ def test_a_session_that_was_started_takes_jobs(
 def test_joining_leaves_the_cluster_running(session: Session) -> None:
     with start_or_join(ClusterConfig()) as joined:
         assert joined.address == session.address
-        assert not joined.started
     assert ray.is_initialized()
     assert [machine.gpus for machine in machines_of_cluster()] == [0]
 
 
-def test_a_cluster_that_was_there_gets_the_folder(
+def test_a_job_that_runs_elsewhere_gets_the_folder(
     session: Session, script: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    there = Session(session.address, session.dashboard, started=False)
-    assert submit(there, script, ["4", "0"], "uploaded") == 4
+    elsewhere = Session(session.address, session.dashboard, here=False)
+    assert submit(elsewhere, script, ["4", "0"], "uploaded") == 4
     folder = capsys.readouterr().out.partition("folder ")[2].partition(" words")[0]
     assert folder != str(script.parent)
 
@@ -103,4 +102,25 @@ def test_doctor_sees_the_cluster(
 
 def test_no_dashboard_no_jobs(script: Path) -> None:
     with pytest.raises(ValueError, match="has no dashboard and so takes no jobs"):
-        submit(Session("127.0.0.1:1", None, started=False), script, [], "none")
+        submit(Session("127.0.0.1:1", None, here=False), script, [], "none")
+
+
+@pytest.mark.parametrize(
+    ("address", "words"),
+    [
+        ("127.0.0.1:1", "no Ray cluster answers at 127.0.0.1:1"),
+        ("ray://127.0.0.1:10001", "should be HOST:PORT of a Ray head node"),
+        ("127.0.0.1:99999", "no Ray cluster answers"),
+        ("somewhere", "should be HOST:PORT"),
+    ],
+)
+def test_an_address_where_nothing_answers(address: str, words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        check_answers(address)
+
+
+def test_ray_address_is_checked_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:1")
+    with pytest.raises(ValueError, match="RAY_ADDRESS: no Ray cluster answers"):
+        check_answers(None)
+    check_answers("local")
