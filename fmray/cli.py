@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import os
 import sys
 from collections.abc import Callable, Sequence
 
@@ -64,6 +65,10 @@ def exit_code(function: Callable[..., int | None], *arguments: object) -> int:
         if not _raised_by_fmray(error):
             raise
         print(f"fmray: {error}", file=sys.stderr)
+    except BrokenPipeError:
+        # The reader (`| head`) has seen enough. Nothing is left to flush into the closed pipe.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141  # as a shell reports a process that SIGPIPE ended
     except KeyboardInterrupt:
         print("fmray: interrupted", file=sys.stderr)
         return 130

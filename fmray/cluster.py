@@ -70,7 +70,7 @@ def start_or_join(cluster: ClusterConfig) -> Iterator[Session]:
 
 
 def check_answers(address: str | None) -> None:
-    """Raise ValueError when nothing listens at `address` (or RAY_ADDRESS): Ray tries for minutes."""
+    """Raise ValueError when nothing listens at `address` (or RAY_ADDRESS): Ray tries minutes."""
     key = "cluster.address" if address else "RAY_ADDRESS"
     address = address or os.environ.get("RAY_ADDRESS")
     if address in (None, "", "auto", "local"):

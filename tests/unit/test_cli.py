@@ -65,3 +65,15 @@ def test_exit_code_tells_mistakes_from_bugs(capsys: pytest.CaptureFixture[str]) 
         raise KeyboardInterrupt
 
     assert exit_code(interrupted) == 130
+
+
+def test_a_reader_that_closes_the_pipe_is_no_bug() -> None:
+    program = "import sys; from fmray.cli import main; sys.exit(main(['config', '--schema']))"
+    writer = subprocess.Popen(
+        [sys.executable, "-c", program], stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    assert writer.stdout is not None
+    assert writer.stderr is not None
+    writer.stdout.close()
+    assert writer.stderr.read() == b""
+    assert writer.wait(timeout=60) == 141
