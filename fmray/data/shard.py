@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+from PIL import UnidentifiedImageError
 
 from fmray.data.encoding import BROKEN_IMAGE, IMAGE_MARK, decode_image, encode, image_tokens
 from fmray.data.processor import load_processor
@@ -148,6 +149,8 @@ def _check(
             return f"missing image: {path} ({error.strerror})"
         try:
             size = decode_image(image).size
+        except UnidentifiedImageError:  # its text has a memory address, and shards are repeatable
+            return f"broken image: {path} (no image format that Pillow knows)"
         except BROKEN_IMAGE as error:
             return f"broken image: {path} ({error})"
     try:

@@ -9,12 +9,14 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+import ray
 from PIL import Image
 
 from fmray.config import Recipe
@@ -24,7 +26,15 @@ from fmray.data.ingest import SCHEMA, prepare
 from fmray.data.processor import load_processor
 from fmray.data.records import find_bad_rows
 
-pytestmark = pytest.mark.usefixtures("ray_session")
+
+@pytest.fixture(scope="module", autouse=True)
+def ray_session() -> Iterator[None]:
+    """Two CPUs; another Ray on this machine is left alone."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("RAY_ADDRESS", raising=False)
+        ray.init(address="local", num_cpus=2, include_dashboard=False)
+        yield
+        ray.shutdown()
 
 
 def recipe(store: Path, **data: Any) -> Recipe:
