@@ -58,7 +58,9 @@ def exit_code(function: Callable[..., int | None], *arguments: object) -> int:
     a bug and keeps its traceback.
     """
     try:
-        return function(*arguments) or 0
+        code = function(*arguments) or 0
+        sys.stdout.flush()  # where a closed pipe can still be caught
+        return code
     except (FileNotFoundError, PermissionError, NotADirectoryError, IsADirectoryError) as error:
         print(f"fmray: {error}", file=sys.stderr)
     except ValueError as error:

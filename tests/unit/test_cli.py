@@ -67,8 +67,12 @@ def test_exit_code_tells_mistakes_from_bugs(capsys: pytest.CaptureFixture[str]) 
     assert exit_code(interrupted) == 130
 
 
-def test_a_reader_that_closes_the_pipe_is_no_bug() -> None:
-    program = "import sys; from fmray.cli import main; sys.exit(main(['config', '--schema']))"
+@pytest.mark.parametrize("lines", [1, 100_000])
+def test_a_reader_that_closes_the_pipe_is_no_bug(lines: int) -> None:
+    program = (
+        "import sys; from fmray.cli import exit_code\n"
+        f"sys.exit(exit_code(print, 'many lines\\n' * {lines}))"
+    )
     writer = subprocess.Popen(
         [sys.executable, "-c", program], stdout=subprocess.PIPE, stderr=subprocess.PIPE
     )
