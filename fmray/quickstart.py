@@ -85,7 +85,7 @@ def run(options: argparse.Namespace) -> int:
             job = f"fmray-{folder.name}-{number}-{int(time.time())}"
             code = submit(session, job_path(script), arguments, job)
             if code != 0:
-                print(f"\n{script} failed with exit code {code}; the same command goes on from here")
+                print(f"\n{script} failed with exit code {code}; the same command goes on")
                 return code
     from fmray.tracking import register, tracking_uri
 

@@ -35,7 +35,7 @@ COLORS = {
     "orange": (255, 140, 20),
     "white": (255, 255, 255),
 }
-SHAPES = ("circle", "square", "triangle", "cross", "diamond", "ring")
+SHAPES = ("circle", "cross", "triangle", "ring", "square", "diamond")
 NUMBERS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
 NUMBERS += ("eleven", "twelve", "thirteen", "fourteen", "fifteen", "sixteen")
 VALIDATION_SHARE = 0.1  # share of all possible scenes that only the validation split may show
@@ -105,7 +105,7 @@ def draw(cells: tuple[Cell, ...], config: ShapesConfig, source: random.Random) -
     side = size // grid
     sprite_side = max(3, round(0.7 * side))
     margin = side - sprite_side
-    middle, reach = margin // 2, min(2, margin // 2)
+    middle, reach = margin // 2, min(config.jitter, margin // 2)
     picture = np.zeros((size, size, 3), dtype=np.uint8)
     for index, cell in enumerate(cells):
         jitter_y, jitter_x = source.randint(-reach, reach), source.randint(-reach, reach)
@@ -246,7 +246,7 @@ def _two_hop(cells: tuple[Cell, ...], config: ShapesConfig) -> dict[str, list[Qu
     for index, cell in enumerate(cells):
         if cell is None or cells.count(cell) > 1:
             continue
-        for relation, other in _neighbours(index, config.grid).items():
+        for relation, other in _neighbours(index, config).items():
             target = cells[other]
             if target is None:
                 continue
@@ -257,17 +257,18 @@ def _two_hop(cells: tuple[Cell, ...], config: ShapesConfig) -> dict[str, list[Qu
     return questions
 
 
-def _neighbours(index: int, grid: int) -> dict[str, int]:
-    """Relation word -> index of the cell it leads to."""
-    row, column = divmod(index, grid)
-    if grid == 2:
-        return {"beside": index ^ 1, "vertical": index ^ 2, "opposite": index ^ 3}
+def _neighbours(index: int, config: ShapesConfig) -> dict[str, int]:
+    """Relation word -> index of the cell it leads to; the first `config.relations` of them."""
+    row, column = divmod(index, config.grid)
     neighbours = {}
-    if column + 1 < grid:
-        neighbours["right"] = index + 1
-    if row + 1 < grid:
-        neighbours["below"] = index + grid
-    return neighbours
+    if config.grid == 2:
+        neighbours = {"beside": index ^ 1, "vertical": index ^ 2, "opposite": index ^ 3}
+    else:
+        if column + 1 < config.grid:
+            neighbours["right"] = index + 1
+        if row + 1 < config.grid:
+            neighbours["below"] = index + config.grid
+    return dict(list(neighbours.items())[: config.relations])
 
 
 @cache
