@@ -116,6 +116,12 @@ def check_state(state: TrainState, recipe: Recipe, checkpoint: Path) -> None:
     """Raises ValueError, naming the settings, when recipe and checkpoint do not go together."""
     now = training_settings(recipe)
     if state.config_hash == settings_hash(now):
+        workers = max(1, recipe.cluster.workers)
+        if state.zero_stage == 0 and state.world_size != workers:
+            raise ValueError(
+                f"{checkpoint} was made by {state.world_size} workers with zero.stage 0, which can "
+                f"only be resumed by as many, not by {workers}; set cluster.workers back"
+            )
         return
     changed = [
         f"{key} was {state.settings.get(key)!r} and is {now.get(key)!r}"
@@ -221,6 +227,17 @@ def load_checkpoint(engine: Any, checkpoint: Path, universal: bool) -> None:
         raise ValueError(
             f"{checkpoint}: DeepSpeed found nothing to load in {TAG}/; the folder is not complete"
         )
+    if universal:
+        # DeepSpeed 0.19 gives all parameter groups the first one's learning rate, and (stage 3) one
+        # and the same step counter, which then counts a step once for each of them
+        optimizer = engine.optimizer.optimizer
+        for values in optimizer.state.values():
+            if isinstance(values.get("step"), Tensor):
+                values["step"] = values["step"].clone()
+        for group, lr in zip(
+            optimizer.param_groups, engine.lr_scheduler.get_last_lr(), strict=True
+        ):
+            group["lr"] = lr
 
 
 def full_state(model: nn.Module) -> dict[str, Tensor]:

@@ -143,10 +143,12 @@ def train_worker(config: dict[str, Any]) -> dict[str, Any] | None:
             metrics = {
                 "loss": sums[0] / tokens_learned,
                 "lr": float(engine.get_lr()[0]),
-                "grad_norm": float(engine.get_global_grad_norm() or 0.0),
                 "tokens_per_s": sums[3] / seconds,
                 "waiting_share": waiting / seconds,
             }
+            norm = engine.get_global_grad_norm()  # None for stage 0 in float32
+            if norm is not None:
+                metrics["grad_norm"] = float(norm)
             if levels is not None:
                 metrics["budget"] = sums[1] / sums[2]
             log.write(step, metrics)

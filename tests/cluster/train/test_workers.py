@@ -1,0 +1,148 @@
+"""Real workers against one process: ZeRO stages, a killed worker, another number of workers."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import mlflow
+import pytest
+import ray
+from support.training import ADAPTIVE, load_recipe, make_store
+
+from fmray.train.checkpoint import find_checkpoint, read_state
+from fmray.train.job import Result, train
+from fmray.train.progress import read_log
+
+TWO = {"workers": 2}
+ROOT = Path(__file__).parents[3]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def session() -> Iterator[None]:
+    paths = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    ray.init(
+        address="local",
+        num_cpus=2,
+        include_dashboard=False,
+        runtime_env={"env_vars": paths},
+    )
+    yield
+    ray.shutdown()
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_store(tmp_path_factory.mktemp("data"))
+
+
+def recipe_sections(stage: int, **train_settings: Any) -> dict[str, Any]:
+    """Two parameter groups with their own learning rates, checkpoints at steps 3, 6 and 8."""
+    return {
+        "adaptive": ADAPTIVE,
+        "zero": {"stage": stage, "parameter_persistence": 0},
+        "train": {
+            "lr": 2e-3,
+            "scheduler_lr": 5e-3,
+            "steps": 8,
+            "global_batch": 16,
+            "micro_batch": 4,
+            "eval_rows": 8,
+            "checkpoint_every": 3,
+            "keep_checkpoints": 9,
+        }
+        | train_settings,
+    }
+
+
+def losses(result: Result) -> list[float]:
+    return [line["loss"] for line in read_log(result.run_dir / "log.jsonl") if "loss" in line]
+
+
+def forget_after(result: Result, step: int) -> None:
+    """As if the run had died after the checkpoint of `step`; Ray's notes of the others go too."""
+    for path in result.run_dir.glob("checkpoint-*"):
+        if read_state(path).step > step:
+            shutil.rmtree(path)
+    for notes in result.run_dir.glob("*.json"):
+        notes.unlink()
+    shutil.rmtree(result.model_dir)
+
+
+@pytest.fixture(scope="module")
+def alone(store: Path, tmp_path_factory: pytest.TempPathFactory) -> Result:
+    """The same training in one process, without accumulation."""
+    sections = recipe_sections(0, micro_batch=16)
+    return train(load_recipe(store, tmp_path_factory.mktemp("alone"), **sections), "alone")
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_two_workers_compute_what_one_does_and_one_can_go_on(
+    store: Path, tmp_path: Path, alone: Result, stage: int
+) -> None:
+    sections = recipe_sections(stage)
+    together = train(load_recipe(store, tmp_path, cluster=TWO, **sections), "run")
+    assert losses(together) == pytest.approx(losses(alone), rel=1e-4)
+    for name in ("accuracy/0.5", "loss/0.5", "loss/1", "budget"):
+        assert together.metrics[name] == pytest.approx(alone.metrics[name], rel=1e-3)
+    # resumed by one worker, optimizer state included: five steps tell
+    forget_after(together, step=3)
+    assert read_state(find_checkpoint(together.run_dir)).world_size == 2
+    resumed = train(load_recipe(store, tmp_path, **sections), "run")
+    assert losses(resumed) == pytest.approx(losses(alone), rel=1e-4)
+
+
+def test_a_killed_worker_resumes_in_the_same_mlflow_run(
+    store: Path, tmp_path: Path, alone: Result
+) -> None:
+    """Kill -9 of one worker once five steps are done; Ray restarts the group from step 4."""
+    log = tmp_path / "killed" / "log.jsonl"
+    killed: list[int] = []
+
+    def kill_one() -> None:
+        while not killed:
+            if len(read_log(log)) >= 5:
+                actors = ray._private.state.actors().values()
+                pids = [
+                    actor["Address"].get("pid") or actor["Pid"]
+                    for actor in actors
+                    if "RayTrainWorker" in actor["ActorClassName"] and actor["State"] == "ALIVE"
+                ]
+                os.kill(pids[-1], signal.SIGKILL)
+                killed.append(pids[-1])
+            time.sleep(0.005)
+
+    thread = threading.Thread(target=kill_one, daemon=True)
+    thread.start()
+    result = train(
+        load_recipe(
+            store,
+            tmp_path,
+            cluster=TWO,
+            tracking={"enabled": True, "experiment": "killed"},
+            **recipe_sections(2, steps=40, checkpoint_every=4, eval_rows=4),
+        ),
+        "killed",
+    )
+    thread.join(timeout=10)
+    assert len(killed) == 1
+    steps = [line["step"] for line in read_log(log) if "loss" in line]
+    assert steps == list(range(1, 41))
+    wanted = train(
+        load_recipe(store, tmp_path, **recipe_sections(0, steps=40, micro_batch=16)), "wanted"
+    )
+    assert losses(result) == pytest.approx(losses(wanted), rel=1e-3)
+
+    client = mlflow.MlflowClient(f"sqlite:///{tmp_path / 'mlflow.db'}")
+    [experiment] = [e for e in client.search_experiments() if e.name == "killed"]
+    [run] = client.search_runs([experiment.experiment_id])
+    assert run.info.run_id == result.mlflow_run_id
+    assert run.info.status == "FINISHED"
+    history = {m.step: m.value for m in client.get_metric_history(run.info.run_id, "train/loss")}
+    assert sorted(history) == steps
