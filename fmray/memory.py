@@ -188,8 +188,8 @@ def model_config(model: ModelConfig) -> PreTrainedConfig:
         return AutoConfig.from_pretrained(model.source, revision=model.revision)
     except (OSError, ValueError, KeyError) as error:
         raise ValueError(
-            f"model.source: no config of {model.source} can be read here: no such folder, and the hub"
-            " does not know it or cannot be reached"
+            f"model.source: no config of {model.source} can be read here: no such folder, and the"
+            " hub does not know it or cannot be reached"
         ) from error
 
 
