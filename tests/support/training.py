@@ -49,8 +49,8 @@ def load_recipe(store: Path, storage: Path, **sections: Any) -> LoadedRecipe:
     return LoadedRecipe(recipe, dict.fromkeys(_keys(recipe.model_dump(mode="json"), ""), "test"))
 
 
-def make_store(folder: Path) -> Path:
-    """Generate and ingest the shapes of `load_recipe`, in this process, without Ray."""
+def make_store(folder: Path, recipe: Recipe | None = None) -> Path:
+    """Prepare `<folder>/store` in this process, without Ray; by default `load_recipe`'s shapes."""
     store = folder / "store"
 
     def run(tasks: list[ShardTask], recipe: Recipe) -> Iterator[tuple[str, Any]]:
@@ -60,7 +60,7 @@ def make_store(folder: Path) -> Path:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(ingest, "_run", run)
-        ingest.prepare(load_recipe(store, folder).recipe)
+        ingest.prepare(recipe or load_recipe(store, folder).recipe)
     return store
 
 

@@ -182,6 +182,12 @@ def test_a_checkpoint_of_another_recipe_is_refused(run: Callable[..., Result]) -
     run("taken", train=TRAIN | {"eval_rows": 4})  # how it is watched may change
 
 
+def test_stage_0_needs_as_many_workers_as_before(run: Callable[..., Result]) -> None:
+    run("plain", zero={"stage": 0})
+    with pytest.raises(ValueError, match=r"by 1 workers with zero.stage 0.*not by 2"):
+        run("plain", zero={"stage": 0}, cluster={"workers": 2})
+
+
 def broken(change: Callable[[Path], Any], run: Callable[..., Result], run_id: str) -> str:
     change(find_checkpoint(run(run_id).run_dir))
     with pytest.raises(ValueError) as error:
