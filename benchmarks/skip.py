@@ -63,7 +63,8 @@ def main() -> None:
     base = stock_model(device, dtype)
     decoder = sum(p.numel() for p in base.model.language_model.layers.parameters())
     print(
-        f"decoder {decoder / 1e6:.0f} M parameters, {options.rows} x {options.tokens} tokens, {device} {dtype}"
+        f"decoder {decoder / 1e6:.0f} M parameters, {options.rows} x {options.tokens} tokens, "
+        f"{device} {dtype}"
     )
 
     ids = torch.randint(4, 1024, (options.rows, options.tokens), device=device)

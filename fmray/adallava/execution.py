@@ -108,7 +108,7 @@ class Execution:
             sizes = [s[2].stop - s[2].start for s in slices]
             self._unit_of_channel = units.repeat_interleave(torch.tensor(sizes))
 
-    # -- masked ---------------------------------------------------------------------------------------------------
+    # -- masked: every layer, multiplied by the plan
 
     def masked_layer(self, index: int, hidden: Tensor, inputs: LayerInputs, plan: Tensor) -> Tensor:
         """Decoder layer `index` for all rows, its effect multiplied by the plan [B, K] (float, 0 or
@@ -139,7 +139,7 @@ class Execution:
             for hook in hooks:
                 hook.remove()
 
-    # -- skipped --------------------------------------------------------------------------------------------------
+    # -- skipped: only what is on
 
     def groups(self, plan: Tensor) -> list[list[Group]]:
         """Who runs what, for each switchable layer: plan bool [B, K] -> groups; rows in no group
@@ -281,8 +281,8 @@ def _cut(
 ) -> nn.Linear:
     if type(linear) is not nn.Linear:
         raise ValueError(
-            f"design 'heads' can only skip inside plain linear layers, not {type(linear).__name__}; "
-            "merge the adapters first, or run with execution='masked'"
+            "design 'heads' can only skip inside plain linear layers, not "
+            f"{type(linear).__name__}; merge the adapters first, or run with execution='masked'"
         )
     weight, bias = linear.weight, linear.bias
     if outputs is not None:

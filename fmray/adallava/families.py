@@ -84,7 +84,8 @@ def block_of(layer: nn.Module) -> Block:
             return block
     raise ValueError(
         f"design 'heads' does not know the parts of a {type(layer).__name__}; it knows layers with "
-        "q_proj, k_proj, v_proj, o_proj or dense, and gate_proj/up_proj/down_proj or fc1/fc2; use design 'layers'"
+        "q_proj, k_proj, v_proj, o_proj or dense, and gate_proj/up_proj/down_proj or fc1/fc2; "
+        "use design 'layers'"
     )
 
 
@@ -99,7 +100,8 @@ class Backbone:
         kind = base.config.model_type
         if kind not in FAMILIES:
             raise ValueError(
-                f"no adapter for model type {kind!r}; there is one for {', '.join(sorted(FAMILIES))}"
+                f"no adapter for model type {kind!r}; "
+                f"there is one for {', '.join(sorted(FAMILIES))}"
             )
         self.family = FAMILIES[kind]
         self.base = base

@@ -136,8 +136,6 @@ class AdaptiveVLM(nn.Module):
         """Recompute decoder layers in the backward pass (masked execution)."""
         self.gradient_checkpointing = True
 
-    # -- budgets --------------------------------------------------------------------------------------------------
-
     def units_for(
         self, budget: Budget | Sequence[Budget] | Tensor, prompt_tokens: Tensor
     ) -> Tensor:
@@ -178,8 +176,6 @@ class AdaptiveVLM(nn.Module):
         if self.training:
             return sample_plan(plan_logits, units_on, self.tau, draw.generator, draw.noise)
         return best_plan(plan_logits, units_on)
-
-    # -- forward --------------------------------------------------------------------------------------------------
 
     def forward(
         self,
@@ -296,7 +292,8 @@ class AdaptiveVLM(nn.Module):
         if allowed is not None and bool((used > allowed).any()):
             row = int((used > allowed).nonzero()[0])
             raise ValueError(
-                f"the plan of row {row} has {int(used[row])} switches on; its budget allows {int(allowed[row])}"
+                f"the plan of row {row} has {int(used[row])} switches on; "
+                f"its budget allows {int(allowed[row])}"
             )
         return used
 

@@ -199,7 +199,8 @@ def _append_probe(backbone: Backbone, token: Tensor, prompt: Prompt) -> tuple[Te
     """The probe as an extra last token that sees its prompt and itself, and that nobody sees."""
     if backbone.attention not in ("sdpa", "eager"):
         raise ValueError(
-            f"latency_token 'probe' needs attention 'sdpa' or 'eager' here, not {backbone.attention!r}"
+            "latency_token 'probe' needs attention 'sdpa' or 'eager' here, not "
+            f"{backbone.attention!r}"
         )
     rows, length, _ = prompt.embeddings.shape
     positions, place = _probe_positions(prompt)

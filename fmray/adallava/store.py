@@ -43,7 +43,7 @@ def save(model: AdaptiveVLM, path: Path, include_base: bool = True) -> None:
     reference = None if include_base else model.base.config._name_or_path
     if not include_base and not reference:
         raise ValueError(
-            "the base model was not loaded from anywhere, so it cannot be left out: include_base=True"
+            "the base model was not loaded from anywhere; it must be saved too (include_base=True)"
         )
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}-") as folder:
         if include_base:
@@ -123,7 +123,8 @@ def load(cls: type[AdaptiveVLM], path: Path, **options: Any) -> AdaptiveVLM:
     for name, value in tensors.items():
         if value.shape != own[name].shape:
             raise ValueError(
-                f"{weights}: {name} is {list(value.shape)}; {DESCRIPTION} asks for {list(own[name].shape)}"
+                f"{weights}: {name} is {list(value.shape)}; "
+                f"{DESCRIPTION} asks for {list(own[name].shape)}"
             )
         own[name].copy_(value)
     return model.eval()
