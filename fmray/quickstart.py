@@ -48,7 +48,7 @@ def run(options: argparse.Namespace) -> int:
     from fmray.cluster import start_or_join, submit
     from fmray.config import job_path, load
 
-    folder = options.folder
+    folder = options.folder.absolute()
     _claim(folder, options.fast, options.seed)
     recipes = job_path("recipes")
     settings = [
@@ -91,13 +91,14 @@ def run(options: argparse.Namespace) -> int:
 
     tracking = loaded.recipe.tracking
     version = register(tracking, folder, MODEL, folder / "adaptive" / "model", "adaptive")
-    example = _example(folder)
-    elsewhere = "" if folder == STORAGE else f" --storage {folder}"
+    example = _example(options.folder)
+    elsewhere = "" if options.folder == STORAGE else f" --storage {options.folder}"
     seconds = int(time.monotonic() - begun)
     print(f"\nDone in {seconds // 60} min {seconds % 60} s.")
     print(f"Model {MODEL} version {version} is registered, and in production.\n")
-    print(f"  curve     {folder / 'adaptive' / 'evaluation' / 'budget_curve.png'}")
-    print(f"  plans     {folder / 'adaptive' / 'evaluation' / 'plans.png'}")
+    evaluation = options.folder / "adaptive" / "evaluation"
+    print(f"  curve     {evaluation / 'budget_curve.png'}")
+    print(f"  plans     {evaluation / 'plans.png'}")
     print(f"  MLflow    mlflow ui --backend-store-uri {tracking_uri(tracking, folder)}")
     print(f"  ask it    fmray ask {example[0]} {example[1]!r} --budget 0.5{elsewhere}")
     return 0

@@ -11,20 +11,16 @@ from __future__ import annotations
 
 import sys
 
+from fmray.cli import exit_code
 from fmray.config import job_arguments
 from fmray.train.job import train
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Exit code 0, or 2 for a mistake in recipe, data or checkpoint."""
-    try:
-        loaded, run_id = job_arguments(argv, "Train a model under Ray Train and DeepSpeed.")
-        train(loaded, run_id)
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+def main() -> None:
+    """Parse, and train."""
+    loaded, run_id = job_arguments(None, "Train a model under Ray Train and DeepSpeed.")
+    train(loaded, run_id)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(exit_code(main))

@@ -31,6 +31,7 @@ from fmray.config import EvaluateConfig, LoadedRecipe
 from fmray.data.loader import Batch, evaluation_batches
 from fmray.data.processor import load_processor
 from fmray.data.store import StoreSplit
+from fmray.train.examples import draw_examples
 from fmray.train.samples import draw, model_inputs, score_answers
 from fmray.train.statistics import (
     Dependence,
@@ -112,8 +113,17 @@ class Evaluation:
         return "\n".join(lines)
 
 
-def evaluate(model_dir: Path, store: Path, config: EvaluateConfig, out: Path) -> Evaluation:
+def evaluate(
+    model_dir: Path,
+    store: Path,
+    config: EvaluateConfig,
+    out: Path,
+    base_dir: Path | None = None,
+) -> Evaluation:
     """Measure a model on the validation split of a store.
+
+    base_dir: the stock model it was made from, measured beside it on the same questions; without
+    one, the base point is the model itself without a budget.
 
     Raises ValueError for a budget below the always-on layers, or a store or model with parts
     missing.
@@ -128,6 +138,9 @@ def evaluate(model_dir: Path, store: Path, config: EvaluateConfig, out: Path) ->
     def batches(split: str, rows: int | None) -> Iterator[Batch]:
         return evaluation_batches(store, split, processor, config.batch, rows=rows)
 
+    base = model
+    if base_dir is not None:
+        base = AutoModelForImageTextToText.from_pretrained(base_dir).to(device, dtype).eval()
     names = _row_ids(store)
     kinds: dict[str, Plan] = {}
     if adaptive:
@@ -142,7 +155,7 @@ def evaluate(model_dir: Path, store: Path, config: EvaluateConfig, out: Path) ->
     for batch in batches("validation", config.rows):
         inputs = model_inputs(batch, dtype, device)
         questions = _questions(batch, names, answered)
-        records += _records(questions, BASE, None, None, _score(model, inputs, {}))
+        records += _records(questions, BASE, None, None, _score(base, inputs, {}))
         for budget in config.budgets if adaptive else ():
             ends = prompt_ends(inputs["input_ids"], inputs["attention_mask"], inputs["labels"])
             units_on = model.units_for(budget, ends)
@@ -183,15 +196,20 @@ def evaluate_run(loaded: LoadedRecipe, run_id: str) -> Evaluation:
             f"{run_dir}: no model/ to evaluate; --run-id must name a finished training run in "
             f"cluster.storage {recipe.cluster.storage}"
         )
+    model_dir, out = run_dir / "model", run_dir / "evaluation"
+    adaptive = is_adaptive(model_dir)
+    source = Path(recipe.model.source)
+    base_dir = source if adaptive and source.is_dir() and not is_adaptive(source) else None
     with tracking.open_run(
         recipe.tracking, recipe.cluster.storage, run_id, recipe.model_dump(mode="json")
     ) as run:
-        result = evaluate(
-            run_dir / "model", recipe.data.store, recipe.evaluate, run_dir / "evaluation"
-        )
+        result = evaluate(model_dir, recipe.data.store, recipe.evaluate, out, base_dir)
+        if adaptive:
+            budgets = sorted(recipe.evaluate.budgets)[:: max(1, len(recipe.evaluate.budgets) // 3)]
+            draw_examples(model_dir, recipe.data.store, budgets, out / "plans.png")
         metrics = {f"evaluate/{p.plans}/{p.budget:g}": p.accuracy for p in result.points}
         run.log(0, **metrics, **{f"evaluate/{BASE}": result.base.accuracy})
-        run.artifact(run_dir / "evaluation")
+        run.artifact(out)
     print(result.table(), flush=True)
     return result
 
