@@ -128,7 +128,8 @@ def measure_loader(arguments: argparse.Namespace, folder: Path) -> None:
         wall, processor_time = time.perf_counter() - wall, time.process_time() - processor_time
         batches = samples / arguments.batch
         print(
-            f"  {name:18s} {samples / wall:8.0f} samples/s, {1e3 * processor_time / batches:6.2f} ms"
+            f"  {name:18s} {samples / wall:8.0f} samples/s,"
+            f" {1e3 * processor_time / batches:6.2f} ms"
             f" CPU a batch of {arguments.batch}"
         )
 

@@ -7,8 +7,11 @@ so both agree.
 
 from __future__ import annotations
 
+import functools
 import io
+import re
 import struct
+import weakref
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -33,6 +36,10 @@ BROKEN_IMAGE = (
     zlib.error,
     Image.DecompressionBombError,
 )
+
+# processor -> form of conversation -> its rendered pieces, with marks for texts
+_FORMS: weakref.WeakKeyDictionary[ProcessorMixin, dict[Any, list[tuple[str, str]]]]
+_FORMS = weakref.WeakKeyDictionary()
 
 
 @dataclass(frozen=True)
@@ -115,6 +122,7 @@ def encode(processor: ProcessorMixin, conversation: Sequence[dict[str, str]]) ->
     return Encoded(ids, starts, ends, image_at)
 
 
+@functools.lru_cache(maxsize=4096)  # photographs share their sizes
 def image_tokens(processor: ProcessorMixin, size: tuple[int, int]) -> int:
     """How many tokens a picture of `size` (width, height) takes; needs no pixels."""
     width, height = size
@@ -127,6 +135,56 @@ def _render(
     processor: ProcessorMixin, messages: list[dict[str, Any]]
 ) -> tuple[str, list[tuple[int, int]]]:
     """Text of the whole conversation, and the characters [start, end) of each answer in it."""
+    tokenizer = processor.tokenizer
+    text, spans = "", []
+    for prompt, answer in _pieces(processor, messages):
+        text += prompt
+        start = len(text) + len(answer) - len(answer.lstrip())
+        stripped = answer.rstrip()
+        if any(stripped.endswith(token) for token in tokenizer.all_special_tokens):
+            spans.append((start, len(text) + len(stripped)))
+            text += answer
+        else:
+            text += stripped + tokenizer.eos_token
+            spans.append((start, len(text)))
+    return text, spans
+
+
+def _pieces(processor: ProcessorMixin, messages: list[dict[str, Any]]) -> list[tuple[str, str]]:
+    """The rendered text as (what comes before an answer, the answer with its end), in order.
+
+    Templates are slow to render, and where the pieces lie takes two renderings an answer. That is
+    done once for each form of conversation, with marks for texts; the texts are put in, and one
+    rendering of the real conversation checks the result.
+    """
+    forms = _FORMS.setdefault(processor, {})
+    template = processor.chat_template
+    form = (template, *((message["role"], len(message["content"])) for message in messages))
+    if form not in forms:
+        marked = [
+            {
+                "role": message["role"],
+                "content": [*message["content"][:-1], {"type": "text", "text": f"\ue000{i}\ue001"}],
+            }
+            for i, message in enumerate(messages)
+        ]
+        forms[form] = _split(processor, marked)
+    texts = [message["content"][-1]["text"] for message in messages]
+
+    def fill(piece: str) -> str:
+        return re.sub("\ue000([0-9]+)\ue001", lambda mark: texts[int(mark[1])], piece)
+
+    pieces = [(fill(prompt), fill(answer)) for prompt, answer in forms[form]]
+    whole = processor.tokenizer.apply_chat_template(
+        messages, chat_template=template, tokenize=False
+    )
+    if "".join(prompt + answer for prompt, answer in pieces) == whole:
+        return pieces
+    return _split(processor, messages)  # a template that looks into the texts
+
+
+def _split(processor: ProcessorMixin, messages: list[dict[str, Any]]) -> list[tuple[str, str]]:
+    """`_pieces` by rendering every beginning of the conversation."""
     tokenizer, template = processor.tokenizer, processor.chat_template
     answers = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
     prompts = tokenizer.apply_chat_template(
@@ -138,7 +196,7 @@ def _render(
     wholes = tokenizer.apply_chat_template(
         [messages[: index + 1] for index in answers], chat_template=template, tokenize=False
     )
-    text, spans, before = "", [], ""
+    pieces, before = [], ""
     for prompt, whole in zip(prompts, wholes, strict=True):
         if not (prompt.startswith(before) and whole.startswith(prompt)):
             raise ValueError(
@@ -146,18 +204,9 @@ def _render(
                 "answers cannot be located "
                 f"({_difference(before, prompt)}; {_difference(prompt, whole)})"
             )
-        text += prompt[len(before) :]
-        answer = whole[len(prompt) :]
-        stripped = answer.rstrip()
-        start = len(text) + len(answer) - len(answer.lstrip())
-        if any(stripped.endswith(token) for token in tokenizer.all_special_tokens):
-            spans.append((start, len(text) + len(stripped)))
-            text += answer
-        else:
-            text += stripped + tokenizer.eos_token
-            spans.append((start, len(text)))
+        pieces.append((prompt[len(before) :], whole[len(prompt) :]))
         before = whole
-    return text, spans
+    return pieces
 
 
 def _difference(shorter: str, longer: str) -> str:

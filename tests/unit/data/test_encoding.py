@@ -165,6 +165,22 @@ def test_a_template_that_rewrites_earlier_turns_is_refused() -> None:
         encode(processor, CONVERSATION)
 
 
+def test_a_template_that_looks_into_the_texts() -> None:
+    """Pieces found with marks in place of texts would be wrong here."""
+    processor = scratch()
+    processor.chat_template = processor.chat_template.replace(
+        "{{ part['text'] }}", "{{ part['text'].split('more')[-1] }}"
+    )
+    changed = [dict(turn) for turn in CONVERSATION]
+    changed[1]["value"] = "no more red"
+    encoded = encode(processor, changed)
+    decoded = [
+        processor.tokenizer.decode(encoded.ids[start:end])
+        for start, end in zip(encoded.starts, encoded.ends, strict=True)
+    ]
+    assert decoded == ["red </s>", "two of them </s>", "no </s>"]
+
+
 def test_a_template_without_image_token_is_refused() -> None:
     processor = scratch()
     processor.chat_template = processor.chat_template.replace("<image>", "picture")

@@ -230,9 +230,12 @@ def test_text_only_rows_and_pictures_share_a_batch(tmp_path: Path) -> None:
     batch = step[0]
     assert batch.pixel_values.shape == (4, 3, 32, 32)
     assert batch.tags == [None] * 8
+    images = processor.image_processor
     with_picture = [row for row in batch.rows if row % 2 == 0]
     for pixels, row in zip(batch.pixel_values, with_picture, strict=True):
-        assert abs(float(pixels[0].mean()) - (row / 255 * 2 - 1)) < 1e-3  # in the order of the rows
+        # red is the row's number: the pictures are in the order of the rows
+        red = (row / 255 - images.image_mean[0]) / images.image_std[0]
+        assert abs(float(pixels[0].mean()) - red) < 1e-3
     for ids, row in zip(batch.input_ids, batch.rows, strict=True):
         assert (ids == processor.image_token_id).sum() == (4 if row % 2 == 0 else 0)
     only_text = make_store(tmp_path / "text", records[1::2], tmp_path, processor)

@@ -109,8 +109,8 @@ def test_shapes_look_different() -> None:
 
 
 def test_splits_share_no_scene(config: ShapesConfig) -> None:
-    train = {shapes.scene(0, "train", index, config) for index in range(2000)}
-    validation = {shapes.scene(0, "validation", index, config) for index in range(200)}
+    train = {shapes.scene(3, "train", index, config) for index in range(2000)}
+    validation = {shapes.scene(3, "validation", index, config) for index in range(200)}
     assert train and validation and not train & validation
 
 
