@@ -68,6 +68,8 @@ def train(loaded: LoadedRecipe, run_id: str) -> Result:
         with start_or_join(recipe.cluster):
             _place(recipe)
             values = _fit(recipe, run_id, config)
+    if "mistake" in values:
+        raise ValueError(values["mistake"])
     best = values["best_step"]
     best_checkpoint = checkpoints.checkpoint_path(run_dir, best) if best is not None else None
     result = Result(

@@ -63,30 +63,36 @@ def train_worker(config: dict[str, Any]) -> dict[str, Any] | None:
         torch.set_num_threads(max(1, int(recipe.cluster.cpus_per_worker)))
     deepspeed = _deepspeed()
 
-    processor = load_processor(recipe.data.store / "processor")
-    loader = InstructionLoader(
-        recipe.data.store,
-        "train",
-        processor,
-        global_batch=recipe.train.global_batch,
-        rank=rank,
-        world_size=world_size,
-        seed=recipe.seed,
-        samples=recipe.data.samples,
-        max_length=recipe.data.max_length,
-        micro_batch=recipe.train.micro_batch,
-        threads=recipe.data.loader_threads,
-        prefetch=recipe.data.prefetch_batches,
-    )
+    try:
+        processor = load_processor(recipe.data.store / "processor")
+        loader = InstructionLoader(
+            recipe.data.store,
+            "train",
+            processor,
+            global_batch=recipe.train.global_batch,
+            rank=rank,
+            world_size=world_size,
+            seed=recipe.seed,
+            samples=recipe.data.samples,
+            max_length=recipe.data.max_length,
+            micro_batch=recipe.train.micro_batch,
+            threads=recipe.data.loader_threads,
+            prefetch=recipe.data.prefetch_batches,
+        )
+        passes = accumulation_steps(recipe, world_size)
+        model = build_model(recipe, processor)
+        levels = _levels(recipe, model) if recipe.adaptive is not None else None
+    except ValueError as error:
+        # every worker finds the same mistake, and a restart would find it again: say it once
+        return {"mistake": str(error)}
     total = recipe.train.steps or max(1, round(recipe.train.epochs * loader.steps_per_epoch))
-    passes = accumulation_steps(recipe, world_size)
+    blank = blank_row(processor)
 
     resumed, state = _find_state(recipe, run_dir)
     universal = state is not None and state.world_size != world_size
     if universal and first:
         checkpoints.make_universal(resumed, recipe.zero.stage)
     dist.barrier()
-    model = build_model(recipe, processor)
     engine, _, _, _ = deepspeed.initialize(
         model=model,
         optimizer=make_optimizer(model, recipe),
@@ -98,8 +104,6 @@ def train_worker(config: dict[str, Any]) -> dict[str, Any] | None:
         checkpoints.load_checkpoint(engine, resumed, universal)
     step = state.step if state is not None else 0
     best, best_step = (state.best, state.best_step) if state is not None else (None, None)
-    blank = blank_row(processor)
-    levels = _levels(recipe, model) if recipe.adaptive is not None else None
 
     with (
         tracking.open_run(
@@ -294,13 +298,17 @@ def _deepspeed() -> ModuleType:
 
 
 def _find_state(recipe: Recipe, run_dir: Path) -> tuple[Path, TrainState] | tuple[None, None]:
-    """The run's newest checkpoint, checked against the recipe."""
-    newest = checkpoints.find_checkpoint(run_dir)
-    if newest is None:
+    """The run's newest checkpoint, checked against the recipe.
+
+    Rank 0 looks: other nodes may see a shared folder a moment later.
+    """
+    newest = [checkpoints.find_checkpoint(run_dir) if dist.get_rank() == 0 else None]
+    dist.broadcast_object_list(newest)
+    if newest[0] is None:
         return None, None
-    state = checkpoints.read_state(newest)
-    checkpoints.check_state(state, recipe, newest)
-    return newest, state
+    state = checkpoints.read_state(newest[0])
+    checkpoints.check_state(state, recipe, newest[0])
+    return newest[0], state
 
 
 def _levels(recipe: Recipe, model: nn.Module) -> range:

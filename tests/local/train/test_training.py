@@ -206,6 +206,15 @@ def test_a_broken_checkpoint_is_named(run: Callable[..., Result]) -> None:
     assert "holds ['step']" in broken(state('{"step": 8}'), run, "d")
 
 
+def test_a_mistake_found_by_the_workers_is_the_jobs(run: Callable[..., Result]) -> None:
+    with pytest.raises(ValueError, match=r"budget is 0\.1, less than .* smallest budget here is"):
+        run("budget", adaptive=ADAPTIVE, train=TRAIN | {"eval_budgets": (0.1, 1.0)})
+    with pytest.raises(ValueError, match=r"nowhere .*does not load"):
+        run("source", model={"source": "nowhere"})
+    with pytest.raises(ValueError, match=r"less than one train.global_batch of 1024"):
+        run("batch", train=TRAIN | {"global_batch": 1024})
+
+
 def test_a_store_that_is_not_prepared_is_named(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"no processor; prepare it with `python jobs/prepare"):
         train(load_recipe(tmp_path / "nothing", tmp_path), "run")
