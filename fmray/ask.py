@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -59,6 +60,7 @@ def run(options: argparse.Namespace) -> int:
         ) from error
     directory = find_model(options.model, options.storage, options.uri)
 
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     import torch
 
     from fmray.adallava import AdaptiveVLM

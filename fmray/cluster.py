@@ -8,6 +8,7 @@ connected Ray) and the exit code of the job. Whether the job can be placed at al
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
 import shlex
 import socket
@@ -24,7 +25,7 @@ from fmray.config import ClusterConfig
 if TYPE_CHECKING:
     from ray.job_submission import JobSubmissionClient
 
-AGENT_SECONDS = 60  # a new cluster takes jobs once the agent of its head node has registered
+AGENT_SECONDS = 240  # a new cluster takes jobs once the agent of its head node has registered
 ANSWER_SECONDS = 5
 
 
@@ -117,6 +118,7 @@ def submit(session: Session, script: Path, arguments: Sequence[str], submission_
             " start it with one"
         )
     client = JobSubmissionClient(session.dashboard)
+    logging.getLogger("ray.dashboard.modules.job.sdk").setLevel(logging.WARNING)
     if session.here:
         command = shlex.join([sys.executable, str(script.resolve()), *arguments])
         entrypoint, environment = f"cd {shlex.quote(os.getcwd())} && exec {command}", None

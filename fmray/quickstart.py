@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import shutil
 import time
 from pathlib import Path
@@ -48,6 +49,8 @@ def run(options: argparse.Namespace) -> int:
     from fmray.cluster import start_or_join, submit
     from fmray.config import job_path, load
 
+    # the small models load at once: their bars would drown what is worth reading
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     folder = options.folder.absolute()
     _claim(folder, options.fast, options.seed)
     recipes = job_path("recipes")
@@ -79,6 +82,9 @@ def run(options: argparse.Namespace) -> int:
         for number, (what, script, stage) in enumerate(plan, start=1):
             minutes, seconds = divmod(int(time.monotonic() - begun), 60)
             print(f"\n== {number}/{len(plan)} [{minutes}:{seconds:02d}] {what}", flush=True)
+            if script == "train_adallava.py" and (folder / stage / "model").is_dir():
+                print(f"done before: {folder / stage / 'model'}")
+                continue
             arguments = ["--config", str(files[stage]), "--run-id", stage]
             for setting in stages[stage]:
                 arguments += ["--set", setting]

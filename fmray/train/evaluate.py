@@ -88,29 +88,39 @@ class Evaluation:
     questions: Path
 
     def table(self) -> str:
-        """For the terminal: accuracy with its interval and the share of operations, by budget."""
+        """For the terminal: accuracy with its 95 % interval, a line per budget.
+
+        Behind a kind that is not the learned one: how much better learned plans are on the same
+        questions, and McNemar's p. Last, what plans tell of the type of question.
+        """
         kinds = list(dict.fromkeys(point.plans for point in self.points))
-        lines = [f"{'budget':>8}  {'share':>6}" + "".join(f"  {kind:>19}" for kind in kinds)]
+        header = ["budget", "share"]
+        for kind in kinds:
+            header += [kind, *(["learned is", "p"] if self._tests(kind) else [])]
+        header += ["plan tells of type", "p"] if self.dependence else []
+        lines = [header]
         for budget in sorted({point.budget for point in self.points}):
             row = {point.plans: point for point in self.points if point.budget == budget}
-            share = next(iter(row.values())).share
-            lines.append(
-                f"{budget:>8g}  {share:>6.3f}" + "".join(f"  {_cell(row[kind])}" for kind in kinds)
-            )
-        lines.append(
-            f"{BASE:>8}  {1:>6.3f}  {_cell(self.base)}   ({self.base.questions} questions)"
-        )
-        for (kind, budget), test in self.paired.items():
-            lines.append(
-                f"learned - {kind} at {budget:g}: {test.difference:+.4f} "
-                f"({test.only_a} against {test.only_b} questions, p = {test.p_value:.2g})"
-            )
-        for budget, found in self.dependence.items():
-            lines.append(
-                f"plan and question type at {budget:g}: {found.bits:.3f} bits "
-                f"(shuffled {found.shuffled_bits:.3f}, p = {found.p_value:.2g})"
-            )
-        return "\n".join(lines)
+            line = [f"{budget:g}", f"{next(iter(row.values())).share:.3f}"]
+            for kind in kinds:
+                line.append(_cell(row[kind]))
+                if (test := self.paired.get((kind, budget))) is not None:
+                    line += [f"{test.difference:+.4f}", f"{test.p_value:.1g}"]
+            if (found := self.dependence.get(budget)) is not None:
+                bits = f"{found.bits:.2f} bits ({found.shuffled_bits:.2f} shuffled)"
+                line += [bits, f"{found.p_value:.1g}"]
+            lines.append(line)
+        widths = [max(len(line[k]) for line in lines if k < len(line)) for k in range(len(header))]
+        text = [
+            "  ".join(f"{cell:>{width}}" for cell, width in zip(line, widths, strict=False))
+            for line in lines
+        ]
+        questions = f"{self.base.questions} questions"
+        text.append(f"base model, no budget: {_cell(self.base)} over {questions}")
+        return "\n".join(text)
+
+    def _tests(self, kind: str) -> bool:
+        return any(tested == kind for tested, _ in self.paired)
 
 
 def evaluate(

@@ -1,7 +1,7 @@
 """What a run says while it trains: a bar or lines on rank 0, and `log.jsonl`.
 
-In: metrics by step. Out: text on the terminal (a bar on a terminal, a line every few seconds in a
-job's log), and a JSON-lines file in the run's folder that stays right when a run resumes from an
+In: metrics by step. Out: a bar (a moving one on a terminal, a line every few seconds in the log of
+a job), and a JSON-lines file in the run's folder that stays right when a run resumes from an
 earlier step.
 """
 
@@ -17,6 +17,7 @@ from types import TracebackType
 from tqdm import tqdm
 
 LINE_SECONDS = 10.0
+BAR_WIDTH = 24
 
 
 class Progress:
@@ -27,6 +28,7 @@ class Progress:
 
     def __init__(self, total: int, start: int, enabled: bool) -> None:
         self._total = total
+        self._start, self._began = start, time.monotonic()
         self._enabled = enabled
         self._said = 0.0
         self._bar: tqdm | None = None
@@ -58,9 +60,14 @@ class Progress:
             self._bar.update()
         elif step in (1, self._total) or time.monotonic() - self._said >= LINE_SECONDS:
             self._said = time.monotonic()
-            self.say(
-                f"step {step}/{self._total}: " + ", ".join(f"{k} {v}" for k, v in shown.items())
-            )
+            self.say(self._line(step) + "  " + "  ".join(f"{k} {v}" for k, v in shown.items()))
+
+    def _line(self, step: int) -> str:
+        done = BAR_WIDTH * step // self._total
+        left = (time.monotonic() - self._began) / (step - self._start) * (self._total - step)
+        bar = "#" * done + "." * (BAR_WIDTH - done)
+        minutes, seconds = divmod(int(left), 60)
+        return f"[{bar}] {step}/{self._total}, {minutes}:{seconds:02d} left"
 
     def say(self, text: str) -> None:
         """One line, above the bar where there is one."""
