@@ -108,6 +108,7 @@ class Run:
         self._files: deque[tuple[Path, str | None]] = deque()
         self._lock = threading.Lock()
         self._tried, self._closing = threading.Event(), threading.Event()
+        self._wake = threading.Event()  # do not wait for the next round
         self._status: Status | None = None
         self._mlflow_run_id: str | None = None
         self._ended = self._abandoned = False
@@ -149,6 +150,19 @@ class Run:
             with self._lock:
                 self._files.append((Path(path).resolve(), folder))
 
+    def flush(self, seconds: float = 5.0) -> None:
+        """Write the queued metrics now; returns when they are, at a failure, or after `seconds`.
+
+        Before a checkpoint: what comes after it is logged again by the run that resumes from it,
+        what came before is not, and a killed process loses its queue.
+        """
+        if self._thread is None or self._closing.is_set():
+            return
+        end, failures = time.monotonic() + seconds, self._failures
+        self._wake.set()
+        while self._metrics and self._failures == failures and time.monotonic() < end:
+            time.sleep(0.02)
+
     def finish(self, status: Status = "FINISHED") -> None:
         """Write what is queued and end the run; bounded in time, a second call does nothing."""
         assert status in ("FINISHED", "FAILED", "KILLED"), status
@@ -156,6 +170,7 @@ class Run:
             return
         self._status, self._progress = status, time.monotonic()
         self._closing.set()
+        self._wake.set()
         while self._thread.is_alive() and time.monotonic() - self._progress < _FINISH_SECONDS:
             self._thread.join(0.2)
         self._abandoned = True
@@ -218,7 +233,9 @@ class Run:
                     time.sleep(1.0 if attempts_left else 0.0)
             finally:
                 self._tried.set()
-            self._closing.wait(pause)
+            if not self._closing.is_set():
+                self._wake.wait(pause)
+                self._wake.clear()
 
     def _open(self, client: MlflowClient) -> str:
         """Find or create the run, log parameters and tags, return its id; safe to repeat."""

@@ -16,6 +16,7 @@ from typing import Any
 from ray.train import CheckpointConfig, ControllerError, FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 
+from fmray import tracking
 from fmray.cluster import start_or_join
 from fmray.config import LoadedRecipe, Recipe
 from fmray.preflight import machines_of_cluster, preflight
@@ -61,21 +62,31 @@ def train(loaded: LoadedRecipe, run_id: str) -> Result:
         "recipe_text": loaded.dump(),
         "run_id": run_id,
     }
-    if recipe.cluster.workers == 0:
-        values = _fit(recipe, run_id, config)
-    else:
-        os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", POLL_SECONDS)
-        with start_or_join(recipe.cluster):
-            _place(recipe)
+    with tracking.open_run(
+        recipe.tracking,
+        recipe.cluster.storage,
+        run_id,
+        recipe.model_dump(mode="json"),
+        {"fmray.job": "train"},
+    ) as run:
+        # the run, and with sqlite its database, is there before workers that may be killed write to
+        # it; and whatever becomes of them, it is ended here
+        mlflow_run_id = run.mlflow_run_id
+        if recipe.cluster.workers == 0:
             values = _fit(recipe, run_id, config)
-    if "mistake" in values:
-        raise ValueError(values["mistake"])
+        else:
+            os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", POLL_SECONDS)
+            with start_or_join(recipe.cluster):
+                _place(recipe)
+                values = _fit(recipe, run_id, config)
+        if "mistake" in values:
+            raise ValueError(values["mistake"])
     best = values["best_step"]
     best_checkpoint = checkpoints.checkpoint_path(run_dir, best) if best is not None else None
     result = Result(
         run_dir / "model",
         values["metrics"],
-        values["mlflow_run_id"],
+        mlflow_run_id,
         run_dir,
         best_checkpoint if best_checkpoint is not None and best_checkpoint.is_dir() else None,
     )

@@ -186,6 +186,7 @@ def train_worker(config: dict[str, Any]) -> dict[str, Any] | None:
                     best=best,
                     best_step=best_step,
                 )
+                run.flush()
                 path = checkpoints.save_checkpoint(engine, run_dir, saved, config["recipe_text"])
                 if recipe.cluster.workers == 0:  # with workers, Ray removes old ones, by score
                     checkpoints.prune_checkpoints(run_dir, recipe.train.keep_checkpoints, best_step)
@@ -207,11 +208,9 @@ def train_worker(config: dict[str, Any]) -> dict[str, Any] | None:
                 weights = merge_lora(weights, recipe.model.lora.alpha, recipe.model.lora.rank)
             plain = build_model(recipe, processor, lora=False)
             checkpoints.export_model(plain, weights, processor, run_dir / "model")
-        mlflow_run_id = run.mlflow_run_id
     return {
         "metrics": {"step": step, **metrics, **found},
         "best_step": best_step,
-        "mlflow_run_id": mlflow_run_id,
     }
 
 

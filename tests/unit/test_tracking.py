@@ -534,3 +534,16 @@ def test_a_real_server_end_to_end_and_when_it_goes_away(server, tmp_path, caplog
     first, last = warnings_of(caplog)
     assert "training goes on" in first
     assert "1 metrics and 0 files not recorded, run not ended" in last
+
+
+def test_flush_writes_what_was_logged_before_it(tmp_path):
+    """So that a process killed right after a checkpoint has lost nothing before it."""
+    with open_run(SQLITE, tmp_path, "flushed", {}) as run:
+        client = client_of(SQLITE, tmp_path)
+        assert run.mlflow_run_id is not None
+        for step in range(1, 6):
+            run.log(step, loss=1.0 / step)
+            run.flush(seconds=30.0)
+            history = client.get_metric_history(run.mlflow_run_id, "loss")
+            assert [metric.step for metric in history] == list(range(1, step + 1))
+    run.flush()  # of a finished run: nothing to do

@@ -126,16 +126,16 @@ def test_a_killed_worker_resumes_in_the_same_mlflow_run(
             tmp_path,
             cluster=TWO,
             tracking={"enabled": True, "experiment": "killed"},
-            **recipe_sections(2, steps=40, checkpoint_every=4, eval_rows=4),
+            **recipe_sections(2, steps=24, checkpoint_every=4, eval_rows=4),
         ),
         "killed",
     )
     thread.join(timeout=10)
     assert len(killed) == 1
     steps = [line["step"] for line in read_log(log) if "loss" in line]
-    assert steps == list(range(1, 41))
+    assert steps == list(range(1, 25))
     wanted = train(
-        load_recipe(store, tmp_path, **recipe_sections(0, steps=40, micro_batch=16)), "wanted"
+        load_recipe(store, tmp_path, **recipe_sections(0, steps=24, micro_batch=16)), "wanted"
     )
     assert losses(result) == pytest.approx(losses(wanted), rel=1e-3)
 
