@@ -84,7 +84,7 @@ def scratch_model(
         num_attention_heads=config.heads,
         num_key_value_heads=config.kv_heads or config.heads,
         max_position_embeddings=2048,
-        initializer_range=0.5 * config.hidden**-0.5,  # the usual 0.02 is made for wide models
+        initializer_range=0.6 * config.hidden**-0.5,  # the usual 0.02 is made for wide models
         tie_word_embeddings=False,
         pad_token_id=tokenizer.pad_token_id,
         bos_token_id=tokenizer.bos_token_id,
