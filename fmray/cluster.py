@@ -25,7 +25,7 @@ from fmray.config import ClusterConfig
 if TYPE_CHECKING:
     from ray.job_submission import JobSubmissionClient
 
-AGENT_SECONDS = 240  # a new cluster takes jobs once the agent of its head node has registered
+AGENT_SECONDS = 120  # a new cluster takes jobs once the agent of its head node has registered
 ANSWER_SECONDS = 5
 
 
@@ -143,8 +143,14 @@ def _submit_when_ready(
             client.submit_job(entrypoint=entrypoint, runtime_env=environment, submission_id=job)
             return
         except RuntimeError as error:
-            if "No available agent" not in str(error) or time.monotonic() > deadline:
+            if "No available agent" not in str(error):
                 raise
+            if time.monotonic() > deadline:
+                raise ValueError(
+                    f"the Ray cluster took no job for {AGENT_SECONDS} s: its job agent does not"
+                    " run. Another Ray session on this machine may hold the agent's port 52365;"
+                    " stop it, or set RAY_ADDRESS to use that cluster"
+                ) from error
         time.sleep(0.5)
 
 
