@@ -105,6 +105,7 @@ def test_the_results_are_written_and_shown(
         "results.json",
         "questions.parquet",
         "budget_curve.png",
+        "plans.png",
     }
     written = json.loads((out / "results.json").read_text())
     assert len(written["points"]) == len(BUDGETS) * len(KINDS)
