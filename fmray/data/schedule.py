@@ -14,9 +14,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-MAX_LANES = (
-    64  # divides among 1, 2, 4, ... 64 workers, and leaves each lane a long stretch of the store
-)
+MAX_LANES = 64  # divides among 1, 2, 4, ... 64 workers; each lane is a long stretch of the store
+LENGTH_STEP = 16  # lengths this close count as equal: short samples sorted to the last token would
+# make batches of one kind of question each (a quickstart trained so stayed at chance)
 WINDOW_SAMPLES = 4096  # samples of a lane that are shuffled and sorted by length together
 WINDOW_BYTES = 2**30  # of the store, over all lanes: what windows may keep in memory at once
 
@@ -82,7 +82,8 @@ class Schedule:
         for window, start in enumerate(range(0, len(samples), steps * per_lane)):
             piece = samples[start : start + steps * per_lane]
             piece = np.random.default_rng((self.seed, epoch, 1, window, lane)).permutation(piece)
-            piece = piece[np.argsort(self.lengths[piece], kind="stable")].reshape(-1, per_lane)
+            length = self.lengths[piece] // LENGTH_STEP
+            piece = piece[np.argsort(length, kind="stable")].reshape(-1, per_lane)
             # the same for every lane: step i takes the same quantile of lengths from each
             pieces.append(
                 piece[np.random.default_rng((self.seed, epoch, 2, window)).permutation(len(piece))]

@@ -1,4 +1,4 @@
-"""Families whose pictures take several tiles: the full plan is the stock model, small plans answer."""
+"""Families whose pictures take several tiles: full plans are the stock model, small ones skip."""
 
 from __future__ import annotations
 
