@@ -35,7 +35,7 @@ COLORS = {
     "orange": (255, 140, 20),
     "white": (255, 255, 255),
 }
-SHAPES = ("circle", "cross", "triangle", "ring", "square", "diamond")
+SHAPES = ("square", "ring", "cross", "triangle", "circle", "diamond")
 NUMBERS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
 NUMBERS += ("eleven", "twelve", "thirteen", "fourteen", "fifteen", "sixteen")
 VALIDATION_SHARE = 0.1  # share of all possible scenes that only the validation split may show
@@ -281,7 +281,7 @@ def _sprite(color: str, shape: str, side: int) -> np.ndarray:
         "circle": radius <= 1.0,
         "square": np.ones_like(x, dtype=bool),
         "triangle": np.abs(x) <= (y + 1.0) / 2,
-        "cross": (np.abs(x) <= 0.33) | (np.abs(y) <= 0.33),
+        "cross": (np.abs(x) <= 0.25) | (np.abs(y) <= 0.25),
         "diamond": np.abs(x) + np.abs(y) <= 1.0,
         "ring": (radius <= 1.0) & (radius >= 0.55),
     }[shape]
