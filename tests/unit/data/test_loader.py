@@ -180,16 +180,34 @@ def test_long_samples_are_left_out_and_long_conversations_cut(store: Path) -> No
         assert batch.attention_mask.sum(dim=1).max() <= limit
 
 
-def test_what_goes_wrong_in_a_thread_is_raised_at_its_step(store: Path, tmp_path: Path) -> None:
+def test_what_goes_wrong_in_a_thread_is_raised_at_its_step(
+    store: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loader = make_loader(store, global_batch=30, micro_batch=30)
+    original, made = loader._step, []
+
+    def failing(samples: np.ndarray) -> list[Batch]:
+        made.append(samples)
+        if len(made) == 3:
+            raise OSError("the disk is gone")
+        return original(samples)
+
+    monkeypatch.setattr(loader, "_step", failing)
+    steps = loader.epoch(0)
+    next(steps)
+    next(steps)
+    with pytest.raises(OSError, match="the disk is gone"):
+        next(steps)
+
+
+def test_a_store_that_vanishes_is_said(store: Path, tmp_path: Path) -> None:
     copy = tmp_path / "store"
     shutil.copytree(store, copy)
     loader = make_loader(copy, global_batch=30, micro_batch=30)
-    steps = loader.epoch(0)
-    next(steps)
     for part in (copy / "train").iterdir():
         part.unlink()
     with pytest.raises(FileNotFoundError):
-        list(steps)
+        list(loader.epoch(0))
 
 
 def test_closing_ends_the_threads_and_prefetch_is_bounded(
