@@ -76,6 +76,8 @@ def train(loaded: LoadedRecipe, run_id: str) -> Result:
             values = _fit(recipe, run_id, config)
         else:
             os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", POLL_SECONDS)
+            # Ray's print says each line twice where stdout is redirected, as in its own workers
+            os.environ.setdefault("RAY_TRAIN_ENABLE_PRINT_PATCH", "0")
             with start_or_join(recipe.cluster):
                 _place(recipe)
                 values = _fit(recipe, run_id, config)
