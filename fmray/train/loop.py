@@ -12,7 +12,6 @@ sample).
 from __future__ import annotations
 
 import os
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -63,9 +62,6 @@ def train_worker(config: dict[str, Any]) -> dict[str, Any] | None:
     if device.type == "cpu" and recipe.cluster.workers > 0:
         torch.set_num_threads(max(1, int(recipe.cluster.cpus_per_worker)))
     deepspeed = _deepspeed()
-    # a loader thread may hold the interpreter for Python's 5 ms; a small model's step is hundreds
-    # of short calls that would each wait for it (measured: 15 % of a step)
-    sys.setswitchinterval(2e-4)
 
     try:
         processor = load_processor(recipe.data.store / "processor")
