@@ -54,7 +54,7 @@ def test_runs_and_model_are_in_mlflow(quickstart: tuple[Path, str]) -> None:
     from mlflow import MlflowClient
 
     client = MlflowClient(f"sqlite:///{quickstart[0] / 'quick' / 'mlflow.db'}")
-    [experiment] = [e for e in client.search_experiments() if e.name == "fmray"]
+    [experiment] = [e for e in client.search_experiments() if e.name == "shapes"]
     runs = client.search_runs([experiment.experiment_id])
     assert {run.data.tags["fmray.run_id"] for run in runs} == {"base", "adaptive"}
     assert {run.info.status for run in runs} == {"FINISHED"}
