@@ -77,7 +77,7 @@ def scratch_processor(texts: Iterable[str], model: ScratchConfig) -> LlavaProces
     images = CLIPImageProcessor(
         size={"shortest_edge": model.image_size},
         crop_size={"height": model.image_size, "width": model.image_size},
-        # black stays zero: with a mean of 0.5 small towers did not learn shapes on a black ground
+        # black stays zero
         image_mean=[0.0, 0.0, 0.0],
         image_std=[0.25, 0.25, 0.25],
     )

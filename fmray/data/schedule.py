@@ -16,7 +16,7 @@ import numpy as np
 
 MAX_LANES = 64  # divides among 1, 2, 4, ... 64 workers; each lane is a long stretch of the store
 LENGTH_STEP = 16  # lengths this close count as equal: short samples sorted to the last token would
-# make batches of one kind of question each (a quickstart trained so stayed at chance)
+# make batches of one kind of question each
 WINDOW_SAMPLES = 4096  # samples of a lane that are shuffled and sorted by length together
 WINDOW_BYTES = 2**30  # of the store, over all lanes: what windows may keep in memory at once
 
