@@ -60,7 +60,7 @@ def test_runs_and_model_are_in_mlflow(quickstart: tuple[Path, str]) -> None:
     assert {run.info.status for run in runs} == {"FINISHED"}
     adaptive = next(run for run in runs if run.data.tags["fmray.run_id"] == "adaptive")
     assert len(client.get_metric_history(adaptive.info.run_id, "train/loss")) == 20
-    assert client.get_model_version_by_alias("fmray-shapes", "production").version == "1"
+    assert int(client.get_model_version_by_alias("fmray-shapes", "production").version) == 1
 
 
 @pytest.mark.parametrize(("budget", "units"), [("0.5", 3), ("1.0", 7)])
