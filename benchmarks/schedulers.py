@@ -1,7 +1,7 @@
 """The learned scheduler against its rivals, over seeds: paired tests on the same held-out
 questions.
 
-    python benchmarks/schedulers.py --base fmray-quickstart [--seeds 3]
+    python benchmarks/schedulers.py --base fmray-quickstart [--seeds 0 1 2]
 
 In: the folder of a finished quickstart (its data store and base model). For each seed it finetunes
 the base with the learned scheduler, with random plans and with one static order, all else equal,
@@ -45,11 +45,11 @@ def main() -> None:
     )
     parser.add_argument("--base", type=Path, required=True, help="folder of a finished quickstart")
     parser.add_argument("--folder", type=Path, default=Path("runs/schedulers"))
-    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", dest="settings")
     options = parser.parse_args()
     recipe = None
-    for seed in range(options.seeds):
+    for seed in options.seeds:
         for scheduler in ("learned", "random", "static"):
             run_id = f"{scheduler}-{seed}"
             loaded = load(
@@ -70,13 +70,17 @@ def main() -> None:
             if not (options.folder / run_id / "evaluation" / "results.json").is_file():
                 evaluate_run(loaded, run_id)
 
-    seeds = range(options.seeds)
     print(f"\n{'budget':>7}  {'learned':>8}  " + "  ".join(f"{name:>34}" for name, *_ in RIVALS))
     for budget in recipe.evaluate.budgets:
-        ours = [correct(options.folder, f"learned-{seed}", "learned", budget) for seed in seeds]
+        ours = [
+            correct(options.folder, f"learned-{seed}", "learned", budget) for seed in options.seeds
+        ]
         cells = []
         for _, trained, plans in RIVALS:
-            theirs = [correct(options.folder, f"{trained}-{seed}", plans, budget) for seed in seeds]
+            theirs = [
+                correct(options.folder, f"{trained}-{seed}", plans, budget)
+                for seed in options.seeds
+            ]
             test = paired_test(np.concatenate(ours), np.concatenate(theirs))
             by_seed = " ".join(
                 f"{a.mean() - b.mean():+.3f}" for a, b in zip(ours, theirs, strict=True)

@@ -9,14 +9,15 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import multiprocessing
 import os
 import platform
 import shutil
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, requires, version
 from importlib.util import find_spec
+from multiprocessing.connection import Connection
 from pathlib import Path
 
 import torch
@@ -28,6 +29,8 @@ from fmray.memory import GIB, Sizes, estimate, measure
 from fmray.preflight import Finding, Machine, machines_of_cluster, preflight
 from fmray.recipe_checks import conflicts
 from fmray.recipe_file import dump_value
+
+JOIN_SECONDS = 60  # to ask a cluster what it has, the start of a process included
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -55,16 +58,16 @@ def doctor(recipe: Recipe | None) -> int:
 
 def _findings(recipe: Recipe | None) -> Iterator[Finding]:
     yield from _installed()
-    with _ray_if_running(recipe.cluster.address if recipe else None) as connected:
-        machines = machines_of_cluster() if connected else [_this_machine()]
-        yield from _seen(machines, connected)
-        if recipe is None:
-            return
-        yield from preflight(recipe, machines)
-        yield from _folders(recipe, several_nodes=len(machines) > 1)
-        yield from _data(recipe)
-        yield from _attention(recipe)
-        yield from _memory(recipe, several_nodes=len(machines) > 1)
+    cluster = _cluster(recipe.cluster.address if recipe else None)
+    machines = cluster or [_this_machine()]
+    yield from _seen(machines, connected=cluster is not None)
+    if recipe is None:
+        return
+    yield from preflight(recipe, machines)
+    yield from _folders(recipe, several_nodes=len(machines) > 1)
+    yield from _data(recipe)
+    yield from _attention(recipe)
+    yield from _memory(recipe, several_nodes=len(machines) > 1)
 
 
 def _installed() -> Iterator[Finding]:
@@ -103,27 +106,49 @@ def _installed() -> Iterator[Finding]:
         )
 
 
-@contextmanager
-def _ray_if_running(address: str | None) -> Iterator[bool]:
-    """Connect to the cluster at `address`, RAY_ADDRESS or this machine's; False where none runs."""
+def _cluster(address: str | None) -> list[Machine] | None:
+    """The machines of the cluster at `address`, RAY_ADDRESS or this machine's; None: none runs.
+
+    Asked from a process that can be ended: Ray goes on trying to join a cluster that it sees and
+    cannot reach.
+    """
     import ray
 
     if ray.is_initialized():
-        yield True
-        return
+        return machines_of_cluster()
     if address == "local":  # always a new one
-        yield False
-        return
+        return None
     check_answers(address)
+    context = multiprocessing.get_context("spawn")
+    receiver, sender = context.Pipe(duplex=False)
+    child = context.Process(target=_send_machines, args=(address or "auto", sender), daemon=True)
+    child.start()
+    sender.close()  # the child's end alone stays open, so that its death is seen
     try:
-        ray.init(address=address or "auto", log_to_driver=False, logging_level="ERROR")
-    except ConnectionError:  # "auto" found none on this machine
-        yield False
-        return
-    try:
-        yield True
+        if not receiver.poll(JOIN_SECONDS):
+            raise ValueError(
+                f"the Ray cluster at {address or os.environ.get('RAY_ADDRESS') or 'this machine'} "
+                f"could not be joined within {JOIN_SECONDS} s; end what is left of it with "
+                "`ray stop`, or set RAY_ADDRESS to another"
+            )
+        found = receiver.recv()
+    except EOFError as error:
+        raise ValueError("Ray failed while it joined the cluster; its reason is above") from error
     finally:
-        ray.shutdown()
+        child.kill()
+        child.join()
+    return found
+
+
+def _send_machines(address: str, sender: Connection) -> None:
+    import ray
+
+    try:
+        ray.init(address=address, log_to_driver=False, logging_level="ERROR")
+    except ConnectionError:  # "auto" found none on this machine
+        sender.send(None)
+    else:
+        sender.send(machines_of_cluster())
 
 
 def _this_machine() -> Machine:

@@ -1,9 +1,9 @@
 """`fmray quickstart`: from nothing to a model that obeys a budget, on this machine, in some
 minutes.
 
-In: nothing but a folder to work in. Out: a base model and an adaptive one, trained by submitted Ray
-jobs; a table and a plot of accuracy against budget; example plans; the runs in MLflow; the model in
-the registry. Interrupted, the same command goes on where it stopped.
+In: nothing but a folder to work in. Out: a base model and an adaptive one, which a submitted Ray
+job finetunes; a table and a plot of accuracy against budget; example plans; the runs in MLflow; the
+model in the registry. Interrupted, the same command goes on where it stopped.
 """
 
 from __future__ import annotations
@@ -45,7 +45,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    """Run the jobs one after the other; the first that fails ends it with its exit code."""
+    """Prepare, train the base, finetune it in a submitted job, evaluate, register.
+
+    Returns the exit code of the job when it fails.
+    """
     from fmray.cluster import start_or_join, submit
     from fmray.config import job_path, load
 
@@ -67,35 +70,49 @@ def run(options: argparse.Namespace) -> int:
     if options.fast:
         for stage, steps in FAST_STEPS.items():
             stages[stage].append(f"train.steps={steps}")
+        stages["base"].append("cluster.workers=0")  # in this process: nothing has to start
         stages["adaptive"].append("evaluate.calibration_rows=64")
     files = {"base": recipes / "shapes_base.yaml", "adaptive": recipes / "shapes_tiny.yaml"}
-    plan = (
-        ("make the pictures and questions", "prepare_data.py", "base"),
-        ("train a small base model from scratch", "train_adallava.py", "base"),
-        ("finetune it to obey budgets: 2 workers, ZeRO-2", "train_adallava.py", "adaptive"),
-        ("measure accuracy at every budget", "evaluate.py", "adaptive"),
-    )
-    loaded = load(files["adaptive"], stages["adaptive"])
+    loaded = {stage: load(files[stage], stages[stage]) for stage in files}
     begun = time.monotonic()
-    with start_or_join(loaded.recipe.cluster) as session:
+
+    def announce(number: int, what: str) -> None:
+        minutes, seconds = divmod(int(time.monotonic() - begun), 60)
+        print(f"\n== {number}/4 [{minutes}:{seconds:02d}] {what}", flush=True)
+
+    def trained(stage: str) -> bool:
+        done = (folder / stage / "model").is_dir()
+        if done:
+            print(f"done before: {folder / stage / 'model'}")
+        return done
+
+    with start_or_join(loaded["adaptive"].recipe.cluster) as session:
         print(f"Ray at {session.address}, dashboard {session.dashboard}", flush=True)
-        for number, (what, script, stage) in enumerate(plan, start=1):
-            minutes, seconds = divmod(int(time.monotonic() - begun), 60)
-            print(f"\n== {number}/{len(plan)} [{minutes}:{seconds:02d}] {what}", flush=True)
-            if script == "train_adallava.py" and (folder / stage / "model").is_dir():
-                print(f"done before: {folder / stage / 'model'}")
-                continue
-            arguments = ["--config", str(files[stage]), "--run-id", stage]
-            for setting in stages[stage]:
+        # what the job scripts do, in this process: each job of its own would import it all again
+        from fmray.data.ingest import prepare
+        from fmray.train.evaluate import evaluate_run
+        from fmray.train.job import train
+
+        announce(1, "make the pictures and questions")
+        prepare(loaded["base"].recipe)
+        announce(2, "train a small base model from scratch")
+        if not trained("base"):
+            train(loaded["base"], "base")
+        announce(3, "finetune it to obey budgets: a Ray job, 2 workers, ZeRO-2")
+        if not trained("adaptive"):
+            arguments = ["--config", str(files["adaptive"]), "--run-id", "adaptive"]
+            for setting in stages["adaptive"]:
                 arguments += ["--set", setting]
-            job = f"fmray-{folder.name}-{number}-{int(time.time())}"
-            code = submit(session, job_path(script), arguments, job)
+            job = f"fmray-{folder.name}-{int(time.time())}"
+            code = submit(session, job_path("train_adallava.py"), arguments, job)
             if code != 0:
-                print(f"\n{script} failed with exit code {code}; the same command goes on")
+                print(f"\nthe job failed with exit code {code}; the same command goes on")
                 return code
+        announce(4, "measure accuracy at every budget")
+        evaluate_run(loaded["adaptive"], "adaptive")
     from fmray.tracking import register, tracking_uri
 
-    tracking = loaded.recipe.tracking
+    tracking = loaded["adaptive"].recipe.tracking
     version = register(tracking, folder, MODEL, folder / "adaptive" / "model", "adaptive")
     example = _example(options.folder)
     elsewhere = "" if options.folder == STORAGE else f" --storage {options.folder}"

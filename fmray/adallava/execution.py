@@ -62,8 +62,7 @@ def _rows(value: Tensor | None, dim: int, index: Tensor) -> Tensor | None:
 
 
 class LayerCache:
-    """Keys and values [R, H, m, head_dim] of one layer (or part of one) for the rows that run it.
-    """
+    """Keys and values [R, H, m, head_dim] of a layer (or part of one) for the rows that run it."""
 
     def __init__(self) -> None:
         self.keys: Tensor | None = None

@@ -50,8 +50,7 @@ class AdaptiveOutput:
 
 
 class AdaptiveVLM(nn.Module):
-    """A stock vision-language model with switches. Make one with `from_base` or `from_pretrained`.
-    """
+    """A stock vision-language model with switches. See `from_base` and `from_pretrained`."""
 
     def __init__(
         self,
@@ -302,8 +301,7 @@ class AdaptiveVLM(nn.Module):
         return self.latency_encoder(self.share_of(units_on)).to(dtype)
 
     def decide(self, hidden: Tensor, prompt: Prompt, draw: Draw) -> tuple[Tensor, Tensor]:
-        """Latency token's hidden state [B, d] after the always-on layers -> plan and logits [B, K].
-        """
+        """Latency token's state [B, d] after the always-on layers -> plan and logits [B, K]."""
         if self.scheduler is None:
             logits = hidden.new_zeros((hidden.shape[0], self.layout.num_units), dtype=torch.float32)
         else:

@@ -90,37 +90,34 @@ class Evaluation:
     def table(self) -> str:
         """For the terminal: accuracy with its 95 % interval, a line per budget.
 
-        Behind a kind that is not the learned one: how much better learned plans are on the same
-        questions, and McNemar's p. Last, what plans tell of the type of question.
+        Below, on the same questions: how much better learned plans are than each other kind, with
+        McNemar's p, and what plans tell of the type of question.
         """
         kinds = list(dict.fromkeys(point.plans for point in self.points))
-        header = ["budget", "share"]
-        for kind in kinds:
-            header += [kind, *(["learned is", "p"] if self._tests(kind) else [])]
-        header += ["plan tells of type", "p"] if self.dependence else []
-        lines = [header]
+        tested = [kind for kind in kinds if any(kind == other for other, _ in self.paired)]
+        accuracy = [["budget", "share", *kinds]]
+        better = [["budget"]]
+        for kind in tested:
+            better[0] += [f"over {kind}", "p"]
+        better[0] += ["plan tells of type", "p"] if self.dependence else []
         for budget in sorted({point.budget for point in self.points}):
             row = {point.plans: point for point in self.points if point.budget == budget}
-            line = [f"{budget:g}", f"{next(iter(row.values())).share:.3f}"]
-            for kind in kinds:
-                line.append(_cell(row[kind]))
-                if (test := self.paired.get((kind, budget))) is not None:
-                    line += [f"{test.difference:+.4f}", f"{test.p_value:.1g}"]
+            share = next(iter(row.values())).share
+            accuracy.append([f"{budget:g}", f"{share:.3f}", *(_cell(row[kind]) for kind in kinds)])
+            line = [f"{budget:g}"]
+            for test in (self.paired[kind, budget] for kind in tested):
+                line += [f"{test.difference:+.4f}", f"{test.p_value:.1g}"]
             if (found := self.dependence.get(budget)) is not None:
                 bits = f"{found.bits:.2f} bits ({found.shuffled_bits:.2f} shuffled)"
                 line += [bits, f"{found.p_value:.1g}"]
-            lines.append(line)
-        widths = [max(len(line[k]) for line in lines if k < len(line)) for k in range(len(header))]
-        text = [
-            "  ".join(f"{cell:>{width}}" for cell, width in zip(line, widths, strict=False))
-            for line in lines
-        ]
+            better.append(line)
+        text = _columns(accuracy) if kinds else []
         questions = f"{self.base.questions} questions"
         text.append(f"base model, no budget: {_cell(self.base)} over {questions}")
+        if len(better[0]) > 1:
+            text += ["", "learned plans against others, and the plans themselves:"]
+            text += _columns(better)
         return "\n".join(text)
-
-    def _tests(self, kind: str) -> bool:
-        return any(tested == kind for tested, _ in self.paired)
 
 
 def evaluate(
@@ -343,6 +340,15 @@ def _point(kind: str, budget: float, rows: dict[str, np.ndarray]) -> Point:
 
 def _cell(point: Point) -> str:
     return f"{point.accuracy:.4f} [{point.low:.3f}-{point.high:.3f}]"
+
+
+def _columns(lines: list[list[str]]) -> list[str]:
+    """Cells set right in columns; lines may be shorter than the first."""
+    widths = [max(len(line[k]) for line in lines if k < len(line)) for k in range(len(lines[0]))]
+    return [
+        "  ".join(f"{cell:>{width}}" for cell, width in zip(line, widths, strict=False))
+        for line in lines
+    ]
 
 
 def _row_ids(store: Path) -> dict[int, str]:

@@ -85,7 +85,7 @@ def make_optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
         from deepspeed.ops.adam import DeepSpeedCPUAdam  # its kernel is compiled at the first use
 
         return DeepSpeedCPUAdam(groups, adamw_mode=True, **settings)
-    return torch.optim.AdamW(groups, **settings)
+    return torch.optim.AdamW(groups, fused=True, **settings)  # one pass over the parameters
 
 
 def lr_factor(step: int, total: int, warmup_ratio: float) -> float:

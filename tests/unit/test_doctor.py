@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import socket
 from pathlib import Path
 from typing import Any
 
@@ -128,3 +129,20 @@ def test_set_without_a_recipe(capsys: pytest.CaptureFixture[str]) -> None:
     assert (
         capsys.readouterr().err == "fmray: doctor: --set changes a recipe; name one with --config\n"
     )
+
+
+def test_a_cluster_that_does_not_answer_is_given_up(
+    job: dict[str, Any],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(doctor, "JOIN_SECONDS", 10)
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        address = f"127.0.0.1:{silent.getsockname()[1]}"
+        recipe = tmp_path / "recipe.yaml"
+        recipe.write_text(yaml.safe_dump(job | {"cluster": {"address": address}}))
+        code = main(["doctor", "--config", str(recipe)])
+    assert code == 2
+    wanted = f"fmray: the Ray cluster at {address} could not be joined within 10 s"
+    assert wanted in capsys.readouterr().err
