@@ -20,6 +20,7 @@ from fmray.adallava.families import Backbone, block_of
 from fmray.adallava.layout import SwitchLayout
 
 PACKED_LAYERS_KEPT = 256
+CACHE_ROOM = 32  # tokens that fit behind a prompt before keys and values move
 
 
 @dataclass(frozen=True)
@@ -62,25 +63,45 @@ def _rows(value: Tensor | None, dim: int, index: Tensor) -> Tensor | None:
 
 
 class LayerCache:
-    """Keys and values [R, H, m, head_dim] of a layer (or part of one) for the rows that run it."""
+    """Keys and values [R, H, m, head_dim] of a layer (or part of one) for the rows that run it.
+
+    They lie in buffers with room to grow, so that a new token is written and nothing is copied.
+    """
 
     def __init__(self) -> None:
-        self.keys: Tensor | None = None
-        self.values: Tensor | None = None
+        self._buffers: list[Tensor] = []  # keys, values: [R, H, capacity, head_dim]
+        self._length = 0
+
+    @property
+    def keys(self) -> Tensor | None:
+        """[R, H, m, head_dim], a view; None before the first update."""
+        return self._buffers[0][:, :, : self._length] if self._buffers else None
+
+    @property
+    def values(self) -> Tensor | None:
+        """[R, H, m, head_dim], a view; None before the first update."""
+        return self._buffers[1][:, :, : self._length] if self._buffers else None
 
     def update(
         self, keys: Tensor, values: Tensor, *_: object, **__: object
     ) -> tuple[Tensor, Tensor]:
         """Append, and return all: the one call a stock attention makes on its cache."""
-        if self.keys is not None:
-            keys = torch.cat((self.keys, keys), dim=2)
-            values = torch.cat((self.values, values), dim=2)
-        self.keys, self.values = keys, values
-        return keys, values
+        start, self._length = self._length, self._length + keys.shape[2]
+        if not self._buffers or self._length > self._buffers[0].shape[2]:
+            capacity = self._length + max(CACHE_ROOM, self._length // 8)
+            old = self._buffers
+            self._buffers = [
+                new.new_empty((*new.shape[:2], capacity, new.shape[3])) for new in (keys, values)
+            ]
+            for buffer, kept in zip(self._buffers, old, strict=False):
+                buffer[:, :, :start] = kept[:, :, :start]
+        for buffer, new in zip(self._buffers, (keys, values), strict=True):
+            buffer[:, :, start : self._length] = new
+        return self.keys, self.values
 
     def drop_last(self) -> None:
         """Forget the newest token (a probe that only reads)."""
-        self.keys, self.values = self.keys[:, :, :-1], self.values[:, :, :-1]
+        self._length -= 1
 
 
 @dataclass(frozen=True)
