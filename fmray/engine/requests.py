@@ -16,6 +16,14 @@ from torch import Tensor
 FinishReason = Literal["stop", "length", "cancelled", "error"]
 
 
+def _whole(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _finite(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
 @dataclass(frozen=True)
 class Sampling:
     """How an answer is drawn. temperature 0: greedy. stop: strings that end it and are not shown.
@@ -95,7 +103,8 @@ class Result:
 
     prompt_tokens: image tokens included. completion_tokens: what `Event.tokens` held, the end token
     not counted. units_on: switches of the plan it ran (0 and no plan if it ended before it had
-    one). share: of the decoder's units that ran. prefill_seconds: its prefill step. seconds: from
+    one). share: of the decoder layers' operations on the prompt that ran (`CostModel.share`).
+    prefill_seconds: its prefill step. seconds: from
     `start` to the end. vision_hit: its pictures' features were at hand. prefix_tokens: tokens whose
     lower keys and values were at hand.
     """
@@ -150,9 +159,10 @@ class StepTiming:
 class EngineStats:
     """Counters since the engine was made, and what it holds now (bytes).
 
-    packed_unshared: design H, decode calls of one packed layer for one row while other rows ran the
-    same layer under other patterns: weights were read once a row, so the mixed batch saved nothing
-    there. packed_calls: all calls of packed layers in decode steps.
+    Design H: packed_calls: calls of switchable layers in decode steps, one a pattern and layer.
+    packed_unshared: those for one row while other rows ran the same layer under other patterns.
+    packed_unsaved: times that a layer's patterns together read as many weights as the whole layer
+    has, or more, so that the mixed batch saved nothing there against every row at full budget.
     """
 
     started: int
@@ -179,11 +189,4 @@ class EngineStats:
     prefix_misses: int
     packed_calls: int
     packed_unshared: int
-
-
-def _whole(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _finite(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    packed_unsaved: int
