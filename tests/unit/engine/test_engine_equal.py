@@ -55,7 +55,7 @@ def answer(family: str, design: str, token: str, prompt: int, budget: str) -> li
 @pytest.mark.parametrize("design", ["layers", "heads"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_random_mixes_equal_one_by_one(family: str, design: str, token: str) -> None:
-    """Random budgets, lengths, arrivals, cancellations, with reuse or not, room for all or for few."""
+    """Random budgets, lengths, arrivals, cancellations, with reuse or not, room for all or few."""
     model, rows = pool(family, design, token)
     for seed in range(MIXES):
         rng = random.Random(f"{family} {design} {token} {seed}")
