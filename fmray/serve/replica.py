@@ -50,7 +50,7 @@ class Live:
         self.submitted = time.monotonic()
         self.first_token: float | None = None  # seconds after arrival
         self.ended: float | None = None
-        self._answerer = answerer
+        self._answerer, self._closed = answerer, False
         self._queue: asyncio.Queue[Decision | Event | Refused] = asyncio.Queue()
         self._loop = asyncio.get_running_loop()
         try:
@@ -110,8 +110,9 @@ class Live:
 
     def close(self) -> None:
         """Free the row if the answer is not over. Takes effect within one step of the engine."""
-        if self.ended is None:
+        if self.ended is None and not self._closed:
             self._answerer.worker.cancel(self.ask.id)
+        self._closed = True
 
     def cost(self, request: ChatRequest, result: Result) -> Fmray:
         """What the finished answer cost."""

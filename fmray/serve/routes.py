@@ -143,6 +143,13 @@ def create_app(answerer: Answerer, metrics: Metrics, exposition: Exposition) -> 
         found = ApiError(error.status_code, text.get(error.status_code, "the request is wrong"))
         return JSONResponse(found.body, status_code=found.status, headers=error.headers)
 
+    @app.exception_handler(Exception)
+    async def bug(request: Request, error: Exception) -> JSONResponse:
+        # Starlette raises it again after this answer, and the guard logs it.
+        found = ApiError(500, "the server failed; it is logged", code="internal_error")
+        metrics.refused(found)
+        return JSONResponse(found.body, status_code=500)
+
     app.openapi = functools.partial(_openapi, app, app.openapi)
     return Guard(app, settings, answerer.keys)
 
