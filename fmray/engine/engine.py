@@ -120,7 +120,9 @@ class Engine:
         if request.id in self._rows:
             raise ValueError(f"request {request.id!r} is running already")
         if request.units_on > units:
-            raise ValueError(f"units_on is {request.units_on}; the model has {units} switches")
+            raise ValueError(
+                f"the request may have {request.units_on} switches on; the model has {units}"
+            )
         if request.plan is not None and len(request.plan) != units:
             raise ValueError(f"the plan has {len(request.plan)} switches; the model has {units}")
         if not self.can_start(request):
