@@ -97,7 +97,8 @@ def build(settings: ServeConfig) -> serve.Application:
         )
     target = settings.target_ongoing_requests or float(settings.max_rows)
     replica = serve.deployment(Replica, name="replica").options(
-        max_ongoing_requests=settings.max_ongoing_requests,
+        max_ongoing_requests=settings.max_ongoing_requests
+        or settings.max_rows + settings.max_queue,
         max_queued_requests=settings.max_queued_requests,
         autoscaling_config={
             "min_replicas": settings.min_replicas,

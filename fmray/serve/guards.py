@@ -23,6 +23,8 @@ from fmray.serve.openai_api import ApiError
 from fmray.serve.settings import ServeConfig
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 _logger = logging.getLogger("fmray.serve")
@@ -34,20 +36,58 @@ _HEADERS = (
 )
 
 
-@dataclass(frozen=True)
+@dataclass
 class Arrival:
-    """What the guard knows of a request. time: `time.monotonic()` of its first byte here."""
+    """What the guard knows of a request. time: `time.monotonic()` of its first byte here.
+
+    The body is let go as soon as it is not needed: `release`.
+    """
 
     time: float
     caller: Caller
-    body: bytes
+    held: Held
+    body: bytes = b""
+    size: int = 0
+
+    def grow(self, size: int) -> None:
+        """More of the body is here. Raises ApiError (503) where all together are too much."""
+        self.held.size += size
+        self.size += size
+        if self.held.size > self.held.limit:
+            raise ApiError(
+                503,
+                "too many large requests at once; ask again",
+                code="overloaded",
+                headers={"retry-after": "1"},
+            )
+
+    def release(self) -> None:
+        """The body is not needed any more."""
+        self.held.size -= self.size
+        self.body, self.size = b"", 0
+
+
+@dataclass
+class Held:
+    """Bytes of all bodies that are in memory now, and the most that may be."""
+
+    limit: int
+    size: int = 0
 
 
 class Guard:
     """ASGI middleware, outside of everything else."""
 
-    def __init__(self, app: ASGIApp, settings: ServeConfig, keys: KeyRing) -> None:
-        self._app, self._settings, self._keys = app, settings, keys
+    def __init__(
+        self,
+        app: ASGIApp,
+        settings: ServeConfig,
+        keys: KeyRing,
+        count: Callable[[ApiError], None],
+    ) -> None:
+        """count: told of every error that is answered here."""
+        self._app, self._settings, self._keys, self._count = app, settings, keys, count
+        self._held = Held(settings.max_bodies_mib * 2**20)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """One request; never raises for what a client does."""
@@ -68,13 +108,14 @@ class Guard:
                 message = {**message, "headers": [*message.get("headers", ()), *extra]}
             await send(message)
 
+        arrival = Arrival(time.monotonic(), Caller("-"), self._held)
         try:
-            arrival = await self._admit(scope, receive)
-            if arrival is None:
+            if not await self._admit(scope, receive, arrival):
                 return  # the client left
             scope["fmray"] = arrival
-            await self._app(scope, _replay(arrival.body, receive), guarded_send)
+            await self._app(scope, _after_body(receive), guarded_send)
         except ApiError as error:
+            self._count(error)
             if not started:
                 await respond(error, guarded_send)
         except Exception as error:  # noqa: BLE001 - the last place where it can be kept from logs
@@ -84,14 +125,15 @@ class Guard:
                     ApiError(500, "the server failed; it is logged", code="internal_error"),
                     guarded_send,
                 )
+        finally:
+            arrival.release()
 
-    async def _admit(self, scope: Scope, receive: Receive) -> Arrival | None:
-        now = time.monotonic()
+    async def _admit(self, scope: Scope, receive: Receive, arrival: Arrival) -> bool:
+        """Find the caller and read the body; False where the client left meanwhile."""
         headers: dict[bytes, bytes] = dict(reversed(scope["headers"]))  # the first of equal names
         self._check_origin(headers)
-        if scope["path"] in OPEN_PATHS:
-            caller = Caller("-")
-        else:
+        path = scope["path"].removeprefix(scope.get("root_path", "")) or "/"
+        if path not in OPEN_PATHS:
             found = self._keys.find(headers.get(b"authorization"))
             if found is None:
                 raise ApiError(
@@ -100,19 +142,22 @@ class Guard:
                     code="invalid_api_key",
                     headers={"www-authenticate": "Bearer"},
                 )
-            caller = found
+            arrival.caller = found
         if scope["method"] != "POST":
-            return Arrival(now, caller, b"")
+            return True
         self._check_kind(headers)
         try:
             async with asyncio.timeout(self._settings.read_timeout_s):
-                body = await self._read(headers, receive)
+                body = await self._read(headers, receive, arrival)
         except TimeoutError:
             limit = self._settings.read_timeout_s
             raise ApiError(
                 408, f"the body did not arrive within {limit:g} s", code="request_timeout"
             ) from None
-        return None if body is None else Arrival(now, caller, body)
+        if body is None:
+            return False
+        arrival.body = body
+        return True
 
     def _check_origin(self, headers: dict[bytes, bytes]) -> None:
         """A page of another site must not use a server on its visitor's machine."""
@@ -127,15 +172,17 @@ class Guard:
         if headers.get(b"content-encoding", b"identity").lower() != b"identity":
             raise ApiError(415, "compressed bodies are not taken", code="content_encoding")
 
-    async def _read(self, headers: dict[bytes, bytes], receive: Receive) -> bytes | None:
+    async def _read(
+        self, headers: dict[bytes, bytes], receive: Receive, arrival: Arrival
+    ) -> bytes | None:
         """The whole body, None where the client left; 413 as soon as it is known to be too long."""
         limit = self._settings.max_body_mib * 2**20
         said = headers.get(b"content-length", b"0")
         if not said.isdigit():
             raise ApiError(400, "content-length is no number", code="content_length")
-        chunks, size = [], 0
+        chunks: list[bytes] = []
         while True:
-            if size > limit or (len(said) > 18 or int(said) > limit):
+            if arrival.size > limit or (len(said) > 18 or int(said) > limit):
                 raise ApiError(
                     413,
                     f"the body is larger than {self._settings.max_body_mib} MiB",
@@ -146,23 +193,23 @@ class Guard:
             if message["type"] == "http.disconnect":
                 return None
             chunks.append(message.get("body", b""))
-            size += len(chunks[-1])
-            if not message.get("more_body", False) and size <= limit:
+            arrival.grow(len(chunks[-1]))
+            if not message.get("more_body", False) and arrival.size <= limit:
                 return b"".join(chunks)
 
 
-def _replay(body: bytes, receive: Receive) -> Receive:
-    """A `receive` that gives the body that was read, then what really comes: a disconnect."""
+def _after_body(receive: Receive) -> Receive:
+    """A `receive` for those inside: no body (it is in `Arrival`), then what comes: a disconnect."""
     given = False
 
-    async def replayed() -> Message:
+    async def after() -> Message:
         nonlocal given
         if not given:
             given = True
-            return {"type": "http.request", "body": body, "more_body": False}
+            return {"type": "http.request", "body": b"", "more_body": False}
         return await receive()
 
-    return replayed
+    return after
 
 
 async def gone(receive: Receive) -> None:

@@ -24,8 +24,9 @@ from fmray.adallava import AdaptiveVLM
 from fmray.data.processor import load_processor
 from fmray.engine.policy import Ask, Decision, Refused, Unavailable
 from fmray.engine.requests import Event, Result, Sampling
-from fmray.serve.keys import Caller, KeyRing, load_keys
-from fmray.serve.openai_api import ApiError, ChatRequest, Fmray, Message
+from fmray.serve.answers import Fmray
+from fmray.serve.keys import KeyRing, load_keys
+from fmray.serve.openai_api import ApiError, ChatRequest, Message
 from fmray.serve.prompts import Prompt, PromptMaker
 from fmray.serve.settings import ServeConfig
 
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
     from transformers import ProcessorMixin
 
     from fmray.engine.worker import EngineWorker
+    from fmray.serve.guards import Arrival
 
 _logger = logging.getLogger("fmray.serve")
 _PREPARING = 2  # threads that decode pictures
@@ -42,9 +44,8 @@ HEALTH_CALLER = "-health"  # no key can have this name
 class Live:
     """One answer under way. `next` gives what the worker says, in order."""
 
-    def __init__(
-        self, answerer: Answerer, ask: Ask, prompt: Prompt, caller: Caller, arrival: float
-    ) -> None:
+    def __init__(self, answerer: Answerer, ask: Ask, prompt: Prompt, arrival: float) -> None:
+        """arrival: `time.monotonic()` of the request's first byte."""
         self.ask, self.prompt, self.arrival = ask, prompt, arrival
         self.decision: Decision | None = None
         self.submitted = time.monotonic()
@@ -167,25 +168,31 @@ class Answerer:
         self._question = self._prompts.make(_question(settings))
 
     @asynccontextmanager
-    async def answer(
-        self, request: ChatRequest, caller: Caller, arrival: float
-    ) -> AsyncIterator[Live]:
-        """Start an answer; leaving the context frees its row. arrival: `time.monotonic()`.
+    async def answer(self, request: ChatRequest, arrival: Arrival) -> AsyncIterator[Live]:
+        """Start an answer; leaving the context frees its row.
 
-        Raises ApiError where it is refused.
+        Lets the body go, and the request's messages, once they are token ids and pixels. Raises
+        ApiError where it is refused.
         """
         loop = asyncio.get_running_loop()
-        prompt = await loop.run_in_executor(self._threads, self._prompts.make, request)
+        limit = self.settings.request_timeout_s
+        try:
+            async with asyncio.timeout(max(0.0, arrival.time + limit - time.monotonic())):
+                prompt = await loop.run_in_executor(self._threads, self._prompts.make, request)
+        except TimeoutError:
+            raise ApiError(408, f"no answer within {limit:g} s", code="request_timeout") from None
+        request.messages.clear()  # megabytes of base64 that nobody reads again
+        arrival.release()
         deadline = request.deadline_ms
         if deadline is not None:
-            deadline -= 1e3 * (time.monotonic() - arrival)
+            deadline -= 1e3 * (time.monotonic() - arrival.time)
             if deadline <= 0 and request.strict:
                 raise ApiError(503, "the deadline has passed", code="deadline_impossible")
             deadline = max(deadline, 1.0)  # already missed: the smallest budget
         try:
             ask = Ask(
                 id=f"chatcmpl-{secrets.token_hex(12)}",
-                caller=caller.name,
+                caller=arrival.caller.name,
                 inputs=prompt.inputs,
                 image_key=prompt.image_key,
                 sampling=Sampling(
@@ -202,7 +209,7 @@ class Answerer:
             )
         except ValueError as error:
             raise ApiError(400, str(error), code="invalid_value") from None
-        live = Live(self, ask, prompt, caller, arrival)
+        live = Live(self, ask, prompt, arrival.time)
         try:
             yield live
         finally:
@@ -243,7 +250,7 @@ class Answerer:
             sampling=Sampling(max_new_tokens=1),
             budget="1",
         )
-        live = Live(self, ask, self._question, Caller(HEALTH_CALLER), time.monotonic())
+        live = Live(self, ask, self._question, time.monotonic())
         try:
             while live.ended is None:
                 await live.next()

@@ -24,14 +24,10 @@ from starlette.types import ASGIApp
 from fmray import __version__
 from fmray.engine.policy import Decision
 from fmray.engine.requests import Result
-from fmray.serve.guards import Arrival, Guard, gone, log_failure
-from fmray.serve.metrics import Metrics
-from fmray.serve.openai_api import (
+from fmray.serve.answers import (
     AnswerMessage,
-    ApiError,
     ChatChunk,
     ChatCompletion,
-    ChatRequest,
     Choice,
     ChunkChoice,
     Delta,
@@ -40,8 +36,10 @@ from fmray.serve.openai_api import (
     ModelCard,
     ModelList,
     Usage,
-    parse_request,
 )
+from fmray.serve.guards import Arrival, Guard, gone, log_failure
+from fmray.serve.metrics import Metrics
+from fmray.serve.openai_api import ApiError, ChatRequest, parse_request
 from fmray.serve.replica import Answerer, Live
 
 _SMALL = 64 * 1024  # bytes of a body that is parsed where it stands
@@ -151,7 +149,7 @@ def create_app(answerer: Answerer, metrics: Metrics, exposition: Exposition) -> 
         return JSONResponse(found.body, status_code=500)
 
     app.openapi = functools.partial(_openapi, app, app.openapi)
-    return Guard(app, settings, answerer.keys)
+    return Guard(app, settings, answerer.keys, metrics.refused)
 
 
 class _Chat:
@@ -164,7 +162,7 @@ class _Chat:
         self._arrival, self._created = arrival, int(time.time())
 
     def _start(self) -> Any:
-        return self._answerer.answer(self._asked, self._arrival.caller, self._arrival.time)
+        return self._answerer.answer(self._asked, self._arrival)
 
     async def whole(self) -> ChatCompletion:
         """The answer in one piece."""

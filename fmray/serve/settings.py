@@ -59,11 +59,14 @@ class ServeConfig(Section):
     target_ongoing_requests: float | None = Field(
         None, gt=0, description="autoscaling: requests a replica should have; default: max_rows"
     )
-    max_ongoing_requests: int = Field(
-        64, ge=1, description="a replica; more than max_rows wait in the engine's own fair queue"
+    max_ongoing_requests: int | None = Field(
+        None,
+        ge=1,
+        description="a replica; default: max_rows + max_queue, so that all waiting is done in the "
+        "engine's own queue, which is fair and knows of deadlines",
     )
     max_queued_requests: int = Field(
-        256, ge=-1, description="waiting at each proxy beyond that; then 503"
+        256, ge=-1, description="waiting at each proxy beyond that; then Ray Serve refuses"
     )
     cpus: float = Field(1.0, ge=0, description="of each replica, for placement")
     gpus: float = Field(0.0, ge=0)
@@ -92,6 +95,9 @@ class ServeConfig(Section):
     request_timeout_s: float = Field(120.0, gt=0, description="from the first byte to the last")
     read_timeout_s: float = Field(30.0, gt=0, description="for a request's body to arrive")
     max_body_mib: int = Field(16, ge=1, le=1024)
+    max_bodies_mib: int = Field(
+        256, ge=1, description="bodies that are read or wait to be decoded, together; then 503"
+    )
     max_messages: int = Field(128, ge=1)
     max_characters: int = Field(65_536, ge=1, description="text of all messages")
     max_images: int = Field(8, ge=0)
@@ -129,6 +135,8 @@ class ServeConfig(Section):
             raise ValueError("max_replicas is smaller than min_replicas")
         if self.max_output_tokens < self.max_new_tokens:
             raise ValueError("max_output_tokens is smaller than max_new_tokens")
+        if self.max_bodies_mib < self.max_body_mib:
+            raise ValueError("max_bodies_mib is smaller than max_body_mib")
         return self
 
     @property

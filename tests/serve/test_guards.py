@@ -195,6 +195,29 @@ def test_a_slow_body_is_refused(build_app: Callable[..., Any], worker: ScriptedW
     assert time.monotonic() - start < 5
 
 
+def test_bodies_that_wait_are_bounded_together(
+    build_app: Callable[..., Any], worker: ScriptedWorker
+) -> None:
+    """Three slow bodies of 0.9 MiB where two fit: one is turned away, and all is free after."""
+    app = build_app(worker, max_body_mib=1, max_bodies_mib=2)
+    whole = json.dumps(chat()).encode()
+
+    async def body() -> AsyncIterator[bytes]:
+        yield b" " * (900 * 1024)
+        await asyncio.sleep(0.5)
+        yield whole
+
+    async def run() -> list[int]:
+        async with client_of(app, headers={"content-type": "application/json"}) as client:
+            path = "/v1/chat/completions"
+            answers = await asyncio.gather(*(client.post(path, content=body()) for _ in range(3)))
+            again = await client.post(path, content=body())
+            return [*sorted(answer.status_code for answer in answers), again.status_code]
+
+    assert asyncio.run(run()) == [200, 200, 503, 200]
+    assert app._held.size == 0
+
+
 @pytest.mark.parametrize(
     ("headers", "status"),
     [
