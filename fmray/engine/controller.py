@@ -27,12 +27,14 @@ import numpy as np
 
 from fmray.engine.forecast import Forecast, Moment, Row, Waiting
 
-AIM = 0.85  # share of the target aimed at, at first and at most
+AIM = 0.95  # share of the target aimed at, at first and at most
 LOWEST_AIM = 0.4
 AIM_STEP = 0.05
 MISSES = 0.03  # asked of the feedback: safely fewer than the 5 % that a p95 allows
 RAISE_AT = 0.6  # of the aim: the forecast one step up must be below this to rise
 FULL = 0.97  # of the machine: arriving work one step up must be below this to rise
+LASTING = 1.05  # of the machine: above this the arriving work is an overload that will last
+MEMORY = 20  # targets long is the memory of what has been arriving
 GRID_STEPS = 8  # from the floor to the top, at most this many raises
 
 
@@ -73,7 +75,7 @@ class LoadController:
         self.hold = target.seconds / 2
         self.aim_share = AIM
         self._calm_since: float | None = None
-        self._work = _Rate(len(self.grid), 10 * target.seconds)
+        self._work = _Rate(len(self.grid), MEMORY * target.seconds)
 
     @property
     def aim(self) -> float:
@@ -105,7 +107,7 @@ class LoadController:
         if needed < self.level:
             # An overload that lasts is met at once by the level that carries it, not in small
             # steps along the edge of the target.
-            carried = np.flatnonzero(load <= 1.0)
+            carried = np.flatnonzero(load <= LASTING)
             lasting = int(self.grid[carried[-1]]) if len(carried) else self.floor
             self.level = max(self.floor, min(needed, lasting))
             self._calm_since = None
@@ -172,6 +174,6 @@ class _Rate:
         if self._start is None:
             return self._sum
         fade = math.exp(-max(0.0, now - self._at) / self.memory)
-        # Time seen so far, at least a tenth of the memory: the first arrivals are no rate yet.
-        seen = max(1 - math.exp(-(now - self._start) / self.memory), 0.1)
+        # Time seen so far, at least a quarter of the memory: the first arrivals are no rate yet.
+        seen = max(1 - math.exp(-(now - self._start) / self.memory), 0.25)
         return self._sum * fade / (self.memory * seen)

@@ -83,7 +83,8 @@ class WorkerSettings:
 @dataclass(eq=False)
 class _Entry:
     """One ask from `submit` to its end. units: decided; cap: the most that its key and the memory
-    allow; seconds: of the machine that its caller was charged."""
+    allow; operations: counted against its key, 0 where
+    they are not; seconds: of the machine that its caller was charged."""
 
     ask: Ask
     submitted: float
@@ -129,6 +130,7 @@ class Dispatcher:
         self._turn_began = clock()
         self._decoded = True  # the last step
         self._length_ratio = 1.0  # of max_new_tokens that answers use
+        self._answers = 3  # as if so many had used all
         self._vision_misses = engine.stats.vision_misses
         self._ledger = Ledger(settings.margin)
 
@@ -187,7 +189,9 @@ class Dispatcher:
                 )
             most -= 1
         entry.cap = min(cap, most)
-        entry.operations = self.budgets.operations(tokens, ask.sampling.max_new_tokens, most)
+        if self.limits.counts_operations(ask.caller):
+            new_tokens = ask.sampling.max_new_tokens
+            entry.operations = self.budgets.operations(tokens, new_tokens, most)
         return entry
 
     def _check_deadline(self, entry: _Entry) -> None:
@@ -474,13 +478,14 @@ class Dispatcher:
         del self._running[ask.id]
         used = self._seconds(entry, max(1, entry.tokens))
         self._queue.settle(ask.caller, used - entry.seconds)
-        spent = self.budgets.operations(ask.prompt_tokens, max(1, entry.tokens), entry.units)
-        self.limits.refund(ask.caller, entry.operations - spent, now)
+        if entry.operations:
+            spent = self.budgets.operations(ask.prompt_tokens, max(1, entry.tokens), entry.units)
+            self.limits.refund(ask.caller, entry.operations - spent, now)
         if answered:
             self._ledger.tallies["answer_seconds"].add(now - entry.submitted)
-            self._length_ratio += 0.05 * (
-                min(1.0, entry.tokens / ask.sampling.max_new_tokens) - self._length_ratio
-            )
+            self._answers += 1
+            used = min(1.0, entry.tokens / ask.sampling.max_new_tokens)
+            self._length_ratio += max(0.02, 1 / self._answers) * (used - self._length_ratio)
             self._measured(entry, "answer", now, full=event.finished == "length")
 
     def _measured(self, entry: _Entry, of: Moment, now: float, full: bool = True) -> None:

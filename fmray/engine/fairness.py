@@ -228,6 +228,10 @@ class Limits:
         """What `caller` may do."""
         return self.named.get(caller, self.default)
 
+    def counts_operations(self, caller: str) -> bool:
+        """Whether `caller` has a limit of operations; where not, they need not be computed."""
+        return self.of(caller).operations_per_second is not None
+
     def take(self, caller: str, operations: float, now: float) -> None:
         """Count one request of at most `operations`; RateLimited, and nothing counted, if that is
         too much now."""

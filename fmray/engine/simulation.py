@@ -376,7 +376,7 @@ def capacity(traffic: Traffic, *, seed: int = 0, requests: int = 400, **options:
 def main() -> None:
     """Print attainment, goodput and levels for constant loads and for step, ramp and burst."""
     full = capacity(replace(Traffic(), budget="1"))
-    target, seconds = 1.5, 300.0
+    target, seconds = 3.0, 300.0
     print(f"capacity at b = 1: {full:.2f} requests/s; p95 target of the first token {target} s")
     loads: dict[str, tuple[Rate, float]] = {
         f"{x:g} x": (constant(x * full), x) for x in (0.5, 0.9, 1.2, 1.5, 2, 3)
