@@ -31,17 +31,19 @@ _PUBLISH_SECONDS = 5.0
 class Replica:
     """One replica: an `Answerer` and its web side. Healthy while its model answers questions."""
 
+    _answerer = None  # where the constructor failed, the destructor runs all the same
+    _publishing: asyncio.Task[None] | None = None
+
     def __init__(
         self, settings: ServeConfig, directory: str, board: DeploymentHandle | None
     ) -> None:
         from fmray.serve.replica import open_answerer
 
         self._answerer = open_answerer(settings, Path(directory))
-        self._name = serve.get_replica_context().replica_id.unique_id
+        self._name = serve.get_replica_context().replica_tag
         units = self._answerer.model.layout.num_units
         self._metrics = Metrics(self._answerer.worker, self._name, units)
         self._board = board
-        self._publishing: asyncio.Task[None] | None = None
 
     async def __serve_build_asgi_app__(self):
         """Called by Ray once the constructor is through."""
@@ -75,7 +77,7 @@ class Replica:
         """Ray has waited for the running requests by now."""
         if self._publishing is not None:
             self._publishing.cancel()
-        if hasattr(self, "_answerer"):
+        if self._answerer is not None:
             await asyncio.to_thread(self._answerer.close)
 
 

@@ -1,8 +1,9 @@
 """What the endpoint speaks: OpenAI's chat completions, with fmray's own fields.
 
 In: the bytes of a request. Out: a checked `ChatRequest`, or an `ApiError` in OpenAI's shape; the
-answers' shapes are in `answers.py`. A field that OpenAI has and this server does not is refused by its name, unless it
-is null or asks for what happens anyway; nothing is silently ignored but `user` and `detail`.
+answers' shapes are in `answers.py`. A field that OpenAI has and this server does not is refused by
+its name, unless it is null or asks for what happens anyway; nothing is silently ignored but `user`
+and `detail`.
 """
 
 from __future__ import annotations
