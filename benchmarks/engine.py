@@ -268,8 +268,8 @@ def soak(requests: int) -> None:
     sent = ended = 0
     while ended < requests:
         while sent < requests:
-            row, new = sent * 7 % 500, 1 + sent % 5
-            request = Request(str(sent), rows[row], f"k{row}", sent % 2, None, Sampling(new))
+            row, new = sent // 2 * 7 % 500, 1 + sent % 5  # each row twice in turn
+            request = Request(str(sent), rows[row], f"k{row}", (sent // 3) % 2, None, Sampling(new))
             if not engine.can_start(request):
                 break
             engine.start(request)

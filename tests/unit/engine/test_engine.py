@@ -8,7 +8,7 @@ import resource
 import pytest
 import torch
 from support.engine import model_of, request_for, row_for, run
-from support.tiny_models import EOS, adaptive, tiny_llava
+from support.tiny_models import adaptive, tiny_llava
 from transformers.generation.logits_process import TemperatureLogitsWarper, TopPLogitsWarper
 
 from fmray.engine.draw import draw, generator_of
@@ -105,7 +105,7 @@ def test_who_may_start(model, row) -> None:
     with pytest.raises(ValueError, match="the model has 2"):
         engine.start(Request("x", row, None, 2, torch.ones(3).bool()[:1]))
     with pytest.raises(ValueError, match="tokenizer"):
-        engine.start(request_for(model, row, stop=("x",)))
+        engine.start(request_for(model, row, max_new_tokens=1, stop=("x",)))
     assert engine.active == 0 and engine.stats.kv_reserved == 0
 
 
@@ -285,7 +285,8 @@ def test_memory_does_not_grow() -> None:
     objects, resident, sent, started = 0, 0, 0, 0
     while sent < 2000 or engine.active:
         while sent < 2000:
-            row, key = rows[sent * 7 % 40], f"k{sent * 7 % 40}"
+            number = sent // 2 * 7 % 40  # each twice in a row
+            row, key = rows[number], f"k{number}"
             request = request_for(
                 model, row, str(sent), "0.5" if sent % 2 else "1", key, max_new_tokens=2
             )
@@ -308,5 +309,4 @@ def test_memory_does_not_grow() -> None:
     assert 0 < stats.prefix_bytes <= 1 << 15 and 0 < stats.vision_bytes <= 1 << 12
     assert len(gc.get_objects()) - objects < 500
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - resident < 8 * 1024  # KiB
-    assert stats.vision_hits + stats.prefix_hits > 0
-    assert EOS in engine.eos
+    assert stats.prefix_hits > 1000
