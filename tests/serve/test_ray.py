@@ -74,7 +74,7 @@ def endpoint(directory: Path, tmp_path_factory: pytest.TempPathFactory) -> Itera
     keys = folder / "keys.yaml"
     keys.write_text(f"- {{name: alice, key: {KEY}}}\n")
     arguments = {
-        "model": directory,
+        "model": str(directory),
         "name": "tiny",
         "keys_file": keys,
         "calibration": folder / "cost.json",
