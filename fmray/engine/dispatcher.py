@@ -11,18 +11,19 @@ its row and its wait is known; one request at a time, so that each sees the rows
 from __future__ import annotations
 
 import math
-from collections import OrderedDict
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Protocol
 
 import numpy as np
 
-from fmray.engine.calibration import CostToTime, picture_values
+from fmray.engine.calibration import CostToTime
 from fmray.engine.controller import LoadController, LoadTarget, Queued
+from fmray.engine.estimates import Entry, Estimates
 from fmray.engine.fairness import FairQueue, Limits
 from fmray.engine.figures import Ledger, WorkerStats
-from fmray.engine.forecast import Forecast, Moment, Row, Waiting
+from fmray.engine.forecast import Forecast, Moment, Row
+from fmray.engine.intake import Intake, WorkerSettings
 from fmray.engine.policy import (
     Ask,
     Budgets,
@@ -56,51 +57,6 @@ class Steps(Protocol):
     def stats(self) -> EngineStats: ...
 
 
-@dataclass(frozen=True)
-class WorkerSettings:
-    """p95_seconds, p95_of: what `auto` holds. floor: the least budget it may have (the layers that
-    always run, if that is more). max_queue: requests that may wait. shed: refuse what would come
-    too late even at the floor. controller: False gives `auto` the full budget. margin: deadlines
-    are planned with predictions this much longer, until enough outcomes tell how much is needed.
-    """
-
-    p95_seconds: float = 2.0
-    p95_of: Moment = "first_token"
-    floor: str = "0.5"
-    max_queue: int = 256
-    shed: bool = True
-    controller: bool = True
-    margin: float = 1.1
-
-    def __post_init__(self) -> None:
-        LoadTarget(self.p95_seconds, self.p95_of)
-        if not isinstance(self.max_queue, int) or self.max_queue < 1:
-            raise ValueError(f"max_queue is {self.max_queue!r}; a whole number from 1 is needed")
-        if not 1 <= self.margin < 10:
-            raise ValueError(f"margin is {self.margin!r}; a factor from 1 is needed")
-
-
-@dataclass(eq=False)
-class _Entry:
-    """One ask from `submit` to its end. units: decided; cap: the most that its key and the memory
-    allow; operations: counted against its key, 0 where
-    they are not; seconds: of the machine that its caller was charged."""
-
-    ask: Ask
-    submitted: float
-    cap: int
-    fixed: int | None
-    operations: float
-    units: int = 0
-    seconds: float = 0.0
-    admitted: float = math.nan
-    predicted: float = math.nan  # from admission
-    predicted_of: Moment = "first_token"
-    first: float | None = None
-    tokens: int = 0
-    pixels: int = 0
-
-
 class Dispatcher:
     """See the module's text. `clock`: seconds, monotonic."""
 
@@ -116,6 +72,8 @@ class Dispatcher:
         self.engine, self.cost, self.budgets = engine, cost, budgets
         self.settings, self.limits, self.clock = settings, limits, clock
         self.forecast = Forecast(cost, engine.max_rows)
+        self.estimates = Estimates(self.forecast)
+        self.intake = Intake(engine, budgets, limits, self.estimates)
         floor = budgets.num_units
         if settings.controller:
             floor = budgets.units_within(settings.floor, 1)
@@ -123,14 +81,12 @@ class Dispatcher:
         self.controller = LoadController(target, self.forecast, floor, budgets.num_units)
         self.draining = False
         self._queue: FairQueue[str] = FairQueue()
-        self._waiting: dict[str, _Entry] = {}
-        self._running: dict[str, _Entry] = {}
+        self._waiting: dict[str, Entry] = {}
+        self._running: dict[str, Entry] = {}
         self._cancelled: list[str] = []
-        self._images: OrderedDict[str, None] = OrderedDict()
         self._turn_began = clock()
+        self._level_at = -math.inf
         self._decoded = True  # the last step
-        self._length_ratio = 1.0  # of max_new_tokens that answers use
-        self._answers = 3  # as if so many had used all
         self._vision_misses = engine.stats.vision_misses
         self._ledger = Ledger(settings.margin)
 
@@ -152,68 +108,18 @@ class Dispatcher:
             raise Unavailable("this replica takes no new requests", retry_after=1.0)
         if ask.id in self._waiting or ask.id in self._running:
             raise ValueError(f"a request {ask.id!r} is under way")
-        entry = self._entry(ask, now)
+        entry = self.intake.entry(ask, now)
         self.limits.take(ask.caller, entry.operations, now)
         try:
-            self._check_deadline(entry)
+            self.intake.check_deadline(entry)
             self._enqueue(entry, now)
         except Refused:
             self.limits.refund(ask.caller, entry.operations, now)
             raise
 
-    def _entry(self, ask: Ask, now: float) -> _Entry:
-        """The ask with what it may have at most; ValueError if it can never be run."""
-        tokens, units = ask.prompt_tokens, self.budgets.num_units
-        limit = self.limits.of(ask.caller).max_budget
-        cap = units if limit is None else self.budgets.units_within(limit, tokens)
-        fixed = None
-        if ask.budget is not None:
-            fixed = min(cap, self.budgets.units(ask.budget, tokens))
-        if ask.plan is not None:
-            if tuple(ask.plan.shape) != (units,):
-                raise ValueError(f"plan must be bool [{units}], not {list(ask.plan.shape)}")
-            used = int(ask.plan.sum())
-            if used > (cap if fixed is None else fixed):
-                raise ValueError(
-                    f"the plan has {used} switches on; {cap if fixed is None else fixed} are "
-                    "allowed by the budget of the request or of its key"
-                )
-            fixed = used
-        entry = _Entry(ask, now, cap, fixed, 0.0, pixels=picture_values(ask.inputs))
-        most = cap if fixed is None else fixed
-        while not self.engine.fits(self._request(entry, most)):
-            if fixed is not None or most == 0:
-                raise ValueError(
-                    f"{tokens} prompt tokens and {ask.sampling.max_new_tokens} new ones do not fit "
-                    "into the memory for keys and values"
-                )
-            most -= 1
-        entry.cap = min(cap, most)
-        if self.limits.counts_operations(ask.caller):
-            new_tokens = ask.sampling.max_new_tokens
-            entry.operations = self.budgets.operations(tokens, new_tokens, most)
-        return entry
-
-    def _check_deadline(self, entry: _Entry) -> None:
-        """What is certain at once: no switch on, nobody else there, and still too late."""
+    def _enqueue(self, entry: Entry, now: float) -> None:
         ask = entry.ask
-        if ask.deadline_ms is None or not ask.strict:
-            return
-        if self._least(entry) > ask.deadline_ms / 1000:
-            raise DeadlineImpossible(
-                f"{ask.deadline_ms:.0f} ms to the {ask.deadline_of.replace('_', ' ')} cannot be "
-                f"kept; {self._least(entry) * 1000:.0f} ms is the least"
-            )
-
-    def _least(self, entry: _Entry) -> float:
-        """Seconds of this request alone, with no switch on."""
-        ask = entry.ask
-        alone = Waiting(ask.prompt_tokens, ask.sampling.max_new_tokens, 0, self._pixels(entry))
-        return float(self.forecast.play([], [alone], np.zeros(1), ask.deadline_of)[0, 0])
-
-    def _enqueue(self, entry: _Entry, now: float) -> None:
-        ask = entry.ask
-        self.controller.arrived(now, self._as_waiting(entry))
+        self.controller.arrived(now, self.estimates.waiting(entry))
         if len(self._queue) >= self.settings.max_queue:
             raise Shed(f"{len(self._queue)} requests wait already", self.settings.p95_seconds)
         self._waiting[ask.id] = entry
@@ -270,7 +176,7 @@ class Dispatcher:
             if isinstance(decision, Refused):
                 deliveries.append((name, self._drop(entry, decision)))
                 continue
-            request = self._request(entry, decision.units_on)
+            request = self.estimates.request(entry, decision.units_on)
             if not self.engine.can_start(request):
                 if self._running:
                     break  # nobody overtakes: who needs much memory would wait for ever
@@ -332,20 +238,20 @@ class Dispatcher:
                 self.engine.cancel(name)
         return deliveries
 
-    def _forget(self, entry: _Entry) -> None:
+    def _forget(self, entry: Entry) -> None:
         """A request that waits leaves, at no cost to its caller."""
         name = entry.ask.id
         self._queue.remove(name)
         del self._waiting[name]
         self.limits.refund(entry.ask.caller, entry.operations, self.clock())
 
-    def _failed(self, entry: _Entry, message: str) -> Delivery:
+    def _failed(self, entry: Entry, message: str) -> Delivery:
         """A request that waits ends with an error."""
         self._ledger.finished["error"] += 1
         self._forget(entry)
         return entry.ask.id, Event(entry.ask.id, (), "", "error", error=message)
 
-    def _drop(self, entry: _Entry, refusal: Refused) -> Refused:
+    def _drop(self, entry: Entry, refusal: Refused) -> Refused:
         self._forget(entry)
         self._ledger.refused[refusal.code] += 1
         return refusal
@@ -356,22 +262,26 @@ class Dispatcher:
         for name, entry in list(self._waiting.items()):
             if entry.ask.strict:
                 left = entry.ask.deadline_ms / 1000 - (now - entry.submitted)
-                if left < self._least(entry):
+                if left < entry.least:
                     deliveries.append((name, self._drop(entry, self._impossible(entry))))
         return deliveries
 
     @staticmethod
-    def _impossible(entry: _Entry) -> DeadlineImpossible:
+    def _impossible(entry: Entry) -> DeadlineImpossible:
         return DeadlineImpossible(
             f"{entry.ask.deadline_ms:.0f} ms to the {entry.ask.deadline_of.replace('_', ' ')} "
             "cannot be kept now; others were first"
         )
 
     def _set_level(self, now: float) -> None:
+        """Often enough for the target; a forecast for a long queue takes milliseconds."""
+        if now - self._level_at < self.settings.p95_seconds / 50:
+            return
+        self._level_at = now
         order = self._queue.order()
         self.controller.update(now, self._rows(), self._queued(order, now))
 
-    def _decide(self, entry: _Entry, now: float) -> Decision | Refused:
+    def _decide(self, entry: Entry, now: float) -> Decision | Refused:
         ask, tokens, waited = entry.ask, entry.ask.prompt_tokens, now - entry.submitted
         rows, of = self._rows(), ask.deadline_of
         met = None
@@ -402,33 +312,25 @@ class Dispatcher:
             waited * 1000,
         )
 
-    def _play(self, rows: list[Row], entry: _Entry, units: np.ndarray) -> np.ndarray:
+    def _play(self, rows: list[Row], entry: Entry, units: np.ndarray) -> np.ndarray:
         """Seconds from now until the moment that `entry` asks for, per number of switches."""
-        own = Waiting(
-            entry.ask.prompt_tokens, entry.ask.sampling.max_new_tokens, None, self._pixels(entry)
-        )
+        own = self.estimates.waiting(entry, entry.ask.sampling.max_new_tokens)
+        own = replace(own, units=None, cap=None)  # here `units` say
         others = []
         if entry.ask.deadline_of == "answer":  # those who join while it is answered
+            level = self.controller.level
             for name in self._queue.order()[: 2 * self.engine.max_rows]:
                 other = self._waiting[name]
                 if other is not entry:
-                    units_on = min(self.controller.level, other.cap)
-                    units_on = units_on if other.fixed is None else other.fixed
-                    others.append(
-                        Waiting(
-                            other.ask.prompt_tokens,
-                            self._expected(other),
-                            units_on,
-                            self._pixels(other),
-                        )
-                    )
+                    units_on = min(level, other.cap) if other.fixed is None else other.fixed
+                    others.append(replace(self.estimates.waiting(other), units=units_on))
         moments = self.forecast.play(
             rows, [own, *others], units, entry.ask.deadline_of, watch=0, decoded=self._decoded
         )
         return moments[0]
 
     def _start(
-        self, entry: _Entry, request: Request, decision: Decision, now: float
+        self, entry: Entry, request: Request, decision: Decision, now: float
     ) -> list[Delivery]:
         name, tokens = entry.ask.id, entry.ask.prompt_tokens
         try:
@@ -436,7 +338,7 @@ class Dispatcher:
         except ValueError as error:  # this one request's fault, found late
             return [self._failed(entry, str(error))]
         entry.units, entry.admitted = decision.units_on, now
-        entry.seconds = self._seconds(entry, self._expected(entry))
+        entry.seconds = self.estimates.seconds(entry, self.estimates.expected(entry))
         assert self._queue.serve(entry.seconds) == name, "the queue changed under a decision"
         self._running[name] = self._waiting.pop(name)
         share = self.budgets.cost.share(tokens, decision.units_on)
@@ -457,7 +359,7 @@ class Dispatcher:
             self._vision_misses = misses
         self.cost.update(replace(timing, seconds=seconds), pixels)
 
-    def _progress(self, entry: _Entry, event: Event, now: float) -> None:
+    def _progress(self, entry: Entry, event: Event, now: float) -> None:
         """Count one event of a running request."""
         ask = entry.ask
         entry.tokens += len(event.tokens)
@@ -466,29 +368,23 @@ class Dispatcher:
         if entry.first is None and (event.tokens or answered):
             entry.first = now
             self._ledger.tallies["first_token_seconds"].add(now - entry.submitted)
-            if ask.image_key is not None:
-                self._images[ask.image_key] = None
-                self._images.move_to_end(ask.image_key)
-                if len(self._images) > 256:
-                    self._images.popitem(last=False)
+            self.estimates.saw(ask.image_key)
             self._measured(entry, "first_token", now)
         if event.finished is None:
             return
         self._ledger.finished[event.finished] += 1
         del self._running[ask.id]
-        used = self._seconds(entry, max(1, entry.tokens))
+        used = self.estimates.seconds(entry, max(1, entry.tokens))
         self._queue.settle(ask.caller, used - entry.seconds)
         if entry.operations:
             spent = self.budgets.operations(ask.prompt_tokens, max(1, entry.tokens), entry.units)
             self.limits.refund(ask.caller, entry.operations - spent, now)
         if answered:
             self._ledger.tallies["answer_seconds"].add(now - entry.submitted)
-            self._answers += 1
-            used = min(1.0, entry.tokens / ask.sampling.max_new_tokens)
-            self._length_ratio += max(0.02, 1 / self._answers) * (used - self._length_ratio)
+            self.estimates.answered(entry)
             self._measured(entry, "answer", now, full=event.finished == "length")
 
-    def _measured(self, entry: _Entry, of: Moment, now: float, full: bool = True) -> None:
+    def _measured(self, entry: Entry, of: Moment, now: float, full: bool = True) -> None:
         """A request reached its first token, or its end (full: with all tokens it was given)."""
         ask, seconds = entry.ask, now - entry.submitted
         if ask.auto and of == self.settings.p95_of:
@@ -504,47 +400,12 @@ class Dispatcher:
 
     # -- views -----------------------------------------------------------------------------
 
-    def _request(self, entry: _Entry, units_on: int) -> Request:
-        ask = entry.ask
-        return Request(ask.id, ask.inputs, ask.image_key, units_on, ask.plan, ask.sampling)
-
-    def _pixels(self, entry: _Entry) -> int:
-        """Picture values that its prefill will read: none if the picture was seen of late."""
-        return 0 if entry.ask.image_key in self._images else entry.pixels
-
-    def _expected(self, entry: _Entry) -> float:
-        """Tokens its answer will have, by what answers have had."""
-        return max(1.0, self._length_ratio * entry.ask.sampling.max_new_tokens)
-
-    def _seconds(self, entry: _Entry, new_tokens: float) -> float:
-        return float(
-            self.cost.answer(
-                entry.ask.prompt_tokens,
-                entry.units,
-                new_tokens,
-                self.engine.max_rows,
-                self._pixels(entry),
-            )
-        )
-
-    def _as_waiting(self, entry: _Entry) -> Waiting:
-        return Waiting(
-            entry.ask.prompt_tokens, self._expected(entry), entry.fixed, self._pixels(entry),
-            entry.cap,
-        )  # fmt: skip
-
     def _queued(self, order: list[str], now: float) -> list[Queued]:
         entries = [self._waiting[name] for name in order]
-        return [Queued(now - entry.submitted, self._as_waiting(entry)) for entry in entries]
+        return [Queued(now - entry.submitted, self.estimates.waiting(entry)) for entry in entries]
 
     def _rows(self) -> list[Row]:
-        rows = []
-        for entry in self._running.values():
-            most = entry.ask.sampling.max_new_tokens - entry.tokens
-            remaining = max(self._expected(entry) - entry.tokens, 0.1 * most, 1.0)
-            context = entry.ask.prompt_tokens + max(0, entry.tokens - 1)
-            rows.append(Row(entry.units, context, remaining, entry.first is not None))
-        return rows
+        return [self.estimates.row(entry) for entry in self._running.values()]
 
     def stats(self, callback_errors: int = 0) -> WorkerStats:
         """Everything counted, and what is so now."""

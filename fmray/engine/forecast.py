@@ -24,9 +24,9 @@ Moment = Literal["first_token", "answer"]
 
 @dataclass(frozen=True)
 class Row:
-    """A request that runs. units: its switches; context: keys that it holds; remaining: tokens still
-    to come (expected); prefilled: False if its prefill is still to be done (then `context` is its
-    prompt and `remaining` counts the first token)."""
+    """A request that runs. units: its switches; context: keys that it holds; remaining: tokens
+    still to come (expected); prefilled: False if its prefill is still to be done (then `context` is
+    its prompt and `remaining` counts the first token)."""
 
     units: int
     context: int

@@ -33,7 +33,7 @@ RECENT = 256  # live observations that the error is the median of
 class TimeRegression:
     """names: of the features, p of them. memory: live observations remembered (time constant)."""
 
-    def __init__(self, names: tuple[str, ...], memory: float = 400.0) -> None:
+    def __init__(self, names: tuple[str, ...], memory: float = 200.0) -> None:
         if memory <= REFRESH:
             raise ValueError(f"memory is {memory}; more than {REFRESH} observations are needed")
         self.names = names

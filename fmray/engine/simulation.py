@@ -20,8 +20,9 @@ from transformers import LlamaConfig
 from fmray.adallava.cost import CostModel
 from fmray.adallava.layout import SwitchLayout
 from fmray.engine.calibration import CostToTime
-from fmray.engine.dispatcher import Dispatcher, WorkerSettings
+from fmray.engine.dispatcher import Dispatcher
 from fmray.engine.fairness import CallerLimits, Limits
+from fmray.engine.intake import WorkerSettings
 from fmray.engine.policy import Ask, Budgets, Decision, Refused
 from fmray.engine.requests import EngineStats, Event, Request, Sampling, StepTiming
 
@@ -383,7 +384,7 @@ def main() -> None:
     }
     loads["step 0.6-1.5-0.6"] = (step(0.6 * full, 1.5 * full, 100, 200), 1.5)
     loads["ramp 0.3-1.5-0.3"] = (ramp(0.3 * full, 1.5 * full, seconds), 1.5)
-    loads["bursts of 16 on 0.6"] = (burst(0.6 * full, 16, 20.0), 0.6 + 160 / full)
+    loads["bursts of 24 on 0.6"] = (burst(0.6 * full, 24, 20.0), 0.6 + 240 / full)
     policies = {
         "b = 1": (Traffic(budget="1"), WorkerSettings(target, shed=False, max_queue=100_000)),
         "b = 0.6": (Traffic(budget="0.6"), WorkerSettings(target, shed=False, max_queue=100_000)),

@@ -14,9 +14,10 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from fmray.engine.calibration import CostToTime
-from fmray.engine.dispatcher import Delivery, Dispatcher, Steps, WorkerSettings
+from fmray.engine.dispatcher import Delivery, Dispatcher, Steps
 from fmray.engine.fairness import CallerLimits, Limits
 from fmray.engine.figures import WorkerStats
+from fmray.engine.intake import WorkerSettings
 from fmray.engine.policy import Ask, Budgets, Decision, Refused, Unavailable
 from fmray.engine.requests import Event
 

@@ -101,12 +101,11 @@ def test_standing_work_keeps_it_where_it_fits() -> None:
     past what carries that."""
     one = controller(seconds=2.0)
     work = reference_cost().answer(600, 8, 32, 4)
-    one.update(0.0, rows(4), queue(40))
     now = 0.0
-    for _ in range(2000):
+    for number in range(2000):
         now += float(work)
         one.arrived(now, Waiting(600, 32))
-        one.update(now, rows(3), [])
+        one.update(now, rows(3), queue(40 if number == 1000 else 0))
     assert 6 <= one.level <= 8
     for turn in range(100):  # when it ends, the way is free
         one.update(now + turn, [], [])
