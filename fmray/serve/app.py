@@ -58,9 +58,12 @@ class Replica:
         await self._answerer.check()
 
     async def _exposition(self) -> bytes:
-        if self._board is None:
-            return self._metrics.exposition()
-        return render(await self._publish())
+        if self._board is not None:
+            try:
+                return render(await self._publish())
+            except (RayError, RayServeException) as error:
+                _logger.warning("the board of metrics is away: %s", type(error).__name__)
+        return self._metrics.exposition()
 
     async def _publish(self):
         return await self._board.publish.remote(self._name, self._metrics.families())
@@ -109,6 +112,7 @@ def build(settings: ServeConfig) -> serve.Application:
             "target_ongoing_requests": target,
         },
         ray_actor_options={"num_cpus": settings.cpus, "num_gpus": settings.gpus},
+        max_surge_percent=settings.surge_percent,
         health_check_period_s=settings.health_period_s,
         health_check_timeout_s=settings.health_timeout_s,
         graceful_shutdown_timeout_s=settings.drain_s,

@@ -68,6 +68,13 @@ class ServeConfig(Section):
     max_queued_requests: int = Field(
         256, ge=-1, description="waiting at each proxy beyond that; then Ray Serve refuses"
     )
+    surge_percent: int = Field(
+        25,
+        ge=0,
+        le=100,
+        description="extra replicas during an update, at least one, so that the old ones serve "
+        "until the new ones are ready; 0 where there is no room for one more",
+    )
     cpus: float = Field(1.0, ge=0, description="of each replica, for placement")
     gpus: float = Field(0.0, ge=0)
     threads: int | None = Field(None, ge=1, description="torch threads; default: torch's own")
