@@ -341,7 +341,7 @@ class Dispatcher:
         entry.seconds = self.estimates.seconds(entry, self.estimates.expected(entry))
         assert self._queue.serve(entry.seconds) == name, "the queue changed under a decision"
         self._running[name] = self._waiting.pop(name)
-        share = self.budgets.cost.share(tokens, decision.units_on)
+        share = self.budgets.share(decision.units_on, tokens)
         self._ledger.decided(decision, share)
         return [(name, decision)]
 
@@ -417,7 +417,7 @@ class Dispatcher:
             active=len(self._running),
             draining=self.draining,
             level=level,
-            level_budget=self.budgets.cost.share(1, level),
+            level_budget=self.budgets.share(level, 1),
             calibration_error=(error.prefill, error.decode),
             speed=self.cost.speed,
             engine=self.engine.stats,

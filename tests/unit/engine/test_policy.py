@@ -84,6 +84,12 @@ def test_asks_that_contradict_themselves(options: dict[str, Any]) -> None:
         ask(**options)
 
 
+@pytest.mark.parametrize("ids", [None, torch.zeros(5), torch.zeros(2, 5), torch.zeros(1, 0)])
+def test_asks_without_a_prompt(ids: torch.Tensor | None) -> None:
+    with pytest.raises(ValueError, match="input_ids"):
+        Ask("r", "a", {} if ids is None else {"input_ids": ids})
+
+
 def test_what_auto_is() -> None:
     assert ask().auto
     assert not ask(budget="0.6").auto
