@@ -35,8 +35,10 @@ def test_these_are_all_operations(document: Any) -> None:
     assert found == set(OPERATIONS)
 
 
-@pytest.mark.parametrize(("method", "path"), OPERATIONS)
-@pytest.mark.parametrize("mode", ["positive", "negative"])
+@pytest.mark.parametrize(
+    ("method", "path", "mode"),
+    [(*one, "positive") for one in OPERATIONS] + [("POST", "/v1/chat/completions", "negative")],
+)
 def test_every_operation_keeps_to_its_description(
     document: Any, method: str, path: str, mode: str
 ) -> None:
@@ -68,8 +70,6 @@ def test_every_operation_keeps_to_its_description(
             ],
         )
 
-    if mode == "negative" and path != "/v1/chat/completions":
-        pytest.skip("takes no input that could be wrong")
     run()
     assert seen
 
