@@ -22,6 +22,7 @@ COMMANDS = {
         "train, finetune and measure a small adaptive model on this machine",
     ),
     "ask": ("fmray.ask", "ask a trained model a question about an image, under a budget"),
+    "serve": ("fmray.serve.command", "an OpenAI-style endpoint for a trained model, on Ray Serve"),
     "cost": ("fmray.adallava.cost_table", "what a budget buys: layers, operations, roofline time"),
     "doctor": ("fmray.doctor", "what is installed, what Ray sees, and whether a recipe fits"),
     "config": (

@@ -176,7 +176,7 @@ class Execution:
                 patterns.setdefault(tuple(units[place]), []).append(row)
             groups = []
             for pattern, rows in patterns.items():
-                layer = self._layer(self.layout.first + place, pattern)
+                layer = self.module_for(self.layout.first + place, pattern)
                 if layer is not None:
                     whole = len(rows) == plan.shape[0]
                     index = None if whole else torch.tensor(rows, device=plan.device)
@@ -203,8 +203,10 @@ class Execution:
             hidden = hidden.index_copy(0, group.rows, rows)
         return hidden
 
-    def _layer(self, index: int, pattern: tuple[bool, ...]) -> nn.Module | None:
-        """The module for a pattern of a layer's switches; None where nothing of it runs."""
+    def module_for(self, index: int, pattern: tuple[bool, ...]) -> nn.Module | None:
+        """The module that runs decoder layer `index` under a pattern of its switches; None where
+        nothing of it runs.
+        """
         layer = self.backbone.layers[index]
         if all(pattern):
             return layer

@@ -121,15 +121,28 @@ class Backbone:
         """The attention implementation in use: sdpa, eager, flash_attention_2, ..."""
         return self.config._attn_implementation
 
+    def image_features(self, pixel_values: Tensor, extras: dict[str, Tensor]) -> Tensor:
+        """Projected features of all pictures, one after the other: [image tokens, d]."""
+        inputs = {k: extras[k] for k in self.family.image_inputs if extras.get(k) is not None}
+        features = self.model.get_image_features(pixel_values, **inputs).pooler_output
+        return torch.cat(tuple(features))
+
     def embed(
-        self, input_ids: Tensor, pixel_values: Tensor | None, extras: dict[str, Tensor]
+        self,
+        input_ids: Tensor,
+        pixel_values: Tensor | None,
+        extras: dict[str, Tensor],
+        features: Tensor | None = None,
     ) -> Tensor:
-        """Token embeddings [B, n, d] with the projected image features in their places."""
+        """Token embeddings [B, n, d] with the projected image features in their places.
+
+        features: those of `image_features`, where they are at hand.
+        """
         embeddings = self.base.get_input_embeddings()(input_ids)
-        if pixel_values is not None:
-            inputs = {k: extras[k] for k in self.family.image_inputs if extras.get(k) is not None}
-            features = self.model.get_image_features(pixel_values, **inputs).pooler_output
-            features = torch.cat(tuple(features)).to(embeddings.device, embeddings.dtype)
+        if features is None and pixel_values is not None:
+            features = self.image_features(pixel_values, extras)
+        if features is not None:
+            features = features.to(embeddings.device, embeddings.dtype)
             places = self.model.get_placeholder_mask(
                 input_ids, inputs_embeds=embeddings, image_features=features
             )
@@ -186,12 +199,13 @@ class Backbone:
             return None
         if self.attention.startswith("flash_attention"):
             return visible.long()
-        visible = visible.bool()[:, None, None, :]
-        if self.attention == "eager":
-            return torch.zeros_like(visible, dtype=dtype).masked_fill(
-                ~visible, torch.finfo(dtype).min
-            )
-        return visible
+        return self.mask_of(visible.bool()[:, None, None, :], dtype)
+
+    def mask_of(self, visible: Tensor, dtype: torch.dtype) -> Tensor:
+        """bool [B or 1, 1, n, m] in the form that sdpa or eager attention takes."""
+        if self.attention != "eager":
+            return visible
+        return torch.zeros_like(visible, dtype=dtype).masked_fill(~visible, torch.finfo(dtype).min)
 
     def rotary(self, hidden: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
         """Rotary cos and sin for positions [B or 1, n] (or [3, B, n])."""

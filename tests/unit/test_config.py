@@ -14,7 +14,11 @@ from pydantic import ValidationError
 
 from fmray.config import ConfigError, Recipe, job_arguments, job_path, load, schema
 
-RECIPES = sorted(job_path("recipes/shapes_tiny.yaml").parent.glob("*.yaml"))
+RECIPES = sorted(
+    path
+    for path in job_path("recipes/shapes_tiny.yaml").parent.glob("*.yaml")
+    if path.name != "serve.yaml"  # Ray Serve's own format
+)
 
 
 def write(folder: Path, text: str, name: str = "recipe.yaml") -> Path:

@@ -4,63 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
+from support.tiled_models import llava_next, llava_onevision
 from support.tiny_models import IMAGE, VOCABULARY, adaptive
-from torch import nn
-from transformers import (
-    CLIPVisionConfig,
-    LlamaConfig,
-    LlavaNextConfig,
-    LlavaNextForConditionalGeneration,
-    LlavaOnevisionConfig,
-    LlavaOnevisionForConditionalGeneration,
-    Qwen2Config,
-    SiglipVisionConfig,
-)
-
-TEXT = {
-    "hidden_size": 32,
-    "intermediate_size": 64,
-    "num_hidden_layers": 4,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "vocab_size": VOCABULARY,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-    "initializer_range": 0.1,
-}
-VISION = {
-    "hidden_size": 24,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "image_size": 16,
-    "patch_size": 8,
-}
-WHOLE = {
-    "image_token_id": IMAGE,
-    "vision_feature_layer": -1,
-    "image_grid_pinpoints": [[16, 32], [32, 16], [32, 32]],
-    "tie_word_embeddings": False,
-}
-
-
-def llava_next() -> nn.Module:
-    config = LlavaNextConfig(
-        vision_config=CLIPVisionConfig(**VISION), text_config=LlamaConfig(**TEXT), **WHOLE
-    )
-    return LlavaNextForConditionalGeneration(config)
-
-
-def llava_onevision() -> nn.Module:
-    config = LlavaOnevisionConfig(
-        vision_config=SiglipVisionConfig(**VISION),
-        text_config=Qwen2Config(**TEXT),
-        vision_feature_select_strategy="full",
-        video_token_id=4,
-        **WHOLE,
-    )
-    return LlavaOnevisionForConditionalGeneration(config)
 
 
 @pytest.mark.parametrize("make", [llava_next, llava_onevision])

@@ -1,0 +1,138 @@
+"""Bearer keys: who may ask, and how much.
+
+In: a YAML file, or the environment variable FMRAY_API_KEYS; never the command line, which any user
+of the machine can read. Out: the caller of an `Authorization` header. Only hashes are kept.
+
+    - name: alice                     # in metrics and for fairness; unique
+      key: sk-...                     # or sha256: its hash in hex, so that the file holds no secret
+      requests_per_second: 2          # limits are optional, and of each replica; see CallerLimits
+      burst: 10
+      operations_per_second: 1.0e12   # of the decoder: what budgets are shares of
+      max_budget: "0.8"               # a larger one is lowered to it
+      weight: 2.0                     # its share of a busy engine, beside others' 1.0
+"""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import os
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Self
+
+import yaml
+from pydantic import Field, TypeAdapter, ValidationError, model_validator
+
+from fmray.config import Section
+from fmray.engine.fairness import CallerLimits
+from fmray.serve.settings import BudgetText
+
+VARIABLE = "FMRAY_API_KEYS"
+ANONYMOUS = "anonymous"
+_SHORTEST = 16  # characters; what can be guessed is no key
+
+
+class KeyEntry(Section):
+    """One key of the file."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,63}$")
+    key: str | None = Field(None, min_length=_SHORTEST, max_length=512)
+    sha256: str | None = Field(None, pattern=r"^[0-9a-f]{64}$")
+    weight: float = Field(1.0, gt=0)
+    requests_per_second: float | None = Field(None, gt=0)
+    burst: float | None = Field(None, ge=1)
+    operations_per_second: float | None = Field(None, gt=0)
+    operations_burst: float | None = Field(None, gt=0)
+    max_budget: BudgetText | None = None
+
+    @model_validator(mode="after")
+    def _one_of(self) -> Self:
+        if (self.key is None) == (self.sha256 is None):
+            raise ValueError("give `key` or `sha256`")
+        return self
+
+
+_Entries = TypeAdapter(Annotated[list[KeyEntry], Field(min_length=1)])
+
+
+@dataclass(frozen=True)
+class Caller:
+    """Who asks, and the limits that go with it."""
+
+    name: str
+    limits: CallerLimits = field(default_factory=CallerLimits)
+
+
+class KeyRing:
+    """The known keys. An empty ring lets everybody in as `anonymous`."""
+
+    def __init__(self, entries: Iterable[tuple[bytes, Caller]] = ()) -> None:
+        self._entries = tuple(entries)  # (sha256 of the key, its caller)
+
+    @property
+    def open(self) -> bool:
+        """Whether no key is asked for."""
+        return not self._entries
+
+    @property
+    def callers(self) -> Sequence[Caller]:
+        """All callers there can be."""
+        return [caller for _, caller in self._entries] or [Caller(ANONYMOUS)]
+
+    def find(self, authorization: bytes | None) -> Caller | None:
+        """The caller of an `Authorization: Bearer KEY` header; None where the key is not known.
+
+        Every known key is compared, and hashes of equal length in constant time, so that the time
+        taken says nothing about a key.
+        """
+        if self.open:
+            return Caller(ANONYMOUS)
+        scheme, _, key = (authorization or b"").partition(b" ")
+        asked = hashlib.sha256(key.strip()).digest()
+        found = None
+        for known, caller in self._entries:
+            if hmac.compare_digest(known, asked):
+                found = caller
+        return found if scheme.lower() == b"bearer" else None
+
+
+def load_keys(file: Path | None) -> KeyRing:
+    """Keys of the file; without one those of FMRAY_API_KEYS (separated by commas); or an open ring.
+
+    Raises ValueError for a file that is no list of keys; the message never holds a key.
+    """
+    if file is None:
+        words = [word.strip() for word in os.environ.get(VARIABLE, "").split(",")]
+        words = [word for word in words if word]
+        if any(len(word) < _SHORTEST for word in words):
+            raise ValueError(f"{VARIABLE}: a key has fewer than {_SHORTEST} characters")
+        return KeyRing(
+            (hashlib.sha256(word.encode()).digest(), Caller(f"key{index}"))
+            for index, word in enumerate(words, start=1)
+        )
+    try:
+        entries = _Entries.validate_python(yaml.safe_load(file.read_text()))
+    except ValidationError as error:
+        first = error.errors(include_input=False, include_url=False, include_context=False)[0]
+        place = ".".join(str(part) for part in first["loc"])
+        raise ValueError(f"{file}: {place + ': ' if place else ''}{first['msg']}") from None
+    except (yaml.YAMLError, UnicodeDecodeError):
+        raise ValueError(f"{file}: not a YAML file") from None  # the cause would quote the file
+    names = [entry.name for entry in entries]
+    if len(set(names)) < len(names):
+        raise ValueError(f"{file}: two keys have the same name")
+    return KeyRing((_hash(entry), _caller(entry)) for entry in entries)
+
+
+def _hash(entry: KeyEntry) -> bytes:
+    if entry.sha256 is not None:
+        return bytes.fromhex(entry.sha256)
+    assert entry.key is not None, "the model asks for one of the two"
+    return hashlib.sha256(entry.key.encode()).digest()
+
+
+def _caller(entry: KeyEntry) -> Caller:
+    limits = entry.model_dump(exclude={"name", "key", "sha256"})
+    return Caller(entry.name, CallerLimits(**limits))

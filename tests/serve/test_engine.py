@@ -1,0 +1,211 @@
+"""The application on the real engine, over a socket, with the official client: no Ray yet."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+import httpx
+import openai
+import pytest
+import torch
+from PIL import Image
+from support.serving import chat, data_url, make_app, make_model_directory, picture, serving
+
+from fmray.adallava import AdaptiveVLM
+from fmray.data.processor import load_processor
+from fmray.serve.replica import Answerer, open_answerer
+from fmray.serve.settings import ServeConfig
+
+
+@pytest.fixture(scope="module", params=["layers", "heads"])
+def design(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def folder(design: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    token = "probe" if design == "layers" else "inline"
+    path = tmp_path_factory.mktemp("engine") / "tiny"
+    return make_model_directory(path, design=design, token=token)
+
+
+@pytest.fixture(scope="module")
+def answerer(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Answerer]:
+    settings = ServeConfig(
+        model=str(folder),
+        name="tiny",
+        calibration=tmp_path_factory.mktemp("calibration") / "cost.json",
+        calibration_s=2.0,
+        kv_mib=16,
+        max_rows=4,
+        drain_s=5.0,
+    )
+    opened = open_answerer(settings, folder)
+    yield opened
+    opened.close()
+    assert not opened.worker.health().alive
+
+
+@pytest.fixture(scope="module")
+def url(answerer: Answerer) -> Iterator[str]:
+    with serving(make_app(answerer)) as address:
+        yield address
+
+
+@pytest.fixture
+def client(url: str) -> Iterator[openai.OpenAI]:
+    with openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0) as made:
+        yield made
+
+
+def expected(folder: Path, encoded: bytes, question: str, budget: str, tokens: int) -> str:
+    """What `generate` answers, one by one."""
+    model, processor = AdaptiveVLM.from_pretrained(folder).eval(), load_processor(folder)
+    content = [{"type": "image"}, {"type": "text", "text": question}]
+    text = processor.apply_chat_template(
+        [{"role": "user", "content": content}], add_generation_prompt=True
+    )
+    image = Image.open(BytesIO(encoded))
+    inputs = dict(processor(images=image, text=text, return_tensors="pt", add_special_tokens=False))
+    inputs.pop("token_type_ids", None)
+    with torch.inference_mode():
+        ids = model.generate(**inputs, budget=budget, max_new_tokens=tokens)
+    new = ids[0, inputs["input_ids"].shape[1] :]
+    return processor.decode(new, skip_special_tokens=True).strip()
+
+
+def messages(encoded: bytes, text: str = "what is in the picture ?") -> list[Any]:
+    return chat(data_url(encoded), text=text)["messages"]
+
+
+@pytest.mark.parametrize("budget", ["0.55", "0.8", "1"])
+def test_answers_are_those_of_generate(client: openai.OpenAI, folder: Path, budget: str) -> None:
+    encoded = picture((40, 32), "blue")
+    answer = client.chat.completions.create(
+        model="tiny",
+        messages=messages(encoded),
+        max_tokens=6,
+        extra_body={"budget": budget, "plan": True},
+    )
+    text = expected(folder, encoded, "what is in the picture ?", budget, 6)
+    assert answer.choices[0].message.content.strip() == text
+    cost = answer.model_extra["fmray"]
+    assert cost["budget"] == float(budget)
+    assert cost["share"] <= float(budget) + 1e-9
+    assert sum(cost["plan"]) == cost["units_on"]
+    assert answer.usage.completion_tokens <= 6
+
+
+def test_a_stream_is_the_same_answer(client: openai.OpenAI) -> None:
+    ask = {"model": "tiny", "messages": messages(picture()), "max_tokens": 12}
+    whole = client.chat.completions.create(**ask, extra_body={"budget": 1})
+    stream = client.chat.completions.create(
+        **ask,
+        stream=True,
+        stream_options={"include_usage": True},
+        extra_body={"budget": 1, "plan": True},
+    )
+    chunks = list(stream)
+    text = "".join(chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices)
+    assert text == whole.choices[0].message.content
+    assert chunks[-1].usage.total_tokens == whole.usage.total_tokens
+    assert chunks[-1].model_extra["fmray"]["plan"]
+    assert chunks[-2].choices[0].finish_reason == whole.choices[0].finish_reason
+
+
+def test_the_client_s_errors(client: openai.OpenAI) -> None:
+    ask = {"model": "tiny", "messages": messages(picture()), "max_tokens": 2}
+    with pytest.raises(openai.BadRequestError, match="logprobs is not supported") as raised:
+        client.chat.completions.create(**ask, logprobs=True)
+    assert raised.value.code == "unsupported_field" and raised.value.param == "logprobs"
+    with pytest.raises(openai.BadRequestError, match="smallest budget"):
+        client.chat.completions.create(**ask, extra_body={"budget": "0.0001"})
+    with pytest.raises(openai.NotFoundError) as raised:
+        client.chat.completions.create(**(ask | {"model": "gpt-4o"}))
+    assert raised.value.code == "model_not_found"
+    assert [model.id for model in client.models.list()] == ["tiny"]
+
+
+def test_an_async_client(url: str) -> None:
+    import asyncio
+
+    async def run() -> list[str]:
+        async with openai.AsyncOpenAI(base_url=f"{url}/v1", api_key="none") as client:
+
+            async def one(number: int) -> str:
+                stream = await client.chat.completions.create(
+                    model="tiny",
+                    messages=messages(picture(color=number)),
+                    max_tokens=4 + number % 3,
+                    stream=True,
+                    extra_body={"budget": "0.8" if number % 2 else "1"},
+                )
+                parts = [chunk async for chunk in stream]
+                return "".join(chunk.choices[0].delta.content or "" for chunk in parts)
+
+            return await asyncio.gather(*(one(number) for number in range(10)))
+
+    assert len(asyncio.run(run())) == 10
+
+
+def test_the_same_picture_again_is_at_hand(client: openai.OpenAI) -> None:
+    ask = {"model": "tiny", "messages": messages(picture((50, 50), "green")), "max_tokens": 2}
+    costs = [
+        client.chat.completions.create(**ask, extra_body={"budget": budget}).model_extra["fmray"]
+        for budget in ("1", "0.8")
+    ]
+    assert [cost["vision_hit"] for cost in costs] == [False, True]
+    assert costs[1]["units_on"] < costs[0]["units_on"]
+
+
+def test_a_deadline_that_cannot_be_made(client: openai.OpenAI) -> None:
+    ask = {"model": "tiny", "messages": messages(picture()), "max_tokens": 8}
+    answer = client.chat.completions.create(**ask, extra_body={"deadline_ms": 0.001})
+    assert answer.model_extra["fmray"]["deadline_met"] is False
+    with pytest.raises(openai.InternalServerError) as raised:
+        client.chat.completions.create(**ask, extra_body={"deadline_ms": 0.001, "strict": True})
+    assert raised.value.status_code == 503
+    answer = client.chat.completions.create(**ask, extra_body={"deadline_ms": 60_000})
+    cost = answer.model_extra["fmray"]
+    assert cost["deadline_met"] is True and cost["units_on"] == cost["units"]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_client_that_leaves_frees_its_row(url: str, answerer: Answerer, stream: bool) -> None:
+    """Every row is taken by clients that leave; within a second the engine is empty."""
+    body = chat(data_url(picture()), max_tokens=1000, stream=stream)
+
+    def leave() -> None:
+        with contextlib.suppress(httpx.TimeoutException):
+            httpx.post(f"{url}/v1/chat/completions", json=body, timeout=0.3)
+
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(lambda _: leave(), range(4)))
+    end = time.monotonic() + 1
+    while answerer.worker.stats().active or answerer.worker.stats().queued:
+        assert time.monotonic() < end, answerer.worker.stats()
+        time.sleep(0.02)
+    assert httpx.get(f"{url}/readyz").status_code == 200
+
+
+def test_the_calibration_is_kept(answerer: Answerer) -> None:
+    assert answerer.settings.calibration.is_file()
+
+
+def test_metrics_of_the_engine(url: str, client: openai.OpenAI) -> None:
+    client.chat.completions.create(model="tiny", messages=messages(picture()), max_tokens=2)
+    text = httpx.get(f"{url}/metrics").text
+    for name in (
+        "fmray_kv_bound_bytes",
+        "fmray_vision_cache_hits_total",
+        "fmray_prefix_cache_misses_total",
+        'fmray_prediction_error{of="prefill_step"',
+        "fmray_decode_steps_total",
+    ):
+        assert f"\n{name}" in text, name

@@ -1,0 +1,350 @@
+"""What stands before a request: keys, sizes, times, headers, and the shape of errors."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import json
+import logging
+import time
+from collections.abc import AsyncIterator, Callable
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from support.serving import ScriptedWorker, chat, client_of
+
+from fmray.engine.fairness import CallerLimits
+from fmray.serve.keys import VARIABLE, Caller, KeyRing, load_keys
+
+KEY, OTHER = "sk-0123456789abcdef", "sk-fedcba9876543210"
+
+
+def send(app: Any, method: str, path: str, **options: Any) -> httpx.Response:
+    async def run() -> httpx.Response:
+        async with client_of(app) as client:
+            return await client.request(method, path, **options)
+
+    return asyncio.run(run())
+
+
+def code(response: httpx.Response) -> str:
+    error = response.json()["error"]
+    assert set(error) == {"message", "type", "param", "code"}
+    return error["code"]
+
+
+@pytest.fixture
+def ring(tmp_path: Path) -> KeyRing:
+    path = tmp_path / "keys.yaml"
+    hashed = hashlib.sha256(OTHER.encode()).hexdigest()
+    path.write_text(
+        f"- {{name: alice, key: {KEY}, requests_per_second: 2, max_budget: '0.8'}}\n"
+        f"- {{name: bob, sha256: {hashed}}}\n"
+    )
+    return load_keys(path)
+
+
+# -- keys --------------------------------------------------------------------------------------
+
+
+def test_keys_of_a_file_and_their_limits(ring: KeyRing) -> None:
+    alice = ring.find(b"Bearer " + KEY.encode())
+    assert alice == Caller("alice", CallerLimits(requests_per_second=2, max_budget="0.8"))
+    assert ring.find(b"bearer " + OTHER.encode()) == Caller("bob")
+    for wrong in (None, b"", b"Bearer", KEY.encode(), b"Basic " + KEY.encode(), b"Bearer \xff\x00"):
+        assert ring.find(wrong) is None
+    assert KEY not in repr(vars(ring)), "only hashes are kept"
+
+
+def test_all_keys_are_compared_whatever_is_asked(
+    ring: KeyRing, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import hmac
+
+    compared = []
+
+    def counting(a: bytes, b: bytes) -> bool:
+        compared.append((len(a), len(b)))
+        return a == b
+
+    monkeypatch.setattr(hmac, "compare_digest", counting)
+    for key in (KEY, OTHER, "nothing"):
+        ring.find(b"Bearer " + key.encode())
+    assert compared == [(32, 32)] * 6
+
+
+def test_keys_of_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(VARIABLE, raising=False)
+    assert load_keys(None).open
+    monkeypatch.setenv(VARIABLE, f" {KEY}, {OTHER} ,")
+    ring = load_keys(None)
+    assert ring.find(f"Bearer {OTHER}".encode()) == Caller("key2")
+    monkeypatch.setenv(VARIABLE, "short")
+    with pytest.raises(ValueError, match="fewer than 16"):
+        load_keys(None)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "[]",
+        "{a: 1}",
+        "- {name: a}",
+        f"- {{name: a, key: {KEY}, sha256: {'0' * 64}}}",
+        "- {name: a, key: short}",
+        f"- {{name: a, key: {KEY}, burts: 3}}",
+        f"- {{name: a, key: {KEY}, max_budget: '7'}}",
+        f"- {{name: '-health', key: {KEY}}}",
+        f"[{{name: a, key: {KEY}}}, {{name: a, key: {OTHER}}}]",
+        f"- {{name: a, key: [{KEY}}}",
+    ],
+)
+def test_a_wrong_keys_file_is_an_error_without_the_key(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "keys.yaml"
+    path.write_text(text)
+    with pytest.raises(ValueError) as raised:
+        load_keys(path)
+    assert KEY not in str(raised.value) and "\n" not in str(raised.value)
+
+
+def test_without_the_key_nothing_but_the_page_and_health(
+    build_app: Callable[..., Any], worker: ScriptedWorker, ring: KeyRing
+) -> None:
+    app = build_app(worker, ring)
+    for path in ("/v1/models", "/metrics", "/openapi.json", "/nothing"):
+        response = send(app, "GET", path)
+        assert response.status_code == 401 and code(response) == "invalid_api_key"
+        assert response.headers["www-authenticate"] == "Bearer"
+    for path in ("/", "/healthz", "/readyz"):
+        assert send(app, "GET", path).status_code == 200
+    good = {"authorization": f"Bearer {KEY}"}
+    assert send(app, "GET", "/v1/models", headers=good).json()["data"][0]["id"] == "tiny"
+    assert send(app, "POST", "/v1/chat/completions", json=chat(), headers=good).status_code == 200
+    assert worker.asks[-1].caller == "alice"
+
+
+def test_without_the_key_the_body_is_not_read(
+    build_app: Callable[..., Any], worker: ScriptedWorker, ring: KeyRing
+) -> None:
+    read = 0
+
+    async def body() -> AsyncIterator[bytes]:
+        nonlocal read
+        for _ in range(100):
+            read += 1
+            yield b" " * 2**16
+
+    response = send(
+        build_app(worker, ring),
+        "POST",
+        "/v1/chat/completions",
+        content=body(),
+        headers={"content-type": "application/json"},
+    )
+    assert response.status_code == 401 and read == 0
+
+
+# -- bodies ------------------------------------------------------------------------------------
+
+
+def post(app: Any, content: Any, **headers: str) -> httpx.Response:
+    headers = {"content-type": "application/json"} | headers
+    return send(app, "POST", "/v1/chat/completions", content=content, headers=headers)
+
+
+def test_a_long_body_is_refused_by_its_length(app: Any) -> None:
+    response = post(app, b"x", **{"content-length": str(300 * 2**20)})
+    assert response.status_code == 413 and code(response) == "body_too_large"
+
+
+def test_a_long_body_without_a_length_is_refused_while_it_is_read(app: Any) -> None:
+    read = 0
+
+    async def body() -> AsyncIterator[bytes]:
+        nonlocal read
+        for _ in range(300):
+            read += 2**20
+            yield b" " * 2**20
+
+    response = post(app, body())
+    assert response.status_code == 413
+    assert read <= 18 * 2**20, "not 300 MiB"
+
+
+def test_a_body_of_exactly_the_limit_is_read(
+    build_app: Callable[..., Any], worker: ScriptedWorker
+) -> None:
+    app = build_app(worker, max_body_mib=1)
+    body = json.dumps(chat()).encode()
+    assert post(app, body + b" " * (2**20 - len(body))).status_code == 200
+    assert post(app, body + b" " * (2**20 + 1 - len(body))).status_code == 413
+
+
+def test_a_slow_body_is_refused(build_app: Callable[..., Any], worker: ScriptedWorker) -> None:
+    async def body() -> AsyncIterator[bytes]:
+        while True:
+            yield b" "
+            await asyncio.sleep(0.05)
+
+    start = time.monotonic()
+    response = post(build_app(worker, read_timeout_s=0.3), body())
+    assert response.status_code == 408 and code(response) == "request_timeout"
+    assert time.monotonic() - start < 5
+
+
+def test_bodies_that_wait_are_bounded_together(
+    build_app: Callable[..., Any], worker: ScriptedWorker
+) -> None:
+    """Three slow bodies of 0.9 MiB where two fit: one is turned away, and all is free after."""
+    app = build_app(worker, max_body_mib=1, max_bodies_mib=2)
+    whole = json.dumps(chat()).encode()
+
+    async def body() -> AsyncIterator[bytes]:
+        yield b" " * (900 * 1024)
+        await asyncio.sleep(0.5)
+        yield whole
+
+    async def run() -> list[int]:
+        async with client_of(app, headers={"content-type": "application/json"}) as client:
+            path = "/v1/chat/completions"
+            answers = await asyncio.gather(*(client.post(path, content=body()) for _ in range(3)))
+            again = await client.post(path, content=body())
+            return [*sorted(answer.status_code for answer in answers), again.status_code]
+
+    assert asyncio.run(run()) == [200, 200, 503, 200]
+    assert app._held.size == 0
+
+
+@pytest.mark.parametrize(
+    ("headers", "status"),
+    [
+        ({"content-type": "text/plain"}, 415),
+        ({"content-type": "multipart/form-data; boundary=x"}, 415),
+        ({"content-type": ""}, 415),
+        ({"content-type": "application/json; charset=utf-8"}, 200),
+        ({"content-encoding": "gzip"}, 415),
+        ({"content-encoding": "identity"}, 200),
+        ({"content-length": "-1"}, 400),
+        ({"content-length": "9" * 400}, 413),
+        ({"origin": "https://evil.example"}, 403),
+        ({"origin": "null"}, 403),
+        ({"origin": "http://127.0.0.1:8000"}, 200),
+        ({"x-request-timeout-seconds": "0"}, 200),
+        ({"x-request-id": "\\r\\nset-cookie: a=b"}, 200),
+    ],
+)
+def test_headers(app: Any, headers: dict[str, str], status: int) -> None:
+    response = post(app, json.dumps(chat()).encode(), **headers)
+    assert response.status_code == status, response.text
+    if status != 200:
+        code(response)
+    assert "set-cookie" not in response.headers
+
+
+# -- everything else ---------------------------------------------------------------------------
+
+
+def test_paths_and_methods_that_are_not_there(app: Any) -> None:
+    assert send(app, "GET", "/v1/nothing").status_code == 404
+    response = send(app, "GET", "/v1/chat/completions")
+    assert response.status_code == 405
+    assert response.json()["error"]["type"] == "invalid_request_error"
+    assert send(app, "DELETE", "/v1/models").status_code == 405
+    response = send(app, "GET", "/v1/models/another")
+    assert response.status_code == 404 and code(response) == "model_not_found"
+    assert send(app, "GET", "/v1/models/tiny").json()["id"] == "tiny"
+
+
+def test_a_bug_answers_in_json_and_its_log_quotes_nothing(
+    app: Any, worker: ScriptedWorker, caplog: pytest.LogCaptureFixture
+) -> None:
+    worker.refuse = RuntimeError("the prompt was: secret")
+    with caplog.at_level(logging.DEBUG):
+        response = post(app, json.dumps(chat(text="secret words")).encode())
+    assert response.status_code == 500 and code(response) == "internal_error"
+    assert "secret" not in response.text + caplog.text
+    assert "RuntimeError at" in caplog.text and "serving.py" in caplog.text, "type and place are"
+
+
+def test_answers_forbid_sniffing_and_storing(app: Any) -> None:
+    for path in ("/", "/v1/models", "/nothing"):
+        headers = send(app, "GET", path).headers
+        assert headers["x-content-type-options"] == "nosniff"
+        assert headers["cache-control"] == "no-store"
+
+
+def test_health_and_readiness(app: Any, worker: ScriptedWorker) -> None:
+    assert send(app, "GET", "/healthz").json() == {"status": "ok"}
+    assert not worker.asks
+    assert send(app, "GET", "/readyz").json() == {"status": "ready"}
+    assert len(worker.asks) == 1, "a real question"
+    assert "pixel_values" in worker.asks[0].inputs
+    assert send(app, "GET", "/readyz").status_code == 200
+    assert len(worker.asks) == 1, "a recent answer is proof enough"
+    worker.draining = True
+    assert send(app, "GET", "/readyz").status_code == 503
+    worker.draining, worker.alive = False, False
+    for path in ("/readyz", "/healthz"):
+        response = send(app, "GET", path)
+        assert response.status_code == 503 and code(response) == "unavailable"
+
+
+def test_not_ready_while_the_model_does_not_answer(
+    build_app: Callable[..., Any], worker: ScriptedWorker
+) -> None:
+    worker.last = "error"
+    assert send(build_app(worker), "GET", "/readyz").status_code == 503
+    worker.last = "stop"
+    import threading
+
+    worker.hold = threading.Event()
+    assert send(build_app(worker, health_timeout_s=0.3), "GET", "/readyz").status_code == 503
+    assert worker.cancelled, "its row is freed"
+
+
+def test_metrics(app: Any, worker: ScriptedWorker) -> None:
+    post(app, json.dumps(chat(budget=0.6, deadline_ms=None)).encode())
+    post(app, json.dumps(chat(deadline_ms=5000)).encode())
+    post(app, b"{")
+    response = send(app, "GET", "/metrics")
+    assert response.headers["content-type"].startswith("text/plain; version=0.0.4")
+    from prometheus_client.parser import text_string_to_metric_families
+
+    families = {family.name: family for family in text_string_to_metric_families(response.text)}
+    samples = {
+        (sample.name, *sorted(v for k, v in sample.labels.items() if k != "replica")): sample.value
+        for family in families.values()
+        for sample in family.samples
+    }
+    assert samples[("fmray_budget_bucket", "0.6")] == 1
+    assert samples[("fmray_budget_count",)] == 2
+    assert samples[("fmray_units_on_bucket", "2.0")] == 2
+    assert samples[("fmray_time_to_first_token_seconds_count",)] == 2
+    assert samples[("fmray_tokens_total", "completion")] == 6
+    assert samples[("fmray_deadlines_total", "true")] == 1
+    assert samples[("fmray_errors_total", "400", "invalid_json")] == 1
+    assert {
+        "fmray_queue_requests", "fmray_active_rows", "fmray_auto_budget", "fmray_queue_seconds",
+        "fmray_tokens_per_second", "fmray_prediction_error",
+    } <= set(families)  # fmt: skip
+    for family in families.values():
+        assert all(sample.labels["replica"] == "test" for sample in family.samples)
+
+
+def test_several_replicas_on_one_page(
+    build_app: Callable[..., Any], directory: Path, worker: ScriptedWorker
+) -> None:
+    from prometheus_client.parser import text_string_to_metric_families
+
+    from fmray.serve.metrics import Board, Metrics, render
+
+    board = Board()
+    board.publish("a", Metrics(worker, "a", 3).families())
+    text = render(board.publish("b", Metrics(worker, "b", 3).families())).decode()
+    assert text.count("# TYPE fmray_budget histogram") == 1
+    families = {family.name: family for family in text_string_to_metric_families(text)}
+    replicas = {sample.labels["replica"] for sample in families["fmray_active_rows"].samples}
+    assert replicas == {"a", "b"}

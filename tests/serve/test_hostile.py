@@ -1,0 +1,304 @@
+"""Hostile inputs: each is a 4xx in OpenAI's shape that quotes nothing, and the server is well
+after."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import io
+import json
+import struct
+import zlib
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from PIL import Image
+from support.serving import ScriptedWorker, chat, client_of, data_url, picture
+
+from fmray.serve.images import decode, read_data_url
+from fmray.serve.openai_api import ApiError, parse_request
+
+
+def png_header(width: int, height: int) -> bytes:
+    """A PNG that claims a size and has next to no data."""
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return (
+            struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+        )
+
+    head = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    data = zlib.compress(b"\0" * 100)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"IDAT", data) + chunk(b"IEND", b"")
+
+
+def zeros_png(side: int) -> bytes:
+    """A bomb that is whole: kilobytes of file, side^2 pixels."""
+    buffer = io.BytesIO()
+    Image.new("1", (side, side)).save(buffer, format="PNG")
+    return buffer.getvalue()
+
+
+def moving(kind: str) -> bytes:
+    buffer = io.BytesIO()
+    frames = [Image.new("RGB", (8, 8), color) for color in ("red", "blue", "green")]
+    frames[0].save(buffer, format=kind, save_all=True, append_images=frames[1:])
+    return buffer.getvalue()
+
+
+def gif() -> bytes:
+    return picture(kind="GIF", mode="P", color=1)
+
+
+GOOD = data_url(picture())
+SVG = b"<svg xmlns='http://www.w3.org/2000/svg'><image href='http://169.254.169.254/'/></svg>"
+
+URLS = {
+    "http": "http://example.com/a.png",
+    "https": "https://example.com/a.png",
+    "metadata address": "http://169.254.169.254/latest/meta-data/",
+    "loopback": "http://127.0.0.1:8265/api/jobs",
+    "ipv6 loopback": "http://[::1]:8000/",
+    "decimal address": "http://2130706433/",
+    "file": "file:///etc/passwd",
+    "path": "/etc/passwd",
+    "ftp": "ftp://example.com/a.png",
+    "gopher": "gopher://127.0.0.1:6379/_INFO",
+    "javascript": "javascript:alert(1)",
+    "blob": "blob:http://127.0.0.1/x",
+    "upper case": "HTTP://EXAMPLE.COM/a.png",
+    "no payload": "data:image/png;base64",
+    "empty payload": "data:image/png;base64,",
+    "not base64": "data:image/png,abc",
+    "truncated base64": GOOD[:-3],
+    "truncated picture": data_url(picture((64, 64))[:-40]),
+    "characters outside base64": GOOD.replace("A", "*"),
+    "unicode in base64": GOOD + "é",
+    "line breaks": GOOD[:60] + "\n" + GOOD[60:],
+    "svg": data_url(SVG, "image/svg+xml"),
+    "svg as png": data_url(SVG),
+    "html": data_url(b"<script>", "text/html"),
+    "gif": data_url(gif(), "image/gif"),
+    "gif as png": data_url(gif()),
+    "tiff": data_url(picture(kind="TIFF"), "image/tiff"),
+    "bmp as jpeg": data_url(picture(kind="BMP"), "image/jpeg"),
+    "png as jpeg": data_url(picture(), "image/jpeg"),
+    "eps": data_url(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "image/png"),
+    "moving png": data_url(moving("PNG")),
+    "moving webp": data_url(moving("WEBP"), "image/webp"),
+    "claims 65535 x 65535": data_url(png_header(65535, 65535)),
+    "claims 2^31 pixels wide": data_url(png_header(2**31 - 1, 1)),
+    "no pixels": data_url(png_header(0, 0)),
+    "whole bomb": data_url(zeros_png(12_000)),
+    "very long": data_url(picture((4000, 10))),
+    "random bytes": data_url(bytes(range(256)) * 8),
+    "zeros": data_url(b"\0" * 4096, "image/webp"),
+    "huge media type": "data:" + "a" * 100_000 + ";base64,AAAA",
+}
+
+BODIES: dict[str, Any] = {
+    "empty": b"",
+    "not json": b"hello",
+    "cut off": b'{"model": "tiny", "messages": [',
+    "a list": b"[]",
+    "a number": b"1",
+    "null": b"null",
+    "not utf-8": b'{"model": "\xff\xfe"}',
+    "byte order mark": b"\xef\xbb\xbf{}",
+    "lone surrogate": b'{"model": "tiny", "messages": [{"role": "user", "content": "\\ud800"}]}',
+    "deep lists": b'{"a":' + b"[" * 100_000 + b"]" * 100_000 + b"}",
+    "deep objects": b'{"a":' * 50_000 + b"1" + b"}" * 50_000,
+    "deep but bounded": b'{"a":' + b"[" * 40 + b"]" * 40 + b"}",
+    "brackets that never close": b"[" * 1_000_000,
+    "strings that never close": b'{"a":"' * 200_000,
+    "a million values": b'{"a":[' + b"1," * 1_000_000 + b"1]}",
+    "a million keys": b"{" + b",".join(b'"%d":1' % i for i in range(100_000)) + b"}",
+    "a number of a million digits": b'{"seed":' + b"9" * 1_000_000 + b"}",
+    "no messages": {"model": "tiny"},
+    "another model": chat() | {"model": "gpt-4o"},
+    "model path": chat() | {"model": "../../etc/passwd"},
+    "budget NaN": json.dumps(chat(budget=float("nan"))).encode(),
+    "budget Infinity": json.dumps(chat(budget=float("inf"))).encode(),
+    "budget 'nan'": chat(budget="nan"),
+    "budget 0": chat(budget=0),
+    "budget -0.5": chat(budget=-0.5),
+    "budget 1.0000001": chat(budget=1.0000001),
+    "budget 1e-320": json.dumps(chat(budget=1e-320)).encode(),
+    "budget huge exponent": json.dumps(chat()).encode()[:-1] + b', "budget": 1e-999999999}',
+    "budget text of a megabyte": chat(budget="0." + "1" * 10**6),
+    "budget true": chat(budget=True),
+    "budget list": chat(budget=[0.5]),
+    "budget and deadline": chat(budget=0.5, deadline_ms=100),
+    "deadline 0": chat(deadline_ms=0),
+    "deadline NaN": json.dumps(chat(deadline_ms=float("nan"))).encode(),
+    "deadline text": chat(deadline_ms="1000"),
+    "strict without deadline": chat(strict=True),
+    "n 2": chat(n=2),
+    "n 10^9": chat(n=10**9),
+    "max_tokens 0": chat(max_tokens=0),
+    "max_tokens 10^12": chat(max_tokens=10**12),
+    "max_tokens beyond this server": chat(max_tokens=10**6),
+    "temperature -1": chat(temperature=-1),
+    "temperature text": chat(temperature="hot"),
+    "top_p 0": chat(top_p=0),
+    "seed 2^80": chat(seed=2**80),
+    "stop empty": chat(stop=""),
+    "stop of many": chat(stop=["a"] * 1000),
+    "stop of wrong kind": chat(stop=[1]),
+    "tools": chat(tools=[{"type": "function", "function": {"name": "f"}}]),
+    "response_format": chat(response_format={"type": "json_object"}),
+    "logprobs": chat(logprobs=True),
+    "unknown field": chat(speed="fast"),
+    "field with markup": chat(**{"<script>alert(1)</script>": 1}),
+    "prototype": chat(__proto__={"a": 1}),
+    "stream text": chat(stream="yes"),
+    "stream_options alone": chat(stream_options={"include_usage": True}),
+    "role tool": {"model": "tiny", "messages": [{"role": "tool", "content": "x"}]},
+    "role of wrong kind": {"model": "tiny", "messages": [{"role": 1, "content": "x"}]},
+    "content null": {"model": "tiny", "messages": [{"role": "user", "content": None}]},
+    "content number": {"model": "tiny", "messages": [{"role": "user", "content": 7}]},
+    "no parts": {"model": "tiny", "messages": [{"role": "user", "content": []}]},
+    "part of unknown kind": {
+        "model": "tiny",
+        "messages": [{"role": "user", "content": [{"type": "input_audio", "input_audio": {}}]}],
+    },
+    "picture of the assistant": {
+        "model": "tiny",
+        "messages": [
+            {"role": "assistant", "content": [{"type": "image_url", "image_url": {"url": GOOD}}]},
+            {"role": "user", "content": "x"},
+        ],
+    },
+    "assistant last": {
+        "model": "tiny",
+        "messages": [{"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}],
+    },
+    "ten thousand messages": {
+        "model": "tiny",
+        "messages": [{"role": "user", "content": "x"}] * 10_000,
+    },
+    "a megabyte of text": chat(text="a " * 500_000),
+    "more text than positions": chat(text="a " * 3000),
+    "image token in text": chat(text="<image>" * 50),
+    "end token in text": chat(text="a</s>b"),
+    "nine pictures": chat(*[GOOD] * 9),
+    "pixels together": chat(*[data_url(picture((3000, 3000)))] * 2),
+    "picture url of wrong kind": chat()
+    | {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": 5}}]}]},
+    "picture without url": chat()
+    | {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}]},
+}
+ALL = {f"picture: {name}": chat(url) for name, url in URLS.items()} | BODIES
+
+
+def test_there_are_enough() -> None:
+    assert len(ALL) >= 60
+
+
+def body_of(value: Any) -> bytes:
+    return value if isinstance(value, bytes) else json.dumps(value).encode()
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_hostile_inputs_are_4xx_and_leave_the_server_well(
+    app: Any, worker: ScriptedWorker, name: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def run() -> None:
+        async with client_of(app, headers={"content-type": "application/json"}) as client:
+            path = "/v1/chat/completions"
+            response = await client.post(path, content=body_of(ALL[name]))
+            assert 400 <= response.status_code < 500, (response.status_code, response.text)
+            error = response.json()["error"]
+            assert set(error) == {"message", "type", "param", "code"}
+            assert len(response.content) < 1000, "nothing is echoed"
+            assert "<script>" not in response.text and "passwd" not in response.text
+            assert not worker.asks, "it never reached the engine"
+            response = await client.post(path, content=body_of(chat(GOOD)))
+            assert response.status_code == 200, "the server is well"
+
+    asyncio.run(run())
+    assert "request failed" not in caplog.text
+
+
+@settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck))
+@given(st.binary(max_size=400), st.integers(0, 300))
+def test_broken_pictures_are_value_errors(noise: bytes, place: int) -> None:
+    """Bytes put into whole files of each format, anywhere."""
+    for kind in ("PNG", "JPEG", "WEBP"):
+        whole = picture((24, 16), kind=kind)
+        broken = whole[:place] + noise + whole[place + len(noise) // 2 :]
+        message = "the picture was read"
+        try:
+            decode(kind, broken, 10_000)
+        except ValueError as error:
+            message = str(error)
+        assert message.startswith("the picture")
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.text(max_size=80))
+def test_any_url_is_read_or_a_value_error(text: str) -> None:
+    for url in (text, "data:" + text, "data:image/png;base64," + text):
+        message = ""
+        try:
+            read_data_url(url)
+        except ValueError as error:
+            message = str(error)
+        assert len(message) < 300
+
+
+json_values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner),
+    max_leaves=8,
+)
+FIELDS = st.sampled_from(
+    ["budget", "n", "stop", "messages", "model", "max_tokens", "tools", "seed", "plan", "user"]
+)
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.dictionaries(FIELDS, json_values, max_size=4))
+def test_any_values_are_parsed_or_an_api_error(fields: dict[str, Any]) -> None:
+    body = json.dumps(chat() | fields, ensure_ascii=True).encode()
+    refused: ApiError | None = None
+    try:
+        parse_request(body)
+    except ApiError as error:
+        refused = error
+    assert refused is None or (refused.status == 400 and len(json.dumps(refused.body)) < 1000)
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_pictures_stand_upright(orientation: int) -> None:
+    """Against Pillow's own transposition."""
+    from PIL import ImageOps
+
+    image = Image.linear_gradient("L").resize((24, 16)).convert("RGB")
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    buffer = io.BytesIO()
+    image.save(buffer, format="PNG", exif=exif)
+    with Image.open(io.BytesIO(buffer.getvalue())) as stored:
+        expected = ImageOps.exif_transpose(stored).convert("RGB")
+    decoded = decode("PNG", buffer.getvalue(), 10_000).image
+    assert decoded.tobytes() == expected.tobytes() and decoded.size == expected.size
+
+
+@pytest.mark.parametrize("mode", ["RGB", "RGBA", "L", "LA", "P", "1", "I;16", "CMYK"])
+def test_pictures_of_all_modes_are_taken(mode: str) -> None:
+    kind = "JPEG" if mode == "CMYK" else "PNG"
+    encoded = picture((9, 7), 0, kind, mode)
+    assert decode(kind, encoded, 63).image.mode == "RGB"
+    with pytest.raises(ValueError, match="more than 62 pixels"):
+        decode(kind, encoded, 62)
+
+
+def test_base64_of_a_data_url_is_read() -> None:
+    assert read_data_url("data:image/PNG;base64," + base64.b64encode(b"abc").decode()) == (
+        "PNG",
+        b"abc",
+    )
+    assert read_data_url("DATA:image/webp; charset=x; base64,AAAA")[0] == "WEBP"

@@ -1,0 +1,225 @@
+"""A tiny model directory, a worker that answers by script, and the application around them."""
+
+from __future__ import annotations
+
+import base64
+import contextlib
+import io
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import httpx
+import torch
+import uvicorn
+from PIL import Image
+
+from fmray.adallava import AdaptiveVLM, SwitchLayout
+from fmray.config import ScratchConfig
+from fmray.data.processor import load_processor, scratch_processor
+from fmray.engine.figures import Histogram, WorkerStats
+from fmray.engine.policy import Ask, Decision, Refused
+from fmray.engine.requests import Event, Result
+from fmray.serve.keys import KeyRing
+from fmray.serve.metrics import Metrics
+from fmray.serve.replica import Answerer
+from fmray.serve.routes import create_app
+from fmray.serve.settings import ServeConfig
+from fmray.train.models import scratch_model
+
+SCRATCH = ScratchConfig(
+    layers=4,
+    hidden=32,
+    heads=4,
+    kv_heads=2,
+    intermediate=64,
+    vision_layers=1,
+    vision_hidden=32,
+    vision_heads=2,
+    image_size=32,
+    patch_size=16,
+)
+WORDS = "what is in the picture ? color topleft red green blue one two three left right a b c d e"
+
+
+def make_model_directory(
+    folder: Path, *, design: str = "layers", token: str = "probe", seed: int = 0
+) -> Path:
+    """An adaptive LLaVA of random weights with its processor, saved; the scheduler has opinions."""
+    processor = scratch_processor([WORDS], SCRATCH)
+    torch.manual_seed(seed)
+    base = scratch_model(SCRATCH, processor, torch.float32, "sdpa")
+    make = SwitchLayout.layers if design == "layers" else SwitchLayout.heads
+    options = {} if design == "layers" else {"unit": 2}
+    model = AdaptiveVLM.from_base(
+        base, make(base.config.text_config, first=1, **options), latency_token=token
+    )
+    for parameter in model.adaptive_parameters():
+        torch.nn.init.normal_(parameter, std=0.5)
+    model.save_pretrained(folder)
+    processor.save_pretrained(folder)
+    return folder
+
+
+def picture(
+    size: tuple[int, int] = (32, 32), color: str | int = "red", kind: str = "PNG", mode: str = "RGB"
+) -> bytes:
+    """An encoded picture."""
+    buffer = io.BytesIO()
+    Image.new(mode, size, color).save(buffer, format=kind)
+    return buffer.getvalue()
+
+
+def data_url(encoded: bytes, media: str = "image/png") -> str:
+    """As clients send it."""
+    return f"data:{media};base64,{base64.b64encode(encoded).decode()}"
+
+
+def chat(*urls: str, text: str = "what is in the picture ?", **fields: Any) -> dict[str, Any]:
+    """The body of a chat completion about pictures."""
+    content: list[dict[str, Any]] = [{"type": "text", "text": text}]
+    content += [{"type": "image_url", "image_url": {"url": url}} for url in urls]
+    return {"model": "tiny", "messages": [{"role": "user", "content": content}], **fields}
+
+
+@dataclass
+class ScriptedWorker:
+    """Behaves as an `EngineWorker` that gives every ask the same tokens.
+
+    refuse: raised by `submit`. hold: tokens wait for it. last: how answers end. pause: seconds
+    between tokens.
+    """
+
+    tokens: tuple[str, ...] = ("red ", "and ", "blue")
+    refuse: Exception | None = None
+    refuse_queued: Refused | None = None
+    hold: threading.Event | None = None
+    last: str = "stop"
+    pause: float = 0.0
+    alive: bool = True
+    draining: bool = False
+    asks: list[Ask] = field(default_factory=list)
+    cancelled: list[str] = field(default_factory=list)
+    closed: bool = False
+
+    def submit(self, ask: Ask, on_event: Callable[[Any], None]) -> None:
+        if self.refuse is not None:
+            raise self.refuse
+        self.asks.append(ask)
+        threading.Thread(target=self._answer, args=(ask, on_event), daemon=True).start()
+
+    def _answer(self, ask: Ask, on_event: Callable[[Any], None]) -> None:
+        if self.refuse_queued is not None:
+            on_event(self.refuse_queued)
+            return
+        start = time.monotonic()
+        on_event(Decision(ask.id, ask.budget or "0.75", 2, 12.5, ask.deadline_of, None, 0.0))
+        for number, token in enumerate(self.tokens):
+            while self.hold is not None and not self.hold.wait(0.01):
+                if ask.id in self.cancelled:
+                    break
+            if ask.id in self.cancelled:
+                on_event(Event(ask.id, (), "", "cancelled", self._result(ask, number, start)))
+                return
+            time.sleep(self.pause)
+            on_event(Event(ask.id, (number,), token))
+        result = self._result(ask, len(self.tokens), start)
+        error = "broken: prompt text" if self.last == "error" else None
+        on_event(Event(ask.id, (), "", self.last, result, error))
+
+    def _result(self, ask: Ask, tokens: int, start: float) -> Result:
+        seconds = time.monotonic() - start
+        plan = (True, False, True)
+        return Result(ask.prompt_tokens, tokens, 2, plan, 0.75, seconds / 2, seconds, False, 0)
+
+    def cancel(self, request_id: str) -> bool:
+        self.cancelled.append(request_id)
+        return True
+
+    def drain(self, seconds: float) -> bool:
+        self.draining = True
+        return True
+
+    def close(self) -> None:
+        self.closed = True
+
+    def health(self) -> SimpleNamespace:
+        return SimpleNamespace(
+            alive=self.alive, error=None, busy=False, idle_seconds=0.0, draining=self.draining
+        )
+
+    def stats(self) -> WorkerStats:
+        empty = Histogram((1.0,), (0, 0), 0.0, 0)
+        nothing = dict.fromkeys(
+            (
+                "submitted", "admitted", "deadlines_promised", "deadlines_met", "deadlines_missed",
+                "tokens_out", "callback_errors", "queued", "active",
+            ),
+            0,
+        )  # fmt: skip
+        return WorkerStats(
+            **nothing,
+            finished={},
+            refused={},
+            draining=self.draining,
+            level=3,
+            level_budget=1.0,
+            mean_budget=1.0,
+            budget=empty,
+            units_on=empty,
+            queue_seconds=empty,
+            first_token_seconds=empty,
+            answer_seconds=empty,
+            first_token_error=0.0,
+            answer_error=0.0,
+            calibration_error=(0.0, 0.0),
+            speed=(1.0, 1.0),
+            engine=None,
+        )
+
+
+def make_answerer(
+    directory: Path, worker: Any, keys: KeyRing | None = None, **settings: Any
+) -> Answerer:
+    """An `Answerer` of a directory's model around any worker."""
+    config = ServeConfig(model=str(directory), name="tiny", **settings)
+    model = AdaptiveVLM.from_pretrained(directory).eval()
+    return Answerer(config, model, load_processor(directory), worker, keys or KeyRing())
+
+
+def make_app(answerer: Answerer) -> Any:
+    """The ASGI application around it."""
+    metrics = Metrics(answerer.worker, "test", answerer.model.layout.num_units)
+
+    async def exposition() -> bytes:
+        return metrics.exposition()
+
+    return create_app(answerer, metrics, exposition)
+
+
+def client_of(app: Any, **options: Any) -> httpx.AsyncClient:
+    """A client that calls the application in this process."""
+    transport = httpx.ASGITransport(app, raise_app_exceptions=True)
+    return httpx.AsyncClient(transport=transport, base_url="http://127.0.0.1:8000", **options)
+
+
+@contextlib.contextmanager
+def serving(app: Any) -> Iterator[str]:
+    """The application on a free port of this machine."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        server = uvicorn.Server(uvicorn.Config(app, log_level="warning", access_log=False))
+        thread = threading.Thread(target=server.run, args=([listener],))
+        thread.start()
+        try:
+            while not server.started:
+                time.sleep(0.01)
+            yield f"http://127.0.0.1:{listener.getsockname()[1]}"
+        finally:
+            server.should_exit = True
+            thread.join()
