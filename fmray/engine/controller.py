@@ -72,7 +72,7 @@ class LoadController:
         self.level = num_units
         self.grid = np.arange(floor, num_units + 1)
         self.step = max(1, -(-(num_units - floor) // GRID_STEPS))
-        self.hold = target.seconds / 2
+        self.hold = target.seconds / 4
         self.aim_share = AIM
         self._calm_since: float | None = None
         self._work = _Rate(len(self.grid), MEMORY * target.seconds)

@@ -36,6 +36,7 @@ from fmray.engine.policy import (
 )
 from fmray.engine.requests import EngineStats, Event, Request, StepTiming
 
+LOOK_AHEAD = 256  # requests in line that the level is set for
 Delivery = tuple[str, Decision | Event | Refused]
 
 
@@ -275,10 +276,12 @@ class Dispatcher:
 
     def _set_level(self, now: float) -> None:
         """Often enough for the target; a forecast for a long queue takes milliseconds."""
+        if not self.settings.controller:
+            return
         if now - self._level_at < self.settings.p95_seconds / 50:
             return
         self._level_at = now
-        order = self._queue.order()
+        order = self._queue.order()[:LOOK_AHEAD]
         self.controller.update(now, self._rows(), self._queued(order, now))
 
     def _decide(self, entry: Entry, now: float) -> Decision | Refused:

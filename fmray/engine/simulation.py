@@ -385,9 +385,10 @@ def main() -> None:
     loads["step 0.6-1.5-0.6"] = (step(0.6 * full, 1.5 * full, 100, 200), 1.5)
     loads["ramp 0.3-1.5-0.3"] = (ramp(0.3 * full, 1.5 * full, seconds), 1.5)
     loads["bursts of 24 on 0.6"] = (burst(0.6 * full, 24, 20.0), 0.6 + 240 / full)
+    fixed = WorkerSettings(target, shed=False, controller=False, max_queue=100_000)
     policies = {
-        "b = 1": (Traffic(budget="1"), WorkerSettings(target, shed=False, max_queue=100_000)),
-        "b = 0.6": (Traffic(budget="0.6"), WorkerSettings(target, shed=False, max_queue=100_000)),
+        "b = 1": (Traffic(budget="1"), fixed),
+        "b = 0.6": (Traffic(budget="0.6"), fixed),
         "auto": (Traffic(), WorkerSettings(target)),
     }
     print(f"{'load':20} {'policy':8} within  p95 s  goodput  shed  units  changes")

@@ -29,7 +29,9 @@ from fmray.engine.simulation import (
 
 K = 16
 AUTO = WorkerSettings(3.0)
-FIXED = WorkerSettings(3.0, shed=False, max_queue=100_000)  # serves all, however late
+FIXED = WorkerSettings(
+    3.0, shed=False, controller=False, max_queue=100_000
+)  # serves all, however late
 
 
 @cache
