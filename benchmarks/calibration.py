@@ -122,13 +122,16 @@ def main() -> None:
 
 def report(heard: list[tuple[Ask, Heard]]) -> None:
     """Predicted against measured, and deadlines kept."""
-    for of, name in (("first_token", "first token"), ("answer", "whole answer")):
+    everything = []
+    for of, name in (("first_token", "first token"), ("answer", "whole answer"), ("", "both")):
         pairs = [
             (one.decision.predicted_ms, 1000 * (one.first if of == "first_token" else one.end))
             for asked, one in heard
             if one.decision is not None and asked.deadline_of == of
         ]
         errors = [abs(predicted - measured) / measured for predicted, measured in pairs]
+        everything += errors
+        errors = errors if of else everything
         if not errors:
             continue
         median = statistics.median(errors)

@@ -27,7 +27,6 @@ from fmray.engine.intake import Intake, WorkerSettings
 from fmray.engine.policy import (
     Ask,
     Budgets,
-    DeadlineImpossible,
     Decision,
     Refused,
     Shed,
@@ -264,15 +263,8 @@ class Dispatcher:
             if entry.ask.strict:
                 left = entry.ask.deadline_ms / 1000 - (now - entry.submitted)
                 if left < entry.least:
-                    deliveries.append((name, self._drop(entry, self._impossible(entry))))
+                    deliveries.append((name, self._drop(entry, self.intake.impossible(entry))))
         return deliveries
-
-    @staticmethod
-    def _impossible(entry: Entry) -> DeadlineImpossible:
-        return DeadlineImpossible(
-            f"{entry.ask.deadline_ms:.0f} ms to the {entry.ask.deadline_of.replace('_', ' ')} "
-            "cannot be kept now; others were first"
-        )
 
     def _set_level(self, now: float) -> None:
         """Often enough for the target; a forecast for a long queue takes milliseconds."""
@@ -287,29 +279,28 @@ class Dispatcher:
     def _decide(self, entry: Entry, now: float) -> Decision | Refused:
         ask, tokens, waited = entry.ask, entry.ask.prompt_tokens, now - entry.submitted
         rows, of = self._rows(), ask.deadline_of
-        met = None
+        met, outcomes = None, self._ledger.outcomes[of]
         if ask.deadline_ms is not None:
-            grid = np.arange(entry.cap + 1)
-            times = self._play(rows, entry, grid)
+            times = self._play(rows, entry, np.arange(entry.cap + 1))
             left = ask.deadline_ms / 1000 - waited
-            units, met = largest_within(times * self._ledger.outcomes[of].headroom, left)
+            units, met = largest_within(times * outcomes.headroom, left)
             # Without headroom the least budget may still make it.
-            met = met or float(times[0]) <= left
+            met = met or float(times[0]) * outcomes.usual <= left
             if not met and ask.strict:
-                return self._impossible(entry)
-            predicted = float(times[units])
+                return self.intake.impossible(entry)
+            forecast = float(times[units])
         else:
             units = min(self.controller.level, entry.cap) if ask.auto else entry.fixed
-            predicted = float(self._play(rows, entry, np.array([units]))[0])
+            forecast = float(self._play(rows, entry, np.array([units]))[0])
+        entry.forecast, entry.told, entry.told_of = forecast, forecast * outcomes.usual, of
         allowed = None
         if ask.budget is not None and self.budgets.units(ask.budget, tokens) <= entry.cap:
             allowed = ask.budget
-        entry.predicted, entry.predicted_of = predicted, of
         return Decision(
             ask.id,
             allowed or self.budgets.budget(units, tokens),
             units,
-            (waited + predicted) * 1000,
+            (waited + entry.told) * 1000,
             of,
             met,
             waited * 1000,
@@ -392,10 +383,10 @@ class Dispatcher:
         ask, seconds = entry.ask, now - entry.submitted
         if ask.auto and of == self.settings.p95_of:
             self.controller.measured(seconds)
-        if entry.predicted_of != of:
+        if entry.told_of != of:
             return
         if full:
-            self._ledger.outcomes[of].add(now - entry.admitted, entry.predicted)
+            self._ledger.outcomes[of].add(now - entry.admitted, entry.forecast, entry.told)
         if ask.deadline_ms is not None:
             self._ledger.counts[
                 "deadlines_met" if seconds * 1000 <= ask.deadline_ms else "deadlines_missed"

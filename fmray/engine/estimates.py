@@ -27,8 +27,8 @@ class Entry:
     cap: the most switches that its key and the memory allow; fixed: what it asked for, None if it
     is to be decided; units: decided. operations: counted against its key, 0 where they are not.
     pixels: picture values. least: seconds that it takes alone (strict deadlines); seconds: of the
-    machine that its caller was charged. predicted: seconds from admission to `predicted_of`. first:
-    when its first token came; tokens: so far.
+    machine that its caller was charged. forecast, told: seconds from admission to `told_of`, as the
+    forecast has them and as the decision said. first: when its first token came; tokens: so far.
     """
 
     ask: Ask
@@ -41,8 +41,9 @@ class Entry:
     least: float = 0.0
     seconds: float = 0.0
     admitted: float = math.nan
-    predicted: float = math.nan
-    predicted_of: Moment = "first_token"
+    forecast: float = math.nan
+    told: float = math.nan
+    told_of: Moment = "first_token"
     first: float | None = None
     tokens: int = 0
 

@@ -112,30 +112,41 @@ class WorkerStats:
 
 
 class Outcomes:
-    """Measured / predicted of recent requests. margin: the headroom before there are enough."""
+    """Measured / forecast of recent requests, and how far from the truth callers were told.
+
+    Forecasts cannot know who comes after; by how much those delay the ones who run is learnt here.
+    margin: the headroom before there are enough.
+    """
 
     def __init__(self, margin: float) -> None:
         self.margin = margin
         self.ratios: deque[float] = deque(maxlen=200)
+        self.errors: deque[float] = deque(maxlen=200)
 
-    def add(self, measured: float, predicted: float) -> None:
-        """One more, in seconds."""
-        if predicted > 0 and measured > 0:
-            self.ratios.append(measured / predicted)
+    def add(self, measured: float, forecast: float, told: float) -> None:
+        """One more, in seconds from its admission; told: what the decision said."""
+        if min(forecast, measured) > 0:
+            self.ratios.append(measured / forecast)
+            self.errors.append(abs(told - measured) / measured)
+
+    @property
+    def usual(self) -> float:
+        """Factor by which forecasts are usually too short (median); 1 before 5 outcomes."""
+        if len(self.ratios) < 5:
+            return 1.0
+        return min(2.0, max(0.5, statistics.median(self.ratios)))
 
     @property
     def headroom(self) -> float:
         """Factor that nine of ten outcomes stayed below; the configured one before 20 of them."""
         if len(self.ratios) < 20:
-            return self.margin
-        return min(2.0, max(1.0, float(np.quantile(self.ratios, 0.9))))
+            return self.margin * self.usual
+        return min(3.0, max(1.0, float(np.quantile(self.ratios, 0.9))))
 
     @property
     def error(self) -> float:
-        """Median |predicted - measured| / measured."""
-        if not self.ratios:
-            return math.nan
-        return statistics.median(abs(1 / ratio - 1) for ratio in self.ratios)
+        """Median |told - measured| / measured."""
+        return statistics.median(self.errors) if self.errors else math.nan
 
 
 class Ledger:

@@ -102,3 +102,11 @@ class Intake:
                 f"{ask.deadline_ms:.0f} ms to the {ask.deadline_of.replace('_', ' ')} cannot be "
                 f"kept; {entry.least * 1000:.0f} ms is the least"
             )
+
+    @staticmethod
+    def impossible(entry: Entry) -> DeadlineImpossible:
+        """A strict deadline that was lost in the queue."""
+        return DeadlineImpossible(
+            f"{entry.ask.deadline_ms:.0f} ms to the {entry.ask.deadline_of.replace('_', ' ')} "
+            "cannot be kept now; others were first"
+        )
