@@ -67,7 +67,9 @@ def test_a_job_that_runs_elsewhere_gets_the_folder(
 
 def test_interrupting_stops_the_job(session: Session, script: Path) -> None:
     program = (
-        "import sys\nfrom pathlib import Path\nfrom fmray.cluster import Session, submit\n"
+        "import signal\nfrom pathlib import Path\nfrom fmray.cluster import Session, submit\n"
+        # a shell's background jobs, and so a CI started as one, ignore the signal otherwise
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
         f"session = Session({session.address!r}, {session.dashboard!r}, True)\n"
         f"submit(session, Path({str(script)!r}), ['0', '600'], 'interrupted')\n"
     )
