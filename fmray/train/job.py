@@ -21,7 +21,6 @@ from fmray.cluster import start_or_join
 from fmray.config import LoadedRecipe, Recipe
 from fmray.preflight import machines_of_cluster, preflight
 from fmray.train import checkpoint as checkpoints
-from fmray.train.loop import train_here, train_worker
 
 CONTROLLER_FAILURES = 3  # Ray's default is to try for ever
 SUPERVISED_TRIES = 3
@@ -143,7 +142,7 @@ def _trainer(recipe: Recipe, run_id: str, config: dict[str, Any]) -> TorchTraine
     if gpu:
         resources["GPU"] = cluster.gpus_per_worker
     return TorchTrainer(
-        train_worker if cluster.workers > 0 else train_here,
+        _train_worker if cluster.workers > 0 else _train_here,
         train_loop_config=config,
         torch_config=TorchConfig(backend="nccl" if gpu else "gloo", timeout_s=cluster.timeout_s),
         scaling_config=ScalingConfig(
@@ -163,6 +162,19 @@ def _trainer(recipe: Recipe, run_id: str, config: dict[str, Any]) -> TorchTraine
             worker_runtime_env={"env_vars": {} if gpu else {"DS_ACCELERATOR": "cpu"}},
         ),
     )
+
+
+def _train_worker(config: dict[str, Any]) -> dict[str, Any] | None:
+    # the loop's imports take seconds, and the driver and Ray's controller have no use for them
+    from fmray.train.loop import train_worker
+
+    return train_worker(config)
+
+
+def _train_here(config: dict[str, Any]) -> dict[str, Any] | None:
+    from fmray.train.loop import train_here
+
+    return train_here(config)
 
 
 def _place(recipe: Recipe) -> None:
