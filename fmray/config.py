@@ -301,6 +301,18 @@ def schema() -> dict[str, Any]:
     return result
 
 
+def add_overrides(parser: argparse.ArgumentParser, example: str = "train.lr=1e-5") -> None:
+    """The option `--set`, as every command and job takes it."""
+    parser.add_argument(
+        "--set",
+        dest="overrides",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help=f"override one value, such as {example}; repeatable",
+    )
+
+
 def job_arguments(argv: Sequence[str] | None, description: str) -> tuple[LoadedRecipe, str]:
     """What every job takes: `--config`, `--set` and `--run-id`.
 
@@ -312,14 +324,7 @@ def job_arguments(argv: Sequence[str] | None, description: str) -> tuple[LoadedR
     """
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--config", type=Path, required=True, help="recipe (YAML)")
-    parser.add_argument(
-        "--set",
-        dest="overrides",
-        action="append",
-        default=[],
-        metavar="KEY=VALUE",
-        help="override one value, such as train.lr=1e-5; repeatable",
-    )
+    add_overrides(parser)
     parser.add_argument("--run-id", help="name of the run; an earlier one resumes it")
     arguments = parser.parse_args(argv)
     loaded = load(arguments.config, arguments.overrides)
@@ -349,7 +354,7 @@ def job_path(name: str) -> Path:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of `fmray config`."""
     parser.add_argument("recipe", type=Path, nargs="?", help="recipe (YAML) to resolve and print")
-    parser.add_argument("--set", dest="overrides", action="append", default=[], metavar="KEY=VALUE")
+    add_overrides(parser)
     parser.add_argument("--schema", action="store_true", help="print the JSON Schema of recipes")
 
 

@@ -24,7 +24,7 @@ import torch
 from packaging.requirements import Requirement
 
 from fmray.cluster import check_answers
-from fmray.config import ConfigError, Recipe, load
+from fmray.config import ConfigError, Recipe, add_overrides, load
 from fmray.memory import GIB, Sizes, estimate, measure
 from fmray.preflight import Finding, Machine, machines_of_cluster, preflight
 from fmray.recipe_checks import conflicts
@@ -36,7 +36,7 @@ JOIN_SECONDS = 60  # to ask a cluster what it has, the start of a process includ
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of `fmray doctor`."""
     parser.add_argument("--config", type=Path, help="recipe (YAML) whose job is judged")
-    parser.add_argument("--set", dest="overrides", action="append", default=[], metavar="KEY=VALUE")
+    add_overrides(parser)
 
 
 def run(arguments: argparse.Namespace) -> int:

@@ -19,6 +19,7 @@ import yaml
 from pydantic import ValidationError
 
 from fmray.ask import MODEL, STORAGE
+from fmray.config import add_overrides
 from fmray.serve.keys import VARIABLE, load_keys
 from fmray.serve.settings import ALIAS, REGISTRY, ServeConfig
 
@@ -41,14 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--keys-file", type=Path, default=None, help=f"bearer keys (YAML); default: {VARIABLE}"
     )
-    parser.add_argument(
-        "--set",
-        dest="overrides",
-        action="append",
-        default=[],
-        metavar="KEY=VALUE",
-        help="another setting of the endpoint, such as max_rows=4; repeatable",
-    )
+    add_overrides(parser, "max_rows=4")
     parser.add_argument(
         "--local", action="store_true", help="in this process, without Ray: one model, no restarts"
     )
