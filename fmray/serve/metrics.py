@@ -8,6 +8,7 @@ scrape goes through the proxy to one replica only; with several, each hands its 
 
 from __future__ import annotations
 
+import functools
 import math
 import time
 from collections.abc import Iterable, Iterator, Mapping
@@ -45,47 +46,38 @@ class Metrics:
         self._replica = replica
         self._registry = registry = CollectorRegistry()
         step = max(1, math.ceil(units / 32))
-        self._budget = Histogram(
-            "fmray_budget", "Budget of answered requests", buckets=_BUDGETS, registry=registry
-        )
-        self._units = Histogram(
+        histogram = functools.partial(Histogram, registry=registry)
+        counter = functools.partial(Counter, registry=registry)
+        self._budget = histogram("fmray_budget", "Budget of answered requests", buckets=_BUDGETS)
+        self._units = histogram(
             "fmray_units_on",
             "Switches on in answered requests",
             buckets=[*range(0, units, step), units],
-            registry=registry,
         )
-        self._first = Histogram(
+        self._first = histogram(
             "fmray_time_to_first_token_seconds",
             "From a request's arrival to its first token",
             buckets=_SECONDS,
-            registry=registry,
         )
-        self._whole = Histogram(
+        self._whole = histogram(
             "fmray_answer_seconds",
             "From a request's arrival to the end of its answer",
             buckets=_SECONDS,
-            registry=registry,
         )
-        self._rate = Histogram(
+        self._rate = histogram(
             "fmray_tokens_per_second",
             "Tokens of an answer after its first, per second",
             buckets=_RATES,
-            registry=registry,
         )
-        self._tokens = Counter(
-            "fmray_tokens", "Tokens of answered requests", ["kind"], registry=registry
+        self._tokens = counter("fmray_tokens", "Tokens of answered requests", ["kind"])
+        self._deadlines = counter("fmray_deadlines", "Answers that had a deadline", ["met"])
+        self._errors = counter(
+            "fmray_errors", "Requests answered with an error", ["status", "code"]
         )
-        self._deadlines = Counter(
-            "fmray_deadlines", "Answers that had a deadline", ["met"], registry=registry
-        )
-        self._errors = Counter(
-            "fmray_errors", "Requests answered with an error", ["status", "code"], registry=registry
-        )
-        self._vision = Counter(
+        self._vision = counter(
             "fmray_vision_cache_answers",
             "Answers by whether their pictures' features were at hand",
             ["hit"],
-            registry=registry,
         )
         registry.register(_WorkerFamilies(worker))
 

@@ -13,6 +13,7 @@ import hashlib
 import re
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import AsyncExitStack
 from importlib.resources import files
 from typing import Any
 
@@ -193,27 +194,23 @@ class _Chat:
 
     async def stream(self) -> StreamingResponse:
         """The answer as server-sent events; refusals come before the first, with their status."""
-        context = self._start()
-        live = await context.__aenter__()
-        try:
+        async with AsyncExitStack() as stack:
+            live = await stack.enter_async_context(self._start())
             await live.next()  # the decision
-        except BaseException:
-            await context.__aexit__(None, None, None)
-            raise
+            row = stack.pop_all()  # from here on the stream's to let go
 
         async def events() -> AsyncIterator[bytes]:
-            try:
-                async for chunk in self._chunks(live):
-                    yield b"data: " + chunk + b"\n\n"
-            except ApiError as error:
-                self._metrics.refused(error)
-                yield b"data: " + JSONResponse(error.body).body + b"\n\n"
-            except Exception as error:  # noqa: BLE001 - the status has been sent: say it in the stream
-                log_failure(error)
-                failed = ApiError(500, "the server failed; it is logged", code="internal_error")
-                yield b"data: " + JSONResponse(failed.body).body + b"\n\n"
-            finally:
-                await context.__aexit__(None, None, None)
+            async with row:
+                try:
+                    async for chunk in self._chunks(live):
+                        yield b"data: " + chunk + b"\n\n"
+                except ApiError as error:
+                    self._metrics.refused(error)
+                    yield b"data: " + JSONResponse(error.body).body + b"\n\n"
+                except Exception as error:  # noqa: BLE001 - the status is sent: say it in the stream
+                    log_failure(error)
+                    failed = ApiError(500, "the server failed; it is logged", code="internal_error")
+                    yield b"data: " + JSONResponse(failed.body).body + b"\n\n"
             yield b"data: [DONE]\n\n"
 
         return _Stream(
