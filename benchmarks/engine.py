@@ -22,7 +22,6 @@ import torch
 from skip import IMAGE_ID, IMAGE_TOKENS, stock_model
 from timing import compare
 from torch import Tensor, nn
-from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
 from fmray.adallava import AdaptiveVLM, SwitchLayout
 from fmray.engine.engine import Engine
@@ -231,35 +230,13 @@ def benchmark(options: argparse.Namespace) -> None:
     )
 
 
-def tiny_model() -> AdaptiveVLM:
-    """Two decoder layers of 16, one of them switchable."""
-    text = LlamaConfig(
-        hidden_size=16,
-        intermediate_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        vocab_size=64,
-        pad_token_id=0,
-    )
-    vision = CLIPVisionConfig(
-        hidden_size=16,
-        intermediate_size=32,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        image_size=16,
-        patch_size=8,
-    )
-    config = LlavaConfig(
-        vision_config=vision, text_config=text, image_token_id=IMAGE_ID, vision_feature_layer=-1
-    )
-    base = LlavaForConditionalGeneration(config).eval()
-    return AdaptiveVLM.from_base(base, SwitchLayout.layers(text), latency_token="probe")
-
-
 def soak(requests: int) -> None:
     """Requests of all sorts, a tenth of them cancelled; what is held must stay as it is."""
     torch.manual_seed(0)
-    engine = Engine(tiny_model(), None, prefix_bytes=1 << 18, prefix_block=4, vision_bytes=1 << 14)
+    base = stock_model("cpu", torch.float32, hidden=16, layers=2, heads=2, image_size=16)
+    layout = SwitchLayout.layers(base.config.text_config)
+    model = AdaptiveVLM.from_base(base, layout, latency_token="probe")
+    engine = Engine(model, None, prefix_bytes=1 << 18, prefix_block=4, vision_bytes=1 << 14)
     rows = []
     for number in range(500):
         ids = torch.randint(4, 64, (1, 6 + number % 20))

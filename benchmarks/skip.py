@@ -21,13 +21,20 @@ from fmray.adallava.passes import Draw, decode, prefill
 IMAGE_TOKENS, IMAGE_ID = 64, 3
 
 
-def stock_model(device: str, dtype: torch.dtype) -> LlavaForConditionalGeneration:
-    """A LLaVA whose decoder has 113 M parameters beside embeddings: 16 layers of 768."""
+def stock_model(
+    device: str,
+    dtype: torch.dtype,
+    hidden: int = 768,
+    layers: int = 16,
+    heads: int = 12,
+    image_size: int = 64,
+) -> LlavaForConditionalGeneration:
+    """A LLaVA whose decoder has, as it is, 113 M parameters beside embeddings; patches of 8."""
     text = LlamaConfig(
-        hidden_size=768,
-        intermediate_size=2048,
-        num_hidden_layers=16,
-        num_attention_heads=12,
+        hidden_size=hidden,
+        intermediate_size=8 * hidden // 3,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
         vocab_size=1024,
         pad_token_id=0,
     )
@@ -36,7 +43,7 @@ def stock_model(device: str, dtype: torch.dtype) -> LlavaForConditionalGeneratio
         intermediate_size=128,
         num_hidden_layers=2,
         num_attention_heads=2,
-        image_size=64,
+        image_size=image_size,
         patch_size=8,
     )
     config = LlavaConfig(
