@@ -18,8 +18,9 @@ import httpx
 import torch
 import uvicorn
 from PIL import Image
+from support.tiny_models import adaptive
 
-from fmray.adallava import AdaptiveVLM, SwitchLayout
+from fmray.adallava import AdaptiveVLM
 from fmray.config import ScratchConfig
 from fmray.data.processor import load_processor, scratch_processor
 from fmray.engine.figures import Histogram, WorkerStats
@@ -54,13 +55,7 @@ def make_model_directory(
     processor = scratch_processor([WORDS], SCRATCH)
     torch.manual_seed(seed)
     base = scratch_model(SCRATCH, processor, torch.float32, "sdpa")
-    make = SwitchLayout.layers if design == "layers" else SwitchLayout.heads
-    options = {} if design == "layers" else {"unit": 2}
-    model = AdaptiveVLM.from_base(
-        base, make(base.config.text_config, first=1, **options), latency_token=token
-    )
-    for parameter in model.adaptive_parameters():
-        torch.nn.init.normal_(parameter, std=0.5)
+    model = adaptive(base, design, first=1, latency_token=token)
     model.save_pretrained(folder)
     processor.save_pretrained(folder)
     return folder
