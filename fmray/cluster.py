@@ -129,7 +129,7 @@ def submit(session: Session, script: Path, arguments: Sequence[str], submission_
     try:
         asyncio.run(_print_log(client, submission_id))
         return _exit_code(client, submission_id)
-    except BaseException:
+    except BaseException:  # ctrl-C above all: nobody would be left to wait for the job
         client.stop_job(submission_id)
         raise
 
