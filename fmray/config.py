@@ -17,15 +17,26 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Generic, Literal, Self
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 from pydantic_core import PydanticCustomError
+from typing_extensions import TypeVar
 
 from fmray.recipe_checks import conflicts
 from fmray.recipe_file import ConfigError, Entry, dump_value, explain, read
 
-__all__ = ["ConfigError", "LoadedRecipe", "Recipe", "job_arguments", "job_path", "load", "schema"]
+__all__ = [
+    "ConfigError",
+    "Job",
+    "LoadedRecipe",
+    "Recipe",
+    "Section",
+    "job_arguments",
+    "job_path",
+    "load",
+    "schema",
+]
 
 NAME = r"^[A-Za-z0-9][A-Za-z0-9_.-]*$"
 Location = Annotated[Path, AfterValidator(Path.expanduser)]
@@ -213,33 +224,51 @@ class TrackingConfig(Section):
     register_as: str | None = Field(None, description="name in the model registry")
 
 
-class Recipe(Section):
-    """One job, whole."""
+class Job(Section):
+    """What the recipes of all kinds of job have."""
 
+    kind: str
     name: str = Field(pattern=NAME)
     seed: int = Field(0, ge=0)
-    model: ModelConfig = ModelConfig()
-    adaptive: AdaptiveConfig | None = None
-    data: DataConfig = DataConfig()
-    train: TrainConfig = TrainConfig()
-    zero: ZeroConfig = ZeroConfig()
     cluster: ClusterConfig = ClusterConfig()
-    evaluate: EvaluateConfig = EvaluateConfig()
     tracking: TrackingConfig = TrackingConfig()
+
+    def conflicts(self) -> Iterator[tuple[str, str]]:
+        """Settings that clash: (dotted key, what is wrong and what would be right)."""
+        raise NotImplementedError
 
     @model_validator(mode="after")
     def _settings_agree(self) -> Self:
-        for key, text in conflicts(self):
+        for key, text in self.conflicts():
             # The key travels in the context, so that the loader can say file and line.
             raise PydanticCustomError("conflict", "{key}: {text}", {"key": key, "text": text})
         return self
 
 
+class Recipe(Job):
+    """One AdaLLaVA job, whole."""
+
+    kind: Literal["adallava"] = "adallava"
+    model: ModelConfig = ModelConfig()
+    adaptive: AdaptiveConfig | None = None
+    data: DataConfig = DataConfig()
+    train: TrainConfig = TrainConfig()
+    zero: ZeroConfig = ZeroConfig()
+    evaluate: EvaluateConfig = EvaluateConfig()
+
+    def conflicts(self) -> Iterator[tuple[str, str]]:
+        """See `recipe_checks`."""
+        return conflicts(self)
+
+
+R = TypeVar("R", bound=Job, default=Recipe)
+
+
 @dataclass(frozen=True)
-class LoadedRecipe:
+class LoadedRecipe(Generic[R]):
     """A recipe and where each value came from: dotted key -> `file:line`, `--set` or `default`."""
 
-    recipe: Recipe
+    recipe: R
     origins: dict[str, str]
 
     @property
@@ -262,21 +291,41 @@ class LoadedRecipe:
                 yield f"{indent}{name}: {dump_value(value)}  # {self.origins[prefix + name]}"
 
 
-def load(path: Path, overrides: Sequence[str] = ()) -> LoadedRecipe:
+def load(
+    path: Path, overrides: Sequence[str] = (), kinds: Sequence[type[R]] = (Recipe,)
+) -> LoadedRecipe[R]:
     """Read a recipe, its parents and the overrides (`train.lr=1e-5`) on top.
+
+    Args:
+        kinds: the kinds of recipe that will do; the file's `kind` says which it is, and a file that
+            does not say is of the first.
 
     Raises:
         ConfigError: one line: file:line, the key, what is wrong and what would be right.
     """
     path = Path(path)
     tree = read(path, overrides)
+    model = _kind(tree, path, kinds)
     try:
         # JSON's strict mode is the useful one: `true` is no number and "5" is text, yet a list may
         # fill a tuple.
-        recipe = Recipe.model_validate_json(json.dumps(tree.plain()), strict=True)
+        recipe = model.model_validate_json(json.dumps(tree.plain()), strict=True)
     except ValidationError as error:
-        raise ConfigError(explain(error, tree, path, Recipe)) from error
+        raise ConfigError(explain(error, tree, path, model)) from error
     return LoadedRecipe(recipe, dict(_origins(recipe.model_dump(mode="json"), tree, "")))
+
+
+def _kind(tree: Entry, path: Path, kinds: Sequence[type[R]]) -> type[R]:
+    written = tree.value.get("kind") if isinstance(tree.value, dict) else None
+    if written is None:
+        return kinds[0]
+    known = {kind.model_fields["kind"].default: kind for kind in kinds}
+    if written.value not in known:
+        right = " or ".join(f"kind: {name}" for name in known)
+        raise ConfigError(
+            f"{written.origin}: kind: this needs a recipe of {right}, not of {written.value!r}"
+        )
+    return known[written.value]
 
 
 def _origins(values: dict[str, Any], tree: Entry | None, prefix: str) -> Iterator[tuple[str, str]]:
@@ -313,8 +362,10 @@ def add_overrides(parser: argparse.ArgumentParser, example: str = "train.lr=1e-5
     )
 
 
-def job_arguments(argv: Sequence[str] | None, description: str) -> tuple[LoadedRecipe, str]:
-    """What every job takes: `--config`, `--set` and `--run-id`.
+def job_arguments(
+    argv: Sequence[str] | None, description: str, kinds: Sequence[type[R]] = (Recipe,)
+) -> tuple[LoadedRecipe[R], str]:
+    """What every job takes: `--config`, `--set` and `--run-id`; for `kinds` see `load`.
 
     Returns the recipe and the run id; by default the recipe's name, the time in UTC and four hex
     digits.
@@ -327,7 +378,7 @@ def job_arguments(argv: Sequence[str] | None, description: str) -> tuple[LoadedR
     add_overrides(parser)
     parser.add_argument("--run-id", help="name of the run; an earlier one resumes it")
     arguments = parser.parse_args(argv)
-    loaded = load(arguments.config, arguments.overrides)
+    loaded = load(arguments.config, arguments.overrides, kinds)
     run_id = arguments.run_id
     if run_id is None:
         run_id = f"{loaded.recipe.name}-{datetime.now(UTC):%Y%m%d-%H%M%S}-{secrets.token_hex(2)}"
@@ -365,5 +416,9 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.schema:
         print(json.dumps(schema(), indent=2))
     else:
-        print(load(arguments.recipe, arguments.overrides).dump(), end="")
+        # this module's own subclasses of Job come after it
+        from fmray.fewshot_config import FewshotRecipe
+
+        kinds: tuple[type[Job], ...] = (Recipe, FewshotRecipe)
+        print(load(arguments.recipe, arguments.overrides, kinds).dump(), end="")
     return 0

@@ -60,7 +60,7 @@ WRONG = {
     "unknown everywhere": (
         "name: a\nzzz: 1\n",
         2,
-        "zzz: there is no such key; the keys here are name,",
+        "zzz: there is no such key; the keys here are kind, name,",
     ),
     "text for a number": (
         "name: a\ntrain:\n  lr: fast\n",

@@ -1,0 +1,1 @@
+"""Few-shot method: episodes, centroid classifier, encoders, finetuning methods, evaluation."""

@@ -1,0 +1,1 @@
+"""Task selection: moments of tasks, similarity, coverage, Algorithm 1, ablations and peers."""

@@ -1,0 +1,1 @@
+"""Few-shot jobs on Ray: embedding, selection, finetuning, evaluation, comparison."""
