@@ -216,26 +216,71 @@ def report(name: str, mode: str, outcomes: list[Outcome], target: float, seconds
     )
 
 
-async def bare_engine(answerer: Answerer, questions: Sequence[Question], runs: int) -> list[float]:
-    """Seconds of the worker alone: prompts made before, from submit to the last event."""
+async def bare_engine(answerer: Answerer, question: Question, number: int) -> float:
+    """Seconds of the worker alone: the prompt made before, from submit to the last event."""
     from fmray.engine.policy import Ask
     from fmray.engine.requests import Sampling
     from fmray.serve.openai_api import ChatRequest
     from fmray.serve.replica import Live
 
-    seconds = []
-    for number in range(runs):
-        question = questions[number % len(questions)]
-        request = ChatRequest.model_validate(question.body)
-        prompt = answerer._prompts.make(request)
-        sampling = Sampling(max_new_tokens=8)
-        made = Ask(f"bare{number}", "bare", prompt.inputs, prompt.image_key, sampling, "1")
-        start = time.perf_counter()
-        live = Live(answerer, made, prompt, time.monotonic())
-        while live.ended is None:
-            await live.next()
-        seconds.append(time.perf_counter() - start)
-    return seconds
+    prompt = answerer._prompts.make(ChatRequest.model_validate(question.body))
+    sampling = Sampling(max_new_tokens=8)
+    made = Ask(f"bare{number}", "bare", prompt.inputs, prompt.image_key, sampling, "1")
+    start = time.perf_counter()
+    live = Live(answerer, made, prompt, time.monotonic())
+    while live.ended is None:
+        await live.next()
+    return time.perf_counter() - start
+
+
+class Empty:
+    """The peer: a Serve application that reads the body and answers nothing."""
+
+    async def __call__(self, request: Any) -> bytes:
+        await request.body()
+        return b"{}"
+
+
+@dataclass(frozen=True)
+class Turn:
+    """The same kind of request: engine alone, endpoint in one piece, and streamed; and the same
+    body to a Serve application that does nothing."""
+
+    bare: float
+    whole: float
+    streamed: Outcome
+    empty: float
+
+
+async def in_turns(
+    answerer: Answerer, url: str, questions: Sequence[Question], count: int
+) -> list[Turn]:
+    """One request after the other: a machine that slows down slows all three."""
+    turns = []
+    async with httpx.AsyncClient(base_url=url, timeout=120) as client:
+        for number in range(-10, count):
+            bare = await bare_engine(answerer, questions[3 * number], number)
+            start = time.perf_counter()
+            body = questions[3 * number + 1].body | MODES["b=1"]
+            response = await client.post("/v1/chat/completions", json=body)
+            whole = time.perf_counter() - start
+            start = time.perf_counter()
+            await client.post("/empty", json=body)
+            empty = time.perf_counter() - start
+            question = questions[3 * number + 2]
+            streamed = await ask(client, question, MODES["b=1"], time.perf_counter())
+            assert response.status_code == streamed.status == 200, "the endpoint does not answer"
+            if number >= 0:
+                turns.append(Turn(bare, whole, streamed, empty))
+    return turns
+
+
+def added(name: str, turns: Sequence[Turn], seconds: Sequence[float]) -> str:
+    """What the endpoint adds to a request, over the engine's time in the same turn."""
+    low, middle, high = statistics.quantiles(
+        [1e3 * (one - turn.bare) for one, turn in zip(seconds, turns, strict=True)], n=4
+    )
+    return f"{name}: {middle:.1f} ms added (bar 15; middle half {low:.1f} to {high:.1f})"
 
 
 def deploy(settings: ServeConfig) -> None:
@@ -252,8 +297,9 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--quickstart", type=Path, default=Path("fmray-quickstart"))
-    parser.add_argument("--width", type=int, default=8192, help="channels of the padded MLPs")
+    parser.add_argument("--width", type=int, default=32768, help="channels of the padded MLPs")
     parser.add_argument("--seconds", type=float, default=20.0, help="of each load")
+    parser.add_argument("--turns", type=int, default=80, help="requests for what Serve adds")
     parser.add_argument("--rows", type=int, default=8)
     parser.add_argument("--p95-ms", type=float, default=None, help="default: 8 x unloaded p50")
     parser.add_argument("--loads", type=float, nargs="*", default=list(LOADS))
@@ -290,9 +336,6 @@ def measure(
     answerer = open_answerer(settings, model)  # measures the machine, too
     parameters = sum(p.numel() for p in answerer.model.backbone.layers.parameters())
     yield f"decoder of {parameters / 1e6:.0f} M parameters, {options.rows} rows, 1 torch thread"
-    asyncio.run(bare_engine(answerer, questions, 10))
-    bare = asyncio.run(bare_engine(answerer, questions[10:], 40))
-    answerer.close()
 
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -302,19 +345,22 @@ def measure(
     try:
         serve.start(http_options={"host": "127.0.0.1", "port": port})
         deploy(settings)
-        asyncio.run(closed_loop(url, questions, 1, 3.0))
-        _, alone = asyncio.run(closed_loop(url, questions[10:], 1, 8.0))
-        whole = statistics.median(one.whole for one in alone if one.whole is not None)
-        server = statistics.median(one.server_ms for one in alone if one.server_ms is not None)
-        engine = statistics.median(bare)
+        serve.run(serve.deployment(Empty).bind(), name="empty", route_prefix="/empty")
+        turns = asyncio.run(in_turns(answerer, url, questions, options.turns))
+        answerer.close()
+        serve.delete("empty")
+        empty = statistics.median(turn.empty for turn in turns)
+        alone = statistics.median(turn.bare for turn in turns)
         yield (
-            f"one request after the other, p50: engine alone {1e3 * engine:.1f} ms, in the replica "
-            f"from arrival {server:.1f} ms, at the client {1e3 * whole:.1f} ms; Serve adds "
-            f"{1e3 * (whole - engine):.1f} ms (bar 15)"
+            f"one request after the other, p50: engine alone {1e3 * alone:.1f} ms; an empty Serve "
+            f"application {1e3 * empty:.1f} ms"
         )
+        yield added("in one piece", turns, [turn.whole for turn in turns])
+        yield added("streamed", turns, [turn.streamed.whole for turn in turns])
+        yield added("in the replica", turns, [turn.streamed.server_ms / 1e3 for turn in turns])
         asyncio.run(closed_loop(url, questions, options.rows, 3.0))
         capacity, _ = asyncio.run(closed_loop(url, questions, options.rows, 12.0))
-        first = statistics.median(one.first for one in alone if one.first is not None)
+        first = statistics.median(turn.streamed.first for turn in turns)
         target = options.p95_ms or 8e3 * first
         settings = settings.model_copy(update={"p95_ms": target})
         deploy(settings)

@@ -93,25 +93,26 @@ class Dispatcher:
     # -- asking ----------------------------------------------------------------------------
 
     def submit(self, ask: Ask, at: float | None = None) -> None:
-        """`ask` waits. at: when it was asked, if before now. Raises ValueError for what can never
-        be run, and `Refused` for what cannot be now; then it is as if nothing had been asked (but
-        counted)."""
+        """`ask` waits. at: when it was asked, if before now: deadlines and the p95 count from then.
+        Raises ValueError for what can never be run, and `Refused` for what cannot be now; then it
+        is as if nothing had been asked (but counted)."""
         self._ledger.counts["submitted"] += 1
+        now = self.clock()
         try:
-            self._submit(ask, self.clock() if at is None else at)
+            self._submit(ask, now, now if at is None else at)
         except Refused as refusal:
             self._ledger.refused[refusal.code] += 1
             raise
 
-    def _submit(self, ask: Ask, now: float) -> None:
+    def _submit(self, ask: Ask, now: float, at: float) -> None:
         if self.draining:
             raise Unavailable("this replica takes no new requests", retry_after=1.0)
         if ask.id in self._waiting or ask.id in self._running:
             raise ValueError(f"a request {ask.id!r} is under way")
-        entry = self.intake.entry(ask, now)
+        entry = self.intake.entry(ask, at)
         self.limits.take(ask.caller, entry.operations, now)
         try:
-            self.intake.check_deadline(entry)
+            self.intake.check_deadline(entry, now)
             self._enqueue(entry, now)
         except Refused:
             self.limits.refund(ask.caller, entry.operations, now)

@@ -58,7 +58,7 @@ class Intake:
         self.engine, self.budgets = engine, budgets
         self.limits, self.estimates = limits, estimates
 
-    def entry(self, ask: Ask, now: float) -> Entry:
+    def entry(self, ask: Ask, submitted: float) -> Entry:
         """The ask with what it may have at most; ValueError if it can never be run."""
         tokens, units = ask.prompt_tokens, self.budgets.num_units
         limit = self.limits.of(ask.caller).max_budget
@@ -76,7 +76,7 @@ class Intake:
                     "allowed by the budget of the request or of its key"
                 )
             fixed = used
-        entry = Entry(ask, now, cap, fixed, 0.0, pixels=picture_values(ask.inputs))
+        entry = Entry(ask, submitted, cap, fixed, 0.0, pixels=picture_values(ask.inputs))
         most = cap if fixed is None else fixed
         while not self.engine.fits(self.estimates.request(entry, most)):
             if fixed is not None or most == 0:
@@ -91,16 +91,18 @@ class Intake:
             entry.operations = self.budgets.operations(tokens, new_tokens, most)
         return entry
 
-    def check_deadline(self, entry: Entry) -> None:
+    def check_deadline(self, entry: Entry, now: float) -> None:
         """What is certain at once: no switch on, nobody else there, and still too late."""
         ask = entry.ask
         if ask.deadline_ms is None or not ask.strict:
             return
         entry.least = self.estimates.least(entry)
-        if entry.least > ask.deadline_ms / 1000:
+        left = ask.deadline_ms - (now - entry.submitted) * 1000
+        if entry.least * 1000 > left:
             raise DeadlineImpossible(
                 f"{ask.deadline_ms:.0f} ms to the {ask.deadline_of.replace('_', ' ')} cannot be "
-                f"kept; {entry.least * 1000:.0f} ms is the least"
+                f"kept; {max(0.0, left):.0f} ms are left, and {entry.least * 1000:.0f} ms is the "
+                "least"
             )
 
     @staticmethod

@@ -80,11 +80,11 @@ class EngineWorker:
 
     # -- any thread ------------------------------------------------------------------------
 
-    def submit(self, ask: Ask, on_event: Listener) -> None:
+    def submit(self, ask: Ask, on_event: Listener, at: float | None = None) -> None:
         """`ask` is queued; what becomes of it is told to `on_event`, in order, from the worker's
         thread: a `Decision` and `Event`s up to a finished one; or, while it still waits, a finished
         `Event` or a `Refused` alone. `on_event` must return at once; if it raises, its request is
-        cancelled and it hears no more.
+        cancelled and it hears no more. at: when it was asked, on this worker's clock (now).
 
         Raises ValueError for what can never be run, and `Shed`, `RateLimited`, `DeadlineImpossible`
         or `Unavailable` for what cannot be now; then `on_event` is never called.
@@ -95,7 +95,7 @@ class EngineWorker:
                 raise ValueError(f"a request {ask.id!r} is under way")
             if not self._dispatcher.busy:
                 self._progress = self._clock()
-            self._dispatcher.submit(ask)
+            self._dispatcher.submit(ask, at)
             self._listeners[ask.id] = on_event
             self._changed.notify_all()
 

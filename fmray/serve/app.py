@@ -9,6 +9,7 @@ version; deploying again takes the version that is then in production, one repli
 # No `from __future__ import annotations`: Ray reads the class off the builder's annotation.
 
 import asyncio
+import gc
 import logging
 import os
 from pathlib import Path
@@ -40,6 +41,8 @@ class Replica:
         from fmray.serve.replica import open_answerer
 
         self._answerer = open_answerer(settings, Path(directory))
+        gc.collect()
+        gc.freeze()  # else the collector walks the whole model again and again, between two tokens
         self._name = serve.get_replica_context().replica_tag
         units = self._answerer.model.layout.num_units
         self._metrics = Metrics(self._answerer.worker, self._name, units)

@@ -48,14 +48,13 @@ class Live:
         """arrival: `time.monotonic()` of the request's first byte."""
         self.ask, self.prompt, self.arrival = ask, prompt, arrival
         self.decision: Decision | None = None
-        self.submitted = time.monotonic()
         self.first_token: float | None = None  # seconds after arrival
         self.ended: float | None = None
         self._answerer, self._closed = answerer, False
         self._queue: asyncio.Queue[Decision | Event | Refused] = asyncio.Queue()
         self._loop = asyncio.get_running_loop()
         try:
-            answerer.worker.submit(ask, self._deliver)
+            answerer.worker.submit(ask, self._deliver, arrival)
         except Refused as error:
             raise refusal(error) from None
         except ValueError as error:
@@ -96,11 +95,16 @@ class Live:
             )
         return item
 
+    @property
+    def waiting(self) -> bool:
+        """Whether `next` has something at once."""
+        return not self._queue.empty()
+
     def _left(self) -> float:
         limit = self._answerer.settings.request_timeout_s
         waits_for_deadline = self.ask.deadline_of == "answer" or self.first_token is None
         if self.ask.strict and self.ask.deadline_ms is not None and waits_for_deadline:
-            limit = min(limit, self.submitted - self.arrival + self.ask.deadline_ms / 1e3)
+            limit = min(limit, self.ask.deadline_ms / 1e3)
         return max(self.arrival + limit - time.monotonic(), 0.0)
 
     def _late(self) -> ApiError:
@@ -133,7 +137,7 @@ class Live:
             units=layout.num_units,
             share=model.cost.share(tokens, ran),
             deadline_of=of,
-            predicted_ms=decision.predicted_ms + 1e3 * (self.submitted - self.arrival),
+            predicted_ms=decision.predicted_ms,
             measured_ms=measured_ms,
             first_token_ms=None if self.first_token is None else 1e3 * self.first_token,
             answer_ms=1e3 * self.ended,
@@ -183,12 +187,6 @@ class Answerer:
             raise ApiError(408, f"no answer within {limit:g} s", code="request_timeout") from None
         request.messages.clear()  # megabytes of base64 that nobody reads again
         arrival.release()
-        deadline = request.deadline_ms
-        if deadline is not None:
-            deadline -= 1e3 * (time.monotonic() - arrival.time)
-            if deadline <= 0 and request.strict:
-                raise ApiError(503, "the deadline has passed", code="deadline_impossible")
-            deadline = max(deadline, 1.0)  # already missed: the smallest budget
         try:
             ask = Ask(
                 id=f"chatcmpl-{secrets.token_hex(12)}",
@@ -203,7 +201,7 @@ class Answerer:
                     stop=tuple(request.stop or ()),
                 ),
                 budget=request.budget,
-                deadline_ms=deadline,
+                deadline_ms=request.deadline_ms,
                 deadline_of=_deadline_of(request),
                 strict=request.strict,
             )

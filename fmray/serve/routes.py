@@ -48,6 +48,7 @@ _ERRORS: dict[int | str, dict[str, Any]] = {
     status: {"model": ErrorBody}
     for status in (400, 401, 403, 404, 405, 408, 413, 415, 429, 500, 503)
 }
+_DONE = b"[DONE]"  # ends a stream
 _CLIENT_LEFT = 499  # never seen by anybody but the log
 
 Exposition = Callable[[], Awaitable[bytes]]
@@ -202,16 +203,15 @@ class _Chat:
         async def events() -> AsyncIterator[bytes]:
             async with row:
                 try:
-                    async for chunk in self._chunks(live):
-                        yield b"data: " + chunk + b"\n\n"
+                    async for chunks in self._chunks(live):
+                        yield _sse(*chunks)
                 except ApiError as error:
                     self._metrics.refused(error)
-                    yield b"data: " + JSONResponse(error.body).body + b"\n\n"
+                    yield _sse(JSONResponse(error.body).body, _DONE)
                 except Exception as error:  # noqa: BLE001 - the status is sent: say it in the stream
                     log_failure(error)
                     failed = ApiError(500, "the server failed; it is logged", code="internal_error")
-                    yield b"data: " + JSONResponse(failed.body).body + b"\n\n"
-            yield b"data: [DONE]\n\n"
+                    yield _sse(JSONResponse(failed.body).body, _DONE)
 
         return _Stream(
             events(),
@@ -220,7 +220,9 @@ class _Chat:
             headers={"x-accel-buffering": "no"},
         )
 
-    async def _chunks(self, live: Live) -> AsyncIterator[bytes]:
+    async def _chunks(self, live: Live) -> AsyncIterator[list[bytes]]:
+        """The chunks, those together that are there together: each message on its way through Ray
+        costs milliseconds of this process and of the proxy."""
         chunk = functools.partial(
             ChatChunk,
             id=live.ask.id,
@@ -230,20 +232,24 @@ class _Chat:
         options = self._asked.stream_options
         with_usage = options is not None and options.include_usage
         delta = Delta(role="assistant", content="")
-        yield _dump(chunk(choices=[ChunkChoice(delta=delta)]))
+        together = [_dump(chunk(choices=[ChunkChoice(delta=delta)]))]
         while True:
             item = await live.next()
             assert not isinstance(item, Decision), "there is one decision"
             if item.text:
-                yield _dump(chunk(choices=[ChunkChoice(delta=Delta(content=item.text))]))
+                together.append(_dump(chunk(choices=[ChunkChoice(delta=Delta(content=item.text))])))
             if item.finished is not None:
                 break
+            if together and not live.waiting:
+                yield together
+                together = []
         assert item.result is not None, "the last event has the result"
         usage, cost = self._account(live, item.result)
         last = ChunkChoice(delta=Delta(), finish_reason=item.finished)
-        yield _dump(chunk(choices=[last], fmray=None if with_usage else cost))
+        together.append(_dump(chunk(choices=[last], fmray=None if with_usage else cost)))
         if with_usage:
-            yield _dump(chunk(choices=[], usage=usage, fmray=cost))
+            together.append(_dump(chunk(choices=[], usage=usage, fmray=cost)))
+        yield [*together, _DONE]
 
     def _account(self, live: Live, result: Result) -> tuple[Usage, Fmray]:
         cost = live.cost(self._asked, result)
@@ -270,6 +276,11 @@ class _Stream(StreamingResponse):
             await super().__call__(scope, receive, send)
         finally:
             self._live.close()
+
+
+def _sse(*chunks: bytes) -> bytes:
+    """Server-sent events."""
+    return b"".join(b"data: " + chunk + b"\n\n" for chunk in chunks)
 
 
 def _dump(chunk: ChatChunk) -> bytes:

@@ -102,7 +102,7 @@ class ScriptedWorker:
     cancelled: list[str] = field(default_factory=list)
     closed: bool = False
 
-    def submit(self, ask: Ask, on_event: Callable[[Any], None]) -> None:
+    def submit(self, ask: Ask, on_event: Callable[[Any], None], at: float | None = None) -> None:
         if self.refuse is not None:
             raise self.refuse
         self.asks.append(ask)
