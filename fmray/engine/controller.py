@@ -4,7 +4,8 @@ In: the rows that run, the requests that wait, arrivals and measured latencies, 
 number of switches between a floor and all of them, and whether a request is to be shed.
 
 * Feed-forward: the forecast (`fmray.engine.forecast`) of everyone who waits, under every number of
-  switches at once. The level is the largest number with which they all come in within the aim.
+  switches at once. The level is the largest number with which they all come in within the aim,
+  less a reserve while more arrives than can be done with all switches.
 * It falls at once. It rises one grid step at a time, when the forecast one step up has been well
   within the aim for a while, and the work that has been arriving fits one step up (so that a
   standing overload finds its level and stays there, instead of climbing and falling).
@@ -31,7 +32,8 @@ AIM = 0.95  # share of the target aimed at, at first and at most
 LOWEST_AIM = 0.4
 AIM_STEP = 0.05
 MISSES = 0.03  # asked of the feedback: safely fewer than the 5 % that a p95 allows
-RAISE_AT = 0.6  # of the aim: the forecast one step up must be below this to rise
+RESERVE = 0.25  # of the aim, kept for what comes next while more arrives than the machine can do
+RAISE_AT = 0.65  # of what is kept: the forecast one step up must be below this to rise
 FULL = 0.97  # of the machine: arriving work one step up must be below this to rise
 LASTING = 1.05  # of the machine: above this the arriving work is an overload that will last
 MEMORY = 20  # targets long is the memory of what has been arriving
@@ -101,9 +103,11 @@ class LoadController:
     def update(self, now: float, rows: Sequence[Row], queue: Sequence[Queued]) -> int:
         """Set and return the level, for the requests that wait in this order."""
         worst = self._worst(rows, queue)
-        fitting = np.flatnonzero(worst <= self.aim)
-        needed = int(self.grid[fitting[-1]]) if len(fitting) else self.floor
         load = self._work.busy(now)
+        # A queue that the machine will work off by itself may use all of the aim.
+        kept = self.aim if load[-1] <= LASTING else (1 - RESERVE) * self.aim
+        fitting = np.flatnonzero(worst <= kept)
+        needed = int(self.grid[fitting[-1]]) if len(fitting) else self.floor
         if needed < self.level:
             # An overload that lasts is met at once by the level that carries it, not in small
             # steps along the edge of the target.
@@ -116,7 +120,7 @@ class LoadController:
             return self.level
         above = min(self.level + self.step, self.num_units)
         index = above - self.floor
-        if worst[index] > RAISE_AT * self.aim or load[index] > FULL:
+        if worst[index] > RAISE_AT * kept or load[index] > FULL:
             self._calm_since = None
         elif self._calm_since is None:
             self._calm_since = now

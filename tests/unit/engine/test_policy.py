@@ -346,6 +346,19 @@ def test_plans() -> None:
         one.submit(ask(plan=torch.ones(3, dtype=torch.bool)))
 
 
+def test_a_deadline_counts_from_the_arrival() -> None:
+    """What was asked a while ago has so much less time left: fewer switches, or none in time."""
+    alone = [1000 * float(TRUTH.prefill(100, units)) for units in range(K + 1)]
+    deadline = 1.2 * alone[-1]
+    fresh, old = dispatcher(), dispatcher()
+    fresh.submit(ask(deadline_ms=deadline))
+    old.submit(ask(deadline_ms=deadline), old.clock() - (alone[-1] - alone[2]) / 1000)
+    assert run(fresh)[0]["r"].units_on > run(old)[0]["r"].units_on
+    late = ask("late", deadline_ms=deadline, strict=True)
+    with pytest.raises(DeadlineImpossible, match=r"; 0 ms are left"):
+        old.submit(late, old.clock() - 2 * deadline / 1000)
+
+
 def test_strict_deadlines_that_cannot_be() -> None:
     """At once when it is certain; from the queue when it has become so; never served late."""
     one = dispatcher(max_rows=1)

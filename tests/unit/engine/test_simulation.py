@@ -85,11 +85,11 @@ def test_beyond_the_floor_it_sheds_and_goes_on(load: float) -> None:
     best = max(at(load).goodput for load in (1.5, 1.75, 2.0))
     report = at(load)
     assert report.goodput >= 0.9 * best
-    assert report.shed > (0.2 if load == 3.0 else 0.0)
     assert report.attained_admitted >= 0.95
     assert report.mean_units < 2
     assert report.direction_changes <= 2
     if load == 3.0:  # the floor alone, without shedding, collapses
+        assert report.shed > 0.2
         fixed = at(load, 40.0, traffic=Traffic(budget="0.5"), settings=FIXED)
         assert fixed.goodput < 0.5 * best
 
