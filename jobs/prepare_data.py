@@ -1,4 +1,4 @@
-r"""Make the data store of a recipe: LLaVA files, generated shapes, or image collections, to Parquet.
+r"""Make the store of a recipe: instructions, generated shapes or image collections to Parquet.
 
     ray job submit --working-dir . -- \
         python jobs/prepare_data.py --config jobs/recipes/shapes_base.yaml
