@@ -129,7 +129,7 @@ def test_with_fewer_samples_than_features_shrinkage_finds_the_tasks_and_pinv_doe
         directions = np.linalg.qr(generator.normal(size=(64, 9)))[0].T
         # Around: the mean of the three is the target's. Away: in a direction each of their own.
         around = directions[:3] - directions[:3].mean(axis=0)
-        means = [center + 3 * step for step in around] + [6 * step for step in directions[3:]]
+        means = [center + 4 * step for step in around] + [6 * step for step in directions[3:]]
         groups = [mean + generator.normal(size=(12, 64)) for mean in means]
         target = TaskMoments.of("0", center + generator.normal(size=(12, 64)))
         wanted = {"t0", "t1", "t2"}
