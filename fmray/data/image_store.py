@@ -116,9 +116,7 @@ class ImageManifest:
 
     def write(self, store: Path) -> None:
         """Written to a temporary name and moved."""
-        temporary = self.path(store).with_name("manifest.json.tmp")
-        temporary.write_text(json.dumps(asdict(self), indent=1, sort_keys=True) + "\n")
-        temporary.replace(self.path(store))
+        write_json(self.path(store), asdict(self))
 
 
 class ImageStore:
@@ -248,3 +246,10 @@ class ImageStore:
                 files = [self.path / file for file in self._folders[folder]]
                 self._mapped[folder] = mapped_images(self._cache / "-".join(folder), files)
             return self._mapped[folder]
+
+
+def write_json(path: Path, value: dict[str, Any]) -> None:
+    """Written to a temporary name and moved."""
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(json.dumps(value, indent=1, sort_keys=True) + "\n")
+    temporary.replace(path)
