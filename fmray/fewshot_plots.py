@@ -118,7 +118,7 @@ def coverage_curve(
         ]
         axes.set_xticks(ranks, names, rotation=40, ha="right", parse_math=False)
     axes.set_xlabel("tasks added, the most similar first")
-    axes.set_ylabel("coverage of the target (1 / Mahalanobis distance²)")
+    axes.set_ylabel("coverage of the target")
     axes.set_ylim(bottom=0.0)
     _grid(axes, "both")
     axes.legend(loc="best", framealpha=0.9, edgecolor=LIGHT)
