@@ -29,7 +29,7 @@ from fmray.fewshot_config import EpisodeConfig, FewshotRecipe, Selection, Target
 from fmray.selection import Selection as Choice
 from fmray.selection import choose_peer, select_tasks
 from fmray.selection.peers import class_responses, leep, logme
-from fmray.train.fewshot.embed import open_pool
+from fmray.train.fewshot.embed import TaskFeatures, open_pool
 
 TASK_SCHEMA = pa.schema(
     [
@@ -135,9 +135,17 @@ def candidate_tasks(
 
 
 def measure(
-    recipe: FewshotRecipe, store: ImageStore, encoder: Encoder, target: TargetConfig
+    recipe: FewshotRecipe,
+    store: ImageStore,
+    encoder: Encoder,
+    target: TargetConfig,
+    known: dict[str, TaskFeatures] | None = None,
 ) -> Measured:
     """Embed candidates and target, once for all choices; on Ray where it runs.
+
+    Args:
+        known: features of candidates by name, of the same recipe, store and encoder (another
+            target's, say): those in it are not embedded again, the others are put into it.
 
     Raises:
         ValueError: as `candidate_tasks`, a target without images, or moments that cannot be
@@ -148,24 +156,26 @@ def measure(
     whole = store.select(target.collection, target.split)
     unlabelled = _draw(recipe.seed, TARGET).permutation(len(whole.rows))[: target.unlabelled]
     support = _support(whole, max(recipe.evaluate.shots), recipe.seed)
-    kept = [_first_of_classes(task, config.images_per_class) for task in candidates.values()]
-    pieces = [
-        (task.name, task.rows[rows], task.labels[rows])
-        for task, rows in zip(candidates.values(), kept, strict=True)
-    ]
+    known = {} if known is None else known
+    pieces = []
+    for task in candidates.values():
+        if task.name not in known:
+            kept = _first_of_classes(task, config.images_per_class)
+            pieces.append((task.name, task.rows[kept], task.labels[kept]))
     about = f"target {target.collection}/{target.split}"
     pieces.append((about, whole.rows[unlabelled], whole.labels[unlabelled]))
     with open_pool(store, encoder, recipe.cluster, recipe.images.cache) as pool:
         *features, found = pool.measure(pieces)
         support_features = pool.embed(whole.rows[support])
+    known |= {one.moments.name: one for one in features}
     choice = select_tasks(
         found.moments,
-        [one.moments for one in features],
+        [known[name].moments for name in candidates],
         config.threshold,
         config.covariance,
         config.weighting,
     )
-    centroids = {one.moments.name: one.centroids for one in features}
+    centroids = {name: known[name].centroids for name in candidates}
     return Measured(candidates, choice, centroids, support_features, whole.labels[support])
 
 
