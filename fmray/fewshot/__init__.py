@@ -15,6 +15,7 @@ from fmray.fewshot.finetune import (
     multitask_loss,
 )
 from fmray.fewshot.intervals import Interval, confidence_interval, paired_interval
+from fmray.fewshot.maml import maml_loss
 from fmray.fewshot.meta_dataset import MetaDatasetSampler, VariableEpisode
 from fmray.fewshot.preprocess import Preprocess
 
@@ -35,6 +36,7 @@ __all__ = [
     "linear_head",
     "linear_probe",
     "log_temperature",
+    "maml_loss",
     "multitask_loss",
     "paired_interval",
 ]
