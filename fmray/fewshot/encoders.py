@@ -223,17 +223,23 @@ def _hugging_face(name: str, pretrained: bool) -> Encoder:
         AutoModel,
         CLIPVisionModelWithProjection,
     )
+    from transformers.utils import logging as transformers_logging
 
     kind, source = name.split("/", 1)
     if pretrained:
-        model, loading = _fetch(
-            name,
-            (CLIPVisionModelWithProjection if kind == "clip" else AutoModel).from_pretrained,
-            source,
-            dtype=torch.float32,
-            output_loading_info=True,
-            ignore_mismatched_sizes=True,
-        )
+        verbosity = transformers_logging.get_verbosity()
+        transformers_logging.set_verbosity_error()  # a table of what is not used; checked below
+        try:
+            model, loading = _fetch(
+                name,
+                (CLIPVisionModelWithProjection if kind == "clip" else AutoModel).from_pretrained,
+                source,
+                dtype=torch.float32,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,
+            )
+        finally:
+            transformers_logging.set_verbosity(verbosity)
         wrong = [key for key in loading["missing_keys"] if not key.startswith("pooler.")]
         wrong += [key for key, *_ in loading["mismatched_keys"]]
         if wrong:
