@@ -42,8 +42,14 @@ from fmray.data.image_shuffle import (
     sorted_runs,
     write_part,
 )
-from fmray.data.image_sources import SPECIFICATION, Collection, Piece, find_collection
-from fmray.data.image_store import INDEX_SCHEMA, SPLITS, ImageManifest, write_json
+from fmray.data.image_sources import Collection, Piece, find_collection
+from fmray.data.image_store import (
+    INDEX_SCHEMA,
+    SPECIFICATION,
+    SPLITS,
+    ImageManifest,
+    write_json,
+)
 from fmray.data.ray_tasks import run_tasks
 from fmray.data.records import BadRow, stop_at_bad_rows
 from fmray.fewshot_config import FewshotRecipe
@@ -156,6 +162,7 @@ def _make(
         made = _collect(found, keys[found.name], parts[found.name], searches[found.name], store)
         made = replace(made, bad=[asdict(row) for row in _bad_rows(found, runs)])
         folder = store / "images" / found.name
+        (folder / SPECIFICATION).unlink(missing_ok=True)
         if found.specification is not None:
             shutil.copyfile(found.specification, folder / SPECIFICATION)
         write_json(folder / "collection.json", asdict(made))

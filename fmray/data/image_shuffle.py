@@ -264,7 +264,7 @@ def finished_part(task: PartTask) -> PartResult | None:
     if not path.exists():
         return None
     try:
-        metadata = pq.read_schema(path).metadata or {}
+        metadata = pq.read_metadata(path).metadata or {}
     except pa.ArrowInvalid:  # not Parquet: somebody else's file, or a broken disk
         return None
     if metadata.get(b"fmray.key") != task.key().encode():
@@ -289,12 +289,12 @@ def write_part(task: PartTask) -> PartResult:
             batches = [run.slice(wanted) for run in opened]
             table = pa.Table.from_batches(batches, schema=RUN_SCHEMA)
             places = drop_place[drop_label == wanted.label]
-            table = table.filter(pa.array(~np.isin(table["place"].to_numpy(), places)))
-            if not len(table):
+            kept = np.flatnonzero(~np.isin(table["place"].to_numpy(), places))
+            if not len(kept):
                 continue
-            digests = table["digest"].combine_chunks()
-            keys = np.frombuffer(b"".join(digests.to_pylist()), dtype=">u8").reshape(-1, 2)
-            order = np.lexsort((keys[:, 1], keys[:, 0]))
+            digests = b"".join(table["digest"].to_pylist())
+            keys = np.frombuffer(digests, dtype=">u8").reshape(-1, 2)[kept]
+            order = kept[np.lexsort((keys[:, 1], keys[:, 0]))]
             table = table.select(["image", "source", "digest"]).take(pa.array(order))
             for digest in table["digest"].to_pylist():
                 content.update(digest)

@@ -19,12 +19,12 @@ from PIL import UnidentifiedImageError
 
 from fmray.data.class_splits import WORDS, file_split, hash_split, merge_splits
 from fmray.data.encoding import BROKEN_IMAGE, decode_image
+from fmray.data.image_store import SPECIFICATION
 from fmray.data.records import BadRow
 from fmray.data.tfrecord import parse_example, read_records
 from fmray.fewshot.specification import SPLIT_NAMES, DatasetSpecification
 from fmray.fewshot_config import CollectionConfig
 
-SPECIFICATION = "dataset_spec.json"
 SUFFIXES = {".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp"}
 ROWS_AT_ONCE = 64  # of Parquet
 
@@ -353,5 +353,8 @@ def _checked(
 
 
 def _stamp(file: Path) -> tuple[str, int, int]:
-    found = file.stat()
+    try:
+        found = file.stat()
+    except OSError as error:  # such as a link to nothing
+        raise ValueError(f"{file}: {error.strerror}") from error
     return str(file), found.st_size, found.st_mtime_ns

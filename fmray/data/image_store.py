@@ -7,6 +7,7 @@ The store's layout, which `image_ingest` writes:
 
     images/<collection>/<split>/part-XXXXX.parquet   `IMAGE_SCHEMA`; a class begins a row group, its
                                                      rows are in an order drawn once
+    images/<collection>/dataset_spec.json            of a collection split by its specification
     index.parquet    `INDEX_SCHEMA`: a row for each piece of a class, in the order of row ids
     duplicates.tsv   images left out since their bytes were there before
     class_splits.tsv the split of each class
@@ -30,7 +31,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from fmray.data.image_cache import MappedImages, mapped_images
+from fmray.fewshot.specification import DatasetSpecification
 
+SPECIFICATION = "dataset_spec.json"
 SPLITS = ("train", "val", "test")
 IMAGE_SCHEMA = pa.schema(
     [
@@ -190,6 +193,23 @@ class ImageStore:
             np.repeat(np.array([entry.label for entry in chosen], dtype=np.int64), counts),
             tuple(names[label] for label in sorted(names)),
         )
+
+    def groups(self, collection: str, split: str) -> list[np.ndarray] | None:
+        """Labels of each alphabet (Omniglot) or eligible WordNet node (ILSVRC) that an episode of
+        Meta-Dataset is drawn from, int64; None where it is drawn from all classes.
+
+        Classes without images are left out of their groups, and groups without classes of `split`.
+        """
+        self._check(collection, split)
+        path = self.path / "images" / collection / SPECIFICATION
+        specification = DatasetSpecification.read(path) if path.is_file() else None
+        found = None if specification is None else specification.groups(split)
+        if found is None:
+            return None
+        label = {e.name: e.label for e in self.classes if e.collection == collection}
+        names = [[specification.class_names[number] for number in group] for group in found]
+        labels = [[label[name] for name in group if name in label] for group in names]
+        return [np.array(sorted(group), dtype=np.int64) for group in labels if group]
 
     def images(self, rows: Sequence[int] | np.ndarray) -> list[bytes]:
         """Encoded images of some row ids, in their order.

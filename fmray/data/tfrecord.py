@@ -122,9 +122,10 @@ def parse_example(data: bytes) -> tuple[bytes, int]:
         raise ValueError(f"the example has no feature {missing[0]!r}")
     images = [value for part in _fields(features[b"image"], 1) for value in _fields(part, 1)]
     labels = [value for part in _fields(features[b"label"], 3) for value in _fields(part, 1)]
-    if len(images) != 1 or len(labels) != 1:
+    label, end = _varint(labels[0], 0) if labels else (0, 0)
+    # packed numbers are one value
+    if len(images) != 1 or len(labels) != 1 or end != len(labels[0]):
         raise ValueError("the example should have one image (bytes) and one label (int64)")
-    label, _ = _varint(labels[0], 0)
     return bytes(images[0]), label - (1 << 64) if label >> 63 else label
 
 
