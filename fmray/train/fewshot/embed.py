@@ -22,6 +22,8 @@ from fmray.data.image_store import ImageStore
 from fmray.fewshot import Encoder
 from fmray.selection import TaskMoments
 from fmray.selection.moments import CentralSums
+from fmray.train.fewshot.encoder import embed
+from fmray.train.fewshot.pictures import Pictures
 
 BATCH = 256  # images an encoder call
 CHUNK = 2048  # images a call of an actor, of one task
@@ -51,20 +53,13 @@ class Embedder:
 
     def __init__(self, store: ImageStore | Path, cache: Path | None, encoder: Encoder) -> None:
         """store: as a path on another node."""
-        self._store = ImageStore.open(store, cache) if isinstance(store, Path) else store
-        self._encoder = encoder.to("cuda" if torch.cuda.is_available() else "cpu").eval()
+        opened = ImageStore.open(store, cache) if isinstance(store, Path) else store
+        self._pictures = Pictures(opened, encoder.preprocess)
+        self._encoder = encoder.to("cuda" if torch.cuda.is_available() else "cpu")
 
-    @torch.inference_mode()
     def features(self, rows: np.ndarray) -> np.ndarray:
-        """float32 [n, d] of the images of rows [n]."""
-        device = next(self._encoder.parameters()).device
-        preprocess = self._encoder.preprocess
-        found = np.empty((len(rows), self._encoder.features), dtype=np.float32)
-        for start in range(0, len(rows), BATCH):
-            pixels = preprocess.decode(self._store.images(rows[start : start + BATCH]))
-            output = self._encoder(preprocess.normalise(pixels.to(device)))
-            found[start : start + BATCH] = output.float().cpu().numpy()
-        return found
+        """float32 [n, d] of the images of rows [n], n > 0."""
+        return embed(self._encoder, self._pictures, rows, BATCH).cpu().numpy()
 
     def part(self, name: str, rows: np.ndarray, labels: np.ndarray) -> _Part:
         """The part of task `name` that rows [n] with labels [n] are."""
@@ -114,23 +109,6 @@ class Pool:
                 sums.add(part.moments)
             result.append(TaskFeatures(sums.moments(name), _centroids(own)))
         return result
-
-
-def embed(store: ImageStore, rows: np.ndarray, encoder: Encoder) -> np.ndarray:
-    """float32 [n, d] of the images of rows [n], in this process."""
-    return Embedder(store, None, encoder).features(rows)
-
-
-def embed_on_ray(
-    store: ImageStore,
-    rows: np.ndarray,
-    encoder: Encoder,
-    cluster: ClusterConfig,
-    cache: Path | None = None,
-) -> np.ndarray:
-    """As `embed`, by the actors of `open_pool`; Ray runs."""
-    with open_pool(store, encoder, cluster, cache) as pool:
-        return pool.embed(rows)
 
 
 @contextmanager

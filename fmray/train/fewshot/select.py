@@ -24,12 +24,13 @@ from fmray import fewshot_plots, tracking
 from fmray.cluster import start_or_join
 from fmray.config import LoadedRecipe
 from fmray.data.image_store import ImageStore, Rows
-from fmray.fewshot import Encoder, EpisodeSampler, create_encoder
+from fmray.fewshot import Encoder, EpisodeSampler
 from fmray.fewshot_config import EpisodeConfig, FewshotRecipe, Selection, TargetConfig
 from fmray.selection import Selection as Choice
 from fmray.selection import choose_peer, select_tasks
 from fmray.selection.peers import class_responses, leep, logme
 from fmray.train.fewshot.embed import TaskFeatures, open_pool
+from fmray.train.fewshot.encoder import load_encoder
 
 TASK_SCHEMA = pa.schema(
     [
@@ -222,10 +223,7 @@ def select_run(loaded: LoadedRecipe[FewshotRecipe], run_id: str) -> Selected:
     if recipe.target is None:
         raise ValueError("target: name one: target.collection is what tasks are selected for")
     store = ImageStore.open(recipe.images.store, recipe.images.cache)
-    settings = recipe.encoder
-    encoder = create_encoder(
-        settings.name, settings.checkpoint, settings.pretrained, settings.image_size
-    )
+    encoder = load_encoder(recipe.encoder)
     run_dir = recipe.cluster.storage / run_id
     out = run_dir / "selection"
     out.mkdir(parents=True, exist_ok=True)

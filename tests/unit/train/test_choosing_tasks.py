@@ -15,7 +15,7 @@ from fmray.fewshot_config import FewshotRecipe
 from fmray.selection import TaskMoments, select_tasks
 from fmray.train.fewshot import embed as embedding
 from fmray.train.fewshot import select as selection
-from fmray.train.fewshot.embed import embed, open_pool
+from fmray.train.fewshot.embed import Embedder, open_pool
 from fmray.train.fewshot.select import candidate_tasks, choose, measure, select_run
 
 
@@ -94,11 +94,13 @@ def test_measured_in_chunks_is_algorithm_1_on_all_features_at_once(store, monkey
     monkeypatch.setattr(embedding, "BATCH", 3)
     recipe, encoder = recipe_of(store), color_encoder()
     measured = measure(recipe, store, encoder, recipe.target)
+    monkeypatch.undo()
+    embedder = Embedder(store, None, encoder)
     moments = []
     for name in ("crimson", "moss", "scarlet", "sea"):
         images = store.select(name, "train")
         kept = np.concatenate([images.rows[images.labels == c][:10] for c in range(6)])
-        features = embed(store, kept, encoder)
+        features = embedder.features(kept)
         moments.append(TaskMoments.of(name, features))
         by_class = features.reshape(6, 10, 12).astype(float).mean(axis=1)
         np.testing.assert_allclose(measured.centroids[name], by_class, rtol=1e-12)
@@ -106,7 +108,7 @@ def test_measured_in_chunks_is_algorithm_1_on_all_features_at_once(store, monkey
     drawn = np.random.default_rng(np.random.SeedSequence([3, selection.TARGET])).permutation(36)[
         :30
     ]
-    target = TaskMoments.of("target", embed(store, whole[drawn], encoder))
+    target = TaskMoments.of("target", embedder.features(whole[drawn]))
     expected = select_tasks(target, moments, recipe.select.threshold)
     assert measured.choice.names == expected.names
     assert measured.choice.order == expected.order
@@ -163,7 +165,7 @@ def test_peers_choose_as_many_as_they_are_asked_for(store, method, count):
 
 
 def test_the_job_writes_the_table_and_two_plots(store, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(selection, "create_encoder", lambda *settings: color_encoder())
+    monkeypatch.setattr(selection, "load_encoder", lambda settings: color_encoder())
     selected = select_run(color_recipe(store, tmp_path), "run")
     out = tmp_path / "run" / "selection"
     assert sorted(path.name for path in out.iterdir()) == [
