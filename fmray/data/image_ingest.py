@@ -99,6 +99,8 @@ def prepare_images(recipe: FewshotRecipe) -> ImageManifest:
     missing = [found for found in collections if finished[found.name] is None]
     if missing:
         ImageManifest.path(store).unlink(missing_ok=True)
+        for found in missing:  # or a half-made collection passes for the one it was
+            _listing(store, found.name).unlink(missing_ok=True)
         finished |= _make(missing, keys, recipe, store)
     manifest = _finish(store, recipe, finished)
     print(_table(finished))
@@ -123,7 +125,7 @@ def _key(found: Collection, recipe: FewshotRecipe) -> str:
 
 
 def _finished(store: Path, name: str, key: str) -> _Finished | None:
-    path = store / "images" / name / "collection.json"
+    path = _listing(store, name)
     if not path.is_file():
         return None
     found = _Finished(**json.loads(path.read_text()))
@@ -161,11 +163,11 @@ def _make(
     for found in missing:
         made = _collect(found, keys[found.name], parts[found.name], searches[found.name], store)
         made = replace(made, bad=[asdict(row) for row in _bad_rows(found, runs)])
-        folder = store / "images" / found.name
-        (folder / SPECIFICATION).unlink(missing_ok=True)
+        specification = store / "images" / found.name / SPECIFICATION
+        specification.unlink(missing_ok=True)
         if found.specification is not None:
-            shutil.copyfile(found.specification, folder / SPECIFICATION)
-        write_json(folder / "collection.json", asdict(made))
+            shutil.copyfile(found.specification, specification)
+        write_json(_listing(store, found.name), asdict(made))
         shutil.rmtree(_work(store, found.name))
         yield found.name, made
 
@@ -350,6 +352,10 @@ def _table(finished: dict[str, _Finished]) -> str:
         counts = "".join(f"{rows[split]:10d}" for split in SPLITS)
         lines.append(f"{name:{width}}{counts}  {len(made.duplicates):10d}  {len(made.bad):3d}")
     return "\n".join(lines)
+
+
+def _listing(store: Path, name: str) -> Path:
+    return store / "images" / name / "collection.json"
 
 
 def _work(store: Path, name: str) -> Path:

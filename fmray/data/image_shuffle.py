@@ -154,6 +154,8 @@ def sorted_runs(task: SortTask) -> SortResult | None:
 
 def sort_images(task: SortTask) -> SortResult:
     """Do a sort task; its result's file is written last, and only if no bad row is an error."""
+    result_path = Path(task.path + ".json")
+    result_path.unlink(missing_ok=True)  # an earlier version's, whose runs are overwritten
     label_of = {name: label for label, name in enumerate(task.class_names)}
     key = str(task.seed).encode()
     held: list[tuple[int, bytes, int, bytes, str]] = []
@@ -175,7 +177,7 @@ def sort_images(task: SortTask) -> SortResult:
         runs.append(_write_run(f"{task.path}-{len(runs)}.arrow", held))
     result = SortResult(tuple(runs), tuple(bad))
     if task.write_bad or not bad:
-        write_json(Path(task.path + ".json"), {"key": task.key(), **asdict(result)})
+        write_json(result_path, {"key": task.key(), **asdict(result)})
     return result
 
 

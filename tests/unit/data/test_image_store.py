@@ -200,6 +200,22 @@ def test_a_run_that_was_killed_goes_on(
     assert stores[0].fingerprint == stores[1].fingerprint
 
 
+def test_a_change_that_was_killed_and_taken_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tree = class_folders(tmp_path / "tree", {"a": 8})
+    recipe = image_recipe(tmp_path / "store", {"c": tree})
+    prepare_here(recipe)
+    before = contents(ImageStore.open(tmp_path / "store"))
+    other = FewshotRecipe.model_validate(recipe.model_dump() | {"seed": 7})
+    with monkeypatch.context() as patch:
+        patch.setattr(image_ingest, "_collect", lambda *given: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            prepare_here(other)
+    prepare_here(recipe)
+    assert contents(ImageStore.open(tmp_path / "store")) == before
+
+
 def test_a_class_larger_than_memory_is_streamed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
