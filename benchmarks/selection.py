@@ -47,7 +47,7 @@ def draw_tasks(tasks: int, rows: int, dimension: int) -> tuple[np.ndarray, list[
         values = mean + generator.normal(size=(rows, dimension)) * scales
         return values.astype(np.float32)
 
-    return draw(0.0), [draw(1.0) for _ in range(tasks)]
+    return draw(0.0), [draw(0.3) for _ in range(tasks)]
 
 
 def from_features(target: np.ndarray, tasks: list[np.ndarray]) -> float:

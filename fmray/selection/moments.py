@@ -176,9 +176,16 @@ class MomentStream:
         """Add features [n, d]; tasks [n]: the position in `names` of each one's task.
 
         Raises:
-            ValueError: a feature that is not finite, or another d.
+            ValueError: a feature that is not finite, another d, or a task there is none of.
         """
-        dimension = self._sums[0].mean.shape[0] if self._sums else 0
+        if not len(tasks):
+            return
+        if tasks.min() < 0 or tasks.max() >= len(self.names):
+            raise ValueError(
+                f"tasks {tasks.min()} to {tasks.max()} should be positions in the names,"
+                f" 0 to {len(self.names) - 1}"
+            )
+        dimension = len(self._sums[0].mean)
         if features.shape != (len(tasks), dimension):
             raise ValueError(
                 f"features {list(features.shape)} should be {[len(tasks), dimension]}: a row for"
@@ -186,7 +193,7 @@ class MomentStream:
             )
         order = np.argsort(tasks, kind="stable")
         starts = np.flatnonzero(np.diff(tasks[order], prepend=-1))
-        for rows in np.split(order, starts[1:]) if len(order) else ():
+        for rows in np.split(order, starts[1:]):
             task = int(tasks[rows[0]])
             self._waiting[task].append(features[rows])
             if sum(map(len, self._waiting[task])) >= BUFFER_ROWS:

@@ -127,6 +127,10 @@ def test_a_stream_may_add_into_a_memory_map(tmp_path):
             lambda: MomentStream(["a"], 3).add(np.zeros(2, dtype=int), np.ones((2, 4))),
             r"\[2, 4\] should be \[2, 3\]",
         ),
+        (
+            lambda: MomentStream(["a", "b"], 3).add(np.array([0, -1]), np.ones((2, 3))),
+            "tasks -1 to 0 should be positions in the names, 0 to 1",
+        ),
     ],
 )
 def test_what_is_no_task_is_said(make, message):
