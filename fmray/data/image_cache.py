@@ -32,24 +32,25 @@ class MappedImages:
         for batch in batches:
             _, offsets, data = batch.column(0).buffers()
             self._offsets.append(np.frombuffer(offsets, dtype=np.int32))
-            self._data.append(memoryview(data))
+            self._data.append(memoryview(data).cast("B"))
 
-    def images(self, rows: np.ndarray) -> list[bytes]:
-        """Encoded images of `rows` int64 [n], counted from the file's first."""
+    def views(self, rows: np.ndarray) -> list[memoryview]:
+        """Encoded images of `rows` int64 [n], counted from the file's first; nothing is copied."""
         number = np.searchsorted(self._starts, rows, side="right") - 1
         row = rows - self._starts[number]
         if (number == number[0]).all():
             return self._slices(int(number[0]), row)
-        found = np.empty(len(rows), dtype=object)
+        found: list[memoryview] = [self._data[0]] * len(rows)
         for batch in np.unique(number):
             there = np.flatnonzero(number == batch)
-            found[there] = self._slices(int(batch), row[there])
-        return found.tolist()
+            for place, view in zip(there, self._slices(int(batch), row[there]), strict=True):
+                found[place] = view
+        return found
 
-    def _slices(self, batch: int, row: np.ndarray) -> list[bytes]:
+    def _slices(self, batch: int, row: np.ndarray) -> list[memoryview]:
         offsets, data = self._offsets[batch], self._data[batch]
         starts, ends = offsets[row].tolist(), offsets[row + 1].tolist()
-        return [bytes(data[start:end]) for start, end in zip(starts, ends, strict=True)]
+        return [data[start:end] for start, end in zip(starts, ends, strict=True)]
 
 
 def mapped_images(name: Path, parts: Sequence[Path]) -> MappedImages:

@@ -212,7 +212,11 @@ class ImageStore:
         return [np.array(sorted(group), dtype=np.int64) for group in labels if group]
 
     def images(self, rows: Sequence[int] | np.ndarray) -> list[bytes]:
-        """Encoded images of some row ids, in their order.
+        """Encoded images of some row ids, in their order: copies, to keep or send."""
+        return [bytes(view) for view in self.views(rows)]
+
+    def views(self, rows: Sequence[int] | np.ndarray) -> list[memoryview]:
+        """Encoded images of some row ids, in their order, in the memory map itself: to decode here.
 
         The first call for a collection's split makes its memory map, once on a node.
         """
@@ -224,12 +228,14 @@ class ImageStore:
             raise ValueError(f"{self.path}: no row {wrong}; rows are 0 to {self.num_rows - 1}")
         folder = np.searchsorted(self._starts, rows, side="right") - 1
         if (folder == folder[0]).all():  # as in every episode of one collection
-            return self._map(int(folder[0])).images(rows - self._starts[folder[0]])
-        found = np.empty(len(rows), dtype=object)
+            return self._map(int(folder[0])).views(rows - self._starts[folder[0]])
+        found = [memoryview(b"")] * len(rows)
         for number in np.unique(folder):
             there = np.flatnonzero(folder == number)
-            found[there] = self._map(int(number)).images(rows[there] - self._starts[number])
-        return found.tolist()
+            views = self._map(int(number)).views(rows[there] - self._starts[number])
+            for place, view in zip(there, views, strict=True):
+                found[place] = view
+        return found
 
     def batches(
         self, collection: str, split: Literal["train", "val", "test", "all"], size: int

@@ -72,6 +72,10 @@ def test_real_collections_come_back_image_for_image(real_data: Path, tmp_path: P
             assert streamed == list(part.rows) and all(len(rows) <= 17 for rows, _ in batches)
             images = [image for _, images in batches for image in images]
             assert store.images(part.rows[::-1]) == images[::-1]
+            assert store.views(part.rows[::-1]) == images[::-1]
+    mixed = np.random.default_rng(0).permutation(store.num_rows)
+    in_order = store.images(range(store.num_rows))
+    assert store.views(mixed) == [in_order[row] for row in mixed]
 
     for file in tmp_path.glob("images/*/*/*.parquet"):
         groups = pq.ParquetFile(file)
