@@ -64,12 +64,14 @@ class MultitaskLearner(nn.Module):
 
     def __init__(self, encoder: Encoder, temperature: float) -> None:
         super().__init__()
-        self.encoder, self.log_temperature = encoder, log_temperature(temperature)
+        self.encoder = encoder
+        # [1]: DeepSpeed cannot broadcast a parameter without dimensions
+        self.log_temperature = nn.Parameter(log_temperature(temperature).detach().reshape(1))
 
     def forward(self, support: Tensor, query: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         normalise = self.encoder.preprocess.normalise
         return multitask_loss(
-            self.encoder, normalise(support), normalise(query), self.log_temperature
+            self.encoder, normalise(support), normalise(query), self.log_temperature[0]
         )
 
 

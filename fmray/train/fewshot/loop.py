@@ -77,6 +77,11 @@ def train_worker(config: dict[str, Any]) -> dict[str, Any]:
     settings = training_settings(recipe, config["tasks"])
     resumed, state = _find_state(run_dir, settings)
     universal = state is not None and state.zero_stage > 0 and state.world_size != world_size
+    if universal and train.optimizer == "sgd":  # DeepSpeed converts Adam's states alone
+        return {
+            "mistake": f"{resumed} was made by {state.world_size} workers with ZeRO and SGD, which"
+            f" can only be resumed by as many, not by {world_size}; set cluster.workers back"
+        }
     if universal and first:
         checkpoints.make_universal(resumed, ZERO_STAGE)
     dist.barrier()

@@ -61,6 +61,15 @@ def test_a_resumed_run_ends_with_the_same_weights(store, tmp_path: Path, method:
         train_fewshot(other, "run")
 
 
+def test_zero_with_sgd_goes_on_with_as_many_workers_only(store, tmp_path: Path) -> None:
+    train = TRAIN | {"steps": 2, "strategy": "zero"}
+    run_dir = train_fewshot(fewshot_recipe(store, tmp_path, train=train), "run").run_dir
+    [state] = run_dir.glob("checkpoint-*/state.json")
+    state.write_text(state.read_text().replace('"world_size": 1', '"world_size": 2'))
+    with pytest.raises(ValueError, match="2 workers with ZeRO and SGD, which can only be resumed"):
+        train_fewshot(fewshot_recipe(store, tmp_path, train=train), "run")
+
+
 def test_evaluation_puts_the_gain_beside_direct_adaptation(
     store, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
