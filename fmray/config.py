@@ -339,15 +339,26 @@ def _origins(values: dict[str, Any], tree: Entry | None, prefix: str) -> Iterato
 
 
 def schema() -> dict[str, Any]:
-    """The JSON Schema of a recipe file, for editors and for checking recipes elsewhere."""
-    result = Recipe.model_json_schema()
-    result["properties"]["extends"] = {
-        "type": "string",
-        "description": "another recipe, relative to this file, whose values this one overrides",
-    }
-    # A file may take its name from the recipe it extends.
-    result.pop("required")
-    return result
+    """The JSON Schema of a recipe file, for editors and for checking recipes elsewhere.
+
+    What a file may hold depends on its `kind`; one that does not say is of the first.
+    """
+    # this module's own subclasses of Job come after it
+    from fmray.fewshot_config import FewshotRecipe
+
+    kinds, definitions = [], {}
+    for model in (Recipe, FewshotRecipe):
+        found = model.model_json_schema()
+        found["properties"]["extends"] = {
+            "type": "string",
+            "description": "another recipe, relative to this file, whose values this one overrides",
+        }
+        # A file may take its name from the recipe it extends.
+        found.pop("required")
+        definitions |= found.pop("$defs")
+        kinds.append(found)
+    is_fewshot = {"properties": {"kind": {"const": "fewshot"}}, "required": ["kind"]}
+    return {"$defs": definitions, "if": is_fewshot, "then": kinds[1], "else": kinds[0]}
 
 
 def add_overrides(parser: argparse.ArgumentParser, example: str = "train.lr=1e-5") -> None:

@@ -23,11 +23,11 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from PIL.Image import Image
 
-_GREY, _LIGHT, _ON, _OFF = "#555555", "#d9d9d9", "#0072B2", "#ffffff"
+GREY, LIGHT, _ON, _OFF = "#555555", "#d9d9d9", "#0072B2", "#ffffff"
 _PREFIX = "#7f7f7f"
 _RIGHT, _WRONG = "#00735c", "#b34700"
-_COLORS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#56B4E9", "#8a7f00")
-_MARKERS = ("o", "s", "^", "D", "v", "P", "X")
+COLORS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#56B4E9", "#8a7f00")
+MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 _KINDS = ("learned", "random", "static", "importance", "deterministic")  # always the same colour
 
 
@@ -80,9 +80,9 @@ def budget_curve(rows: Sequence[CurvePoint], base_accuracy: float, path: Path) -
     """
     if not rows:
         raise ValueError("budget_curve: no points to draw")
-    figure = _figure(7.0, 4.6)
+    figure = new_figure(7.0, 4.6)
     axes = figure.add_subplot()
-    axes.axhline(base_accuracy, color=_GREY, linestyle="--", linewidth=1.2, zorder=1)
+    axes.axhline(base_accuracy, color=GREY, linestyle="--", linewidth=1.2, zorder=1)
     kinds = sorted({row.plans for row in rows}, key=_kind_order)
     extra = [kind for kind in kinds if kind not in _KINDS]
     for position, kind in enumerate(kinds):
@@ -94,8 +94,8 @@ def budget_curve(rows: Sequence[CurvePoint], base_accuracy: float, path: Path) -
             [point.budget + shift for point in points],
             [point.accuracy for point in points],
             yerr=[point.half_width for point in points],
-            color=_COLORS[style % len(_COLORS)],
-            marker=_MARKERS[style % len(_MARKERS)],
+            color=COLORS[style % len(COLORS)],
+            marker=MARKERS[style % len(MARKERS)],
             markersize=6,
             linewidth=1.8,
             elinewidth=1.1,
@@ -115,11 +115,11 @@ def budget_curve(rows: Sequence[CurvePoint], base_accuracy: float, path: Path) -
     )
     axes.set_xlabel("latency budget (share of the base model's prefill operations)")
     axes.set_ylabel("accuracy on held-out questions")
-    axes.grid(color=_LIGHT, linewidth=0.7)
+    axes.grid(color=LIGHT, linewidth=0.7)
     axes.set_axisbelow(True)
-    axes.legend(loc="lower right", frameon=True, framealpha=0.9, edgecolor=_LIGHT)
+    axes.legend(loc="lower right", frameon=True, framealpha=0.9, edgecolor=LIGHT)
     axes.set_title("Accuracy against budget, with 95 % intervals", loc="left")
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def plan_pictures(examples: Sequence[PlanExample], path: Path, columns: int = 2) -> None:
@@ -139,7 +139,7 @@ def plan_pictures(examples: Sequence[PlanExample], path: Path, columns: int = 2)
     # Laid out in inches, so that lines and letters keep their size for any number of cells.
     width, legend = 5.7, 0.6
     height = max(1.9, 0.85 + 0.31 * max(len(cell) for cell in cells))
-    figure = _figure(width * columns, legend + height * lines, layout="none")
+    figure = new_figure(width * columns, legend + height * lines, layout="none")
     whole_width, whole_height = figure.get_size_inches()
 
     def add(left: float, top: float, width: float, height: float) -> Axes:
@@ -162,7 +162,7 @@ def plan_pictures(examples: Sequence[PlanExample], path: Path, columns: int = 2)
         picture.set_axis_off()
         _plan_strips(add(left + 1.8, top, width - 1.85, height), cell, width - 1.85, height)
     _plan_legend(figure)
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def loss_curve(history: Sequence[LossPoint], path: Path) -> None:
@@ -175,12 +175,12 @@ def loss_curve(history: Sequence[LossPoint], path: Path) -> None:
     """
     if not history:
         raise ValueError("loss_curve: no points to draw")
-    figure = _figure(7.0, 4.2)
+    figure = new_figure(7.0, 4.2)
     axes = figure.add_subplot()
     names = list(dict.fromkeys(point.curve for point in history))
     for index, name in enumerate(names):
         points = sorted((p for p in history if p.curve == name), key=lambda point: point.step)
-        color = _COLORS[index % len(_COLORS)]
+        color = COLORS[index % len(COLORS)]
         finite = [point for point in points if math.isfinite(point.loss)]
         steps = [point.step for point in finite]
         losses = np.array([point.loss for point in finite])
@@ -192,7 +192,7 @@ def loss_curve(history: Sequence[LossPoint], path: Path) -> None:
             _running_mean(losses, window),
             color=color,
             linewidth=2.0,
-            marker=_MARKERS[index % len(_MARKERS)],
+            marker=MARKERS[index % len(MARKERS)],
             markevery=max(1, len(finite) // 8),
             markersize=5,
             label=name + (f" (mean of {window})" if window > 1 else ""),
@@ -209,11 +209,11 @@ def loss_curve(history: Sequence[LossPoint], path: Path) -> None:
             )
     axes.set_xlabel("optimizer step")
     axes.set_ylabel("loss (nats per answer token)")
-    axes.grid(color=_LIGHT, linewidth=0.7)
+    axes.grid(color=LIGHT, linewidth=0.7)
     axes.set_axisbelow(True)
-    axes.legend(loc="upper right", framealpha=0.9, edgecolor=_LIGHT)
+    axes.legend(loc="upper right", framealpha=0.9, edgecolor=LIGHT)
     axes.set_title("Training loss", loc="left")
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def plan_usage(uses: Sequence[PlanUse], path: Path, by_question_type: bool = False) -> None:
@@ -240,7 +240,7 @@ def plan_usage(uses: Sequence[PlanUse], path: Path, by_question_type: bool = Fal
     columns = min(2, len(maps))
     lines = math.ceil(len(maps) / columns)
     width = min(7.5, max(3.6, 0.42 * units + 1.2))
-    figure = _figure(width * columns + 1.0, (0.36 * len(budgets) + 1.15) * lines + 0.35)
+    figure = new_figure(width * columns + 1.0, (0.36 * len(budgets) + 1.15) * lines + 0.35)
     plots = figure.subplots(lines, columns, squeeze=False, sharex=True, sharey=True)
     for axes in plots.flat[len(maps) :]:
         axes.set_axis_off()
@@ -261,7 +261,7 @@ def plan_usage(uses: Sequence[PlanUse], path: Path, by_question_type: bool = Fal
         if units <= 16:
             _write_shares(axes, _shares(chosen, budgets, units))
     figure.colorbar(image, ax=plots, label="share of requests", fraction=0.05)
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def _cells(examples: Iterable[PlanExample]) -> list[list[PlanExample]]:
@@ -291,7 +291,7 @@ def _plan_strips(axes: Axes, cell: list[PlanExample], width: float, height: floa
     axes.text(0, 0.08, question, fontsize=10, weight="bold", linespacing=1.1, **plain)
     truth_top = 0.32 + 0.17 * question.count("\n")
     truth = _short(cell[0].truth, 50)
-    axes.text(0, truth_top, f"truth: {truth}", fontsize=9, color=_GREY, **plain)
+    axes.text(0, truth_top, f"truth: {truth}", fontsize=9, color=GREY, **plain)
     for line, example in enumerate(cell):
         middle = 0.86 + 0.31 * line
         axes.text(0, middle, f"b = {example.budget:.2f}", va="center", fontsize=9)
@@ -304,7 +304,7 @@ def _plan_strips(axes: Axes, cell: list[PlanExample], width: float, height: floa
                     box * 0.86,
                     0.22,
                     facecolor=color,
-                    edgecolor=_GREY,
+                    edgecolor=GREY,
                     linewidth=0.6,
                 )
             )
@@ -324,9 +324,7 @@ def _plan_legend(figure: Figure) -> None:
     from matplotlib.patches import Patch
 
     colors = {"always on": _PREFIX, "on": _ON, "off": _OFF}
-    handles = [
-        Patch(facecolor=color, edgecolor=_GREY, label=name) for name, color in colors.items()
-    ]
+    handles = [Patch(facecolor=color, edgecolor=GREY, label=name) for name, color in colors.items()]
     figure.legend(
         handles=handles,
         loc="upper left",
@@ -375,7 +373,7 @@ def _short(text: str, length: int) -> str:
     return textwrap.shorten(text, length, placeholder=" ...") or "(empty)"
 
 
-def _figure(width: float, height: float, layout: str = "constrained") -> Figure:
+def new_figure(width: float, height: float, layout: str = "constrained") -> Figure:
     """A figure of inches, bound to no window system and not kept by pyplot."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -385,7 +383,8 @@ def _figure(width: float, height: float, layout: str = "constrained") -> Figure:
     return figure
 
 
-def _save(figure: Figure, path: Path) -> None:
+def save_figure(figure: Figure, path: Path) -> None:
+    """Write under a temporary name and move; the folder is made."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix or '.png'}")

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from fmray.config import ClusterConfig, Recipe
+from fmray.config import ClusterConfig, Job, Recipe
 
 EPSILON = 1e-6  # Ray counts in ten-thousandths; 3 x 0.1 must fit into 0.3
 
@@ -52,7 +52,7 @@ def machines_of_cluster() -> list[Machine]:
     ]
 
 
-def preflight(recipe: Recipe, machines: Sequence[Machine]) -> list[Finding]:
+def preflight(recipe: Job, machines: Sequence[Machine]) -> list[Finding]:
     """Whether the workers of `recipe` find room on `machines`, and what is left for Ray Data."""
     cluster = recipe.cluster
     if cluster.workers == 0:
@@ -99,9 +99,9 @@ def _place(cluster: ClusterConfig, machines: Sequence[Machine]) -> tuple[int, fl
     return room, left
 
 
-def _what_would_do(recipe: Recipe, machines: Sequence[Machine]) -> str:
+def _what_would_do(recipe: Job, machines: Sequence[Machine]) -> str:
     """The setting with which the job can be placed: fewer CPUs a worker, else fewer workers."""
-    cluster, train = recipe.cluster, recipe.train
+    cluster = recipe.cluster
     share = (sum(m.cpus for m in machines) - cluster.data_cpus) / cluster.workers
     changes: list[dict[str, float]] = [
         {"cpus_per_worker": cpus}
@@ -111,7 +111,7 @@ def _what_would_do(recipe: Recipe, machines: Sequence[Machine]) -> str:
     changes += [
         {"workers": workers}
         for workers in range(cluster.workers - 1, 0, -1)
-        if train.global_batch % (workers * train.micro_batch) == 0
+        if _divides(recipe, workers)
     ]
     for change in changes:
         changed = cluster.model_copy(update=change)
@@ -120,6 +120,14 @@ def _what_would_do(recipe: Recipe, machines: Sequence[Machine]) -> str:
             [(key, value)] = change.items()
             return f"; cluster.{key}: {value:g} would do"
     return ""
+
+
+def _divides(recipe: Job, workers: int) -> bool:
+    """Whether the work of a step divides over so many workers."""
+    train = recipe.train
+    if isinstance(recipe, Recipe):
+        return train.global_batch % (workers * train.micro_batch) == 0
+    return train.episodes_per_step % workers == 0
 
 
 def _resources(cluster: ClusterConfig) -> str:

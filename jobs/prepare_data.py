@@ -1,9 +1,10 @@
-r"""Make the data store of a recipe: LLaVA files, or generated shapes, to Parquet.
+r"""Make the store of a recipe: instructions, generated shapes or image collections to Parquet.
 
     ray job submit --working-dir . -- \
         python jobs/prepare_data.py --config jobs/recipes/shapes_base.yaml
 
-In: the `data` section of a recipe. Out: `data.store`; run again, it does what is missing.
+In: the `data` section of a recipe, or the `images` section of one of kind fewshot. Out: the store
+named there; run again, it does what is missing.
 """
 
 from __future__ import annotations
@@ -11,14 +12,20 @@ from __future__ import annotations
 import sys
 
 from fmray.cli import exit_code
-from fmray.config import job_arguments
+from fmray.config import Job, Recipe, job_arguments
+from fmray.data.image_ingest import prepare_images
 from fmray.data.ingest import prepare
+from fmray.fewshot_config import FewshotRecipe
 
 
 def main() -> None:
     """Parse, and prepare."""
-    loaded, _ = job_arguments(None, "Read or generate instruction data into a Parquet store.")
-    prepare(loaded.recipe)
+    kinds: tuple[type[Job], ...] = (Recipe, FewshotRecipe)
+    loaded, _ = job_arguments(None, "Read or generate data into a Parquet store.", kinds)
+    if isinstance(loaded.recipe, FewshotRecipe):
+        prepare_images(loaded.recipe)
+    else:
+        prepare(loaded.recipe)
 
 
 if __name__ == "__main__":

@@ -18,20 +18,25 @@ import math
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import ray
 from tqdm import tqdm
 
-from fmray.cluster import start_or_join
 from fmray.config import Recipe
 from fmray.data import shapes
 from fmray.data.manifest import Manifest
 from fmray.data.processor import fingerprint, load_processor, scratch_processor
-from fmray.data.records import BadRow, find_bad_rows, read_records, record_id
+from fmray.data.ray_tasks import run_tasks
+from fmray.data.records import (
+    BAD_ROWS,
+    BadRow,
+    find_bad_rows,
+    read_records,
+    record_id,
+    stop_at_bad_rows,
+)
 from fmray.data.shard import SCHEMA, ShardResult, ShardTask, finished_part, write_shard
 
 if TYPE_CHECKING:
@@ -40,7 +45,6 @@ if TYPE_CHECKING:
 __all__ = ["SCHEMA", "prepare"]
 
 VERSION = 1  # of parts and manifest: a changed format makes old stores stale
-BAD_ROWS = "bad_rows.jsonl"
 
 
 @dataclass(frozen=True)
@@ -71,7 +75,8 @@ def prepare(recipe: Recipe) -> Manifest:
     for name, file in files.items():
         records = read_records(file)
         sources[name] = _Source(file, records, find_bad_rows(file, records))
-    _stop_at_bad_rows(recipe, store, [bad for source in sources.values() for bad in source.bad])
+    bad = [row for source in sources.values() for row in source.bad]
+    stop_at_bad_rows(store, bad, "data.on_bad_row", recipe.data.on_bad_row)
     if processor is None:
         processor = scratch_processor(_texts(sources), recipe.model.scratch)
     processor_hash = fingerprint(processor)
@@ -86,12 +91,16 @@ def prepare(recipe: Recipe) -> Manifest:
     missing = [task for task in plan if task.path not in results]
     if missing:
         Manifest.path(store).unlink(missing_ok=True)
-        writing = _run(missing, recipe)
-        results |= tqdm(writing, total=len(plan), initial=len(results), desc="ingest", unit="shard")
+        for folder in {Path(task.path).parent for task in missing}:
+            folder.mkdir(parents=True, exist_ok=True)
+            for left_over in folder.glob("*.tmp"):  # of a run that was killed
+                left_over.unlink()
+        writing = run_tasks(write_shard, missing, recipe.cluster)
+        progress = tqdm(writing, total=len(plan), initial=len(results), desc="ingest", unit="shard")
+        results |= {task.path: result for task, result in progress}
 
-    bad = [row for source in sources.values() for row in source.bad]
     bad += [BadRow(**row) for result in results.values() for row in result.bad_rows]
-    _stop_at_bad_rows(recipe, store, bad)
+    stop_at_bad_rows(store, bad, "data.on_bad_row", recipe.data.on_bad_row)
     _remove_strangers(store, set(results))
     counts = {split: _count(plan, results, split) for split in ("train", "validation")}
     for split, count in counts.items():
@@ -179,25 +188,6 @@ def _base_processor(recipe: Recipe) -> ProcessorMixin:
         raise ValueError(f"model.source: {error}") from error
 
 
-def _stop_at_bad_rows(recipe: Recipe, store: Path, bad: list[BadRow]) -> None:
-    """Keep the list of bad rows as it is now; raise ValueError if they are errors."""
-    listing = store / BAD_ROWS
-    if not bad:
-        listing.unlink(missing_ok=True)
-        return
-    store.mkdir(parents=True, exist_ok=True)
-    bad = sorted(bad, key=lambda row: (row.file, row.row))
-    temporary = listing.with_name(BAD_ROWS + ".tmp")
-    temporary.write_text("".join(row.to_json() + "\n" for row in bad))
-    temporary.replace(listing)
-    if recipe.data.on_bad_row == "error":
-        first = "\n  ".join(str(row) for row in bad[:5])
-        raise ValueError(
-            f"{len(bad)} bad rows (all in {listing}); mend them or set data.on_bad_row: skip"
-            f"\n  {first}"
-        )
-
-
 def _texts(sources: dict[str, _Source]) -> Iterator[str]:
     """Texts of all good records, for the vocabulary."""
     for source in sources.values():
@@ -253,27 +243,6 @@ def _plan_shards(
             )
             tasks.append(task)
     return tasks
-
-
-def _run(tasks: list[ShardTask], recipe: Recipe) -> Iterator[tuple[str, ShardResult]]:
-    """Write shards, one Ray Data task each; yields (path, result) as they are done."""
-    for folder in {Path(task.path).parent for task in tasks}:
-        folder.mkdir(parents=True, exist_ok=True)
-        for left_over in folder.glob("*.tmp"):  # of a run that was killed
-            left_over.unlink()
-    with nullcontext() if ray.is_initialized() else start_or_join(recipe.cluster):
-        if ray.cluster_resources().get("CPU", 0) < 1:
-            raise ValueError("ingest needs one CPU, and this Ray cluster has none")
-        items = [asdict(task) for task in tasks]
-        dataset = ray.data.from_items(items, override_num_blocks=len(items)).map(_write_shard)
-        dataset.context.enable_progress_bars = False  # ours counts shards
-        for row in dataset.iter_rows():
-            yield row["path"], ShardResult.from_json(row["result"])
-
-
-def _write_shard(row: dict[str, Any]) -> dict[str, Any]:
-    """A row of the Ray dataset is one shard to write."""
-    return {"path": row["path"], "result": write_shard(ShardTask(**row)).to_json()}
 
 
 def _count(plan: list[ShardTask], results: dict[str, ShardResult], split: str) -> dict[str, int]:

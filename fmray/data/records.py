@@ -16,25 +16,53 @@ from typing import Any
 
 from fmray.data.encoding import IMAGE_MARK, ROLES
 
+BAD_ROWS = "bad_rows.jsonl"
 HALF_PAIR = re.compile("[\ud800-\udfff]")  # JSON can write it, UTF-8 cannot
 
 
 @dataclass(frozen=True)
 class BadRow:
-    """A record that is not used: where it is and why. `row` counts from 0."""
+    """A record that is not used: where it is and why. `row` counts from 0; None: a file's only
+    one."""
 
     file: str
-    row: int
+    row: int | None
     id: str | None
     reason: str
 
     def __str__(self) -> str:
         name = "" if self.id is None else f" (id {self.id!r})"
-        return f"{self.file}: row {self.row}{name}: {self.reason}"
+        row = "" if self.row is None else f": row {self.row}"
+        return f"{self.file}{row}{name}: {self.reason}"
 
     def to_json(self) -> str:
         """One line of `bad_rows.jsonl`."""
         return json.dumps(asdict(self), sort_keys=True)
+
+
+def stop_at_bad_rows(store: Path, bad: list[BadRow], key: str, on_bad_row: str) -> None:
+    """Keep the list of bad rows, `<store>/bad_rows.jsonl`, as it is now.
+
+    Args:
+        key: the setting that says `on_bad_row`, for the message.
+
+    Raises:
+        ValueError: there are some, and they are errors.
+    """
+    listing = store / BAD_ROWS
+    if not bad:
+        listing.unlink(missing_ok=True)
+        return
+    store.mkdir(parents=True, exist_ok=True)
+    bad = sorted(bad, key=lambda row: (row.file, row.row or 0))
+    temporary = listing.with_name(BAD_ROWS + ".tmp")
+    temporary.write_text("".join(row.to_json() + "\n" for row in bad))
+    temporary.replace(listing)
+    if on_bad_row == "error":
+        first = "\n  ".join(str(row) for row in bad[:5])
+        raise ValueError(
+            f"{len(bad)} bad rows (all in {listing}); mend them or set {key}: skip\n  {first}"
+        )
 
 
 @dataclass(frozen=True)

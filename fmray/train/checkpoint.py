@@ -73,6 +73,11 @@ def training_settings(recipe: Recipe) -> dict[str, Any]:
         for name in names:
             values[section].pop(name)
     values["zero"] = {"stage": recipe.zero.stage}
+    return flatten_settings(values)
+
+
+def flatten_settings(values: dict[str, Any]) -> dict[str, Any]:
+    """Nested settings with dotted names."""
     flat: dict[str, Any] = {}
 
     def flatten(prefix: str, value: Any) -> None:
@@ -114,14 +119,18 @@ def read_state(checkpoint: Path) -> TrainState:
 
 def check_state(state: TrainState, recipe: Recipe, checkpoint: Path) -> None:
     """Raises ValueError, naming the settings, when recipe and checkpoint do not go together."""
-    now = training_settings(recipe)
+    check_settings(state, training_settings(recipe), checkpoint)
+    workers = max(1, recipe.cluster.workers)
+    if state.zero_stage == 0 and state.world_size != workers:
+        raise ValueError(
+            f"{checkpoint} was made by {state.world_size} workers with zero.stage 0, which can "
+            f"only be resumed by as many, not by {workers}; set cluster.workers back"
+        )
+
+
+def check_settings(state: TrainState, now: dict[str, Any], checkpoint: Path) -> None:
+    """Raises ValueError, naming the settings, when they are others than the checkpoint's."""
     if state.config_hash == settings_hash(now):
-        workers = max(1, recipe.cluster.workers)
-        if state.zero_stage == 0 and state.world_size != workers:
-            raise ValueError(
-                f"{checkpoint} was made by {state.world_size} workers with zero.stage 0, which can "
-                f"only be resumed by as many, not by {workers}; set cluster.workers back"
-            )
         return
     changed = [
         f"{key} was {state.settings.get(key)!r} and is {now.get(key)!r}"

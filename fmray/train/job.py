@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +20,7 @@ from ray.train.torch import TorchConfig, TorchTrainer
 
 from fmray import tracking
 from fmray.cluster import start_or_join
-from fmray.config import LoadedRecipe, Recipe
+from fmray.config import Job, LoadedRecipe, Recipe
 from fmray.preflight import machines_of_cluster, preflight
 from fmray.train import checkpoint as checkpoints
 
@@ -72,16 +74,10 @@ def train(loaded: LoadedRecipe, run_id: str) -> Result:
         # it; and whatever becomes of them, it is ended here
         mlflow_run_id = run.mlflow_run_id
         if recipe.cluster.workers == 0:
-            values = _fit(recipe, run_id, config)
+            values = fit(recipe, run_id, config, _train_here)
         else:
-            os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", POLL_SECONDS)
-            # Ray's print says each line twice where stdout is redirected, as in its own workers
-            os.environ.setdefault("RAY_TRAIN_ENABLE_PRINT_PATCH", "0")
-            with start_or_join(recipe.cluster):
-                _place(recipe)
-                values = _fit(recipe, run_id, config)
-        if "mistake" in values:
-            raise ValueError(values["mistake"])
+            with session(recipe):
+                values = fit(recipe, run_id, config, _train_worker)
     best = values["best_step"]
     best_checkpoint = checkpoints.checkpoint_path(run_dir, best) if best is not None else None
     result = Result(
@@ -117,32 +113,42 @@ def absolute_paths(recipe: Recipe) -> Recipe:
     )
 
 
-def _fit(recipe: Recipe, run_id: str, config: dict[str, Any]) -> dict[str, Any]:
-    """Fit, and fit again from the last checkpoint when Ray's controller gives up.
+def fit(
+    recipe: Job, run_id: str, config: dict[str, Any], loop: Callable[[dict[str, Any]], Any]
+) -> dict[str, Any]:
+    """Run `loop(config)` on every worker, and again from the last checkpoint when Ray's controller
+    gives up; returns rank 0's dict.
 
     A node that dies while the process group starts leaves its placement group behind, and the
     controller cannot get past it; a new controller can.
+
+    Raises ValueError for what a worker returns as `mistake`.
     """
     for attempt in range(1, SUPERVISED_TRIES + 1):
         try:
-            return _trainer(recipe, run_id, config).fit().return_value
+            values = _trainer(recipe, run_id, config, loop).fit().return_value
+            break
         except ControllerError as error:
             if attempt == SUPERVISED_TRIES:
                 raise
             _logger.warning(
                 "Ray's training controller failed (try %d): %s; trying again", attempt, error
             )
-    raise AssertionError("unreachable")
+    if "mistake" in values:
+        raise ValueError(values["mistake"])
+    return values
 
 
-def _trainer(recipe: Recipe, run_id: str, config: dict[str, Any]) -> TorchTrainer:
+def _trainer(
+    recipe: Job, run_id: str, config: dict[str, Any], loop: Callable[[dict[str, Any]], Any]
+) -> TorchTrainer:
     cluster = recipe.cluster
     gpu = cluster.gpus_per_worker > 0
     resources = {"CPU": cluster.cpus_per_worker}
     if gpu:
         resources["GPU"] = cluster.gpus_per_worker
     return TorchTrainer(
-        _train_worker if cluster.workers > 0 else _train_here,
+        loop,
         train_loop_config=config,
         torch_config=TorchConfig(backend="nccl" if gpu else "gloo", timeout_s=cluster.timeout_s),
         scaling_config=ScalingConfig(
@@ -177,8 +183,21 @@ def _train_here(config: dict[str, Any]) -> dict[str, Any] | None:
     return train_here(config)
 
 
-def _place(recipe: Recipe) -> None:
-    """Raises ValueError when the workers would wait for ever for what Ray does not have."""
+@contextmanager
+def session(recipe: Job) -> Iterator[None]:
+    """A Ray that has room for the recipe's workers.
+
+    Raises ValueError when they would wait for ever for what Ray does not have.
+    """
+    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", POLL_SECONDS)
+    # Ray's print says each line twice where stdout is redirected, as in its own workers
+    os.environ.setdefault("RAY_TRAIN_ENABLE_PRINT_PATCH", "0")
+    with start_or_join(recipe.cluster):
+        _place(recipe)
+        yield
+
+
+def _place(recipe: Job) -> None:
     failures = [
         finding.text
         for finding in preflight(recipe, machines_of_cluster())

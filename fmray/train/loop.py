@@ -15,7 +15,6 @@ import os
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 import ray.train
@@ -41,7 +40,13 @@ from fmray.train.samples import (
     score_answers,
     with_picture,
 )
-from fmray.train.zero import accumulation_steps, engine_config, make_optimizer, make_schedule
+from fmray.train.zero import (
+    accumulation_steps,
+    engine_config,
+    import_deepspeed,
+    make_optimizer,
+    make_schedule,
+)
 
 if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine
@@ -61,7 +66,7 @@ def train_worker(config: dict[str, Any]) -> dict[str, Any] | None:
     device = ray.train.torch.get_device() if torch.cuda.is_available() else torch.device("cpu")
     if device.type == "cpu" and recipe.cluster.workers > 0:
         torch.set_num_threads(max(1, int(recipe.cluster.cpus_per_worker)))
-    deepspeed = _deepspeed()
+    deepspeed = import_deepspeed()
 
     try:
         processor = load_processor(recipe.data.store / "processor")
@@ -219,7 +224,7 @@ def train_here(config: dict[str, Any]) -> dict[str, Any] | None:
 
     With a process group of its own, gone afterwards.
     """
-    deepspeed = _deepspeed()
+    deepspeed = import_deepspeed()
     os.environ.setdefault("LOCAL_RANK", "0")
     backend = "nccl" if torch.cuda.is_available() else "gloo"
     dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
@@ -282,18 +287,6 @@ def evaluate_budgets(
         answers, right, tokens, loss = totals.tolist()
         results |= {f"accuracy/{name}": right / answers, f"loss/{name}": loss / tokens}
     return results
-
-
-def _deepspeed() -> ModuleType:
-    """DeepSpeed, told before its import which accelerator there is."""
-    if not torch.cuda.is_available():
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    import deepspeed
-
-    # an all-reduce for inference on CPUs, not used in training: compiling it takes a minute and
-    # needs a compiler
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    return deepspeed
 
 
 def _find_state(recipe: Recipe, run_dir: Path) -> tuple[Path, TrainState] | tuple[None, None]:

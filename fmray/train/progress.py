@@ -21,7 +21,7 @@ BAR_WIDTH = 24
 
 
 class Progress:
-    """Loss, budget and tokens/s as training goes on.
+    """Loss, budget or accuracy, and tokens or episodes a second as training goes on.
 
     Silent where not `enabled` (ranks other than 0).
     """
@@ -52,9 +52,12 @@ class Progress:
         if not self._enabled:
             return
         shown = {"loss": f"{metrics['loss']:.4f}"}
-        if "budget" in metrics:
-            shown["budget"] = f"{metrics['budget']:.2f}"
-        shown["tokens/s"] = f"{metrics['tokens_per_s']:.0f}"
+        for name in ("budget", "accuracy"):
+            if name in metrics:
+                shown[name] = f"{metrics[name]:.2f}"
+        for name in ("tokens", "episodes", "images"):
+            if f"{name}_per_s" in metrics:
+                shown[f"{name}/s"] = f"{metrics[f'{name}_per_s']:.4g}"
         if self._bar is not None:
             self._bar.set_postfix(shown, refresh=False)
             self._bar.update()

@@ -8,6 +8,8 @@ factor by step.
 from __future__ import annotations
 
 import math
+import os
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -15,6 +17,18 @@ from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 
 from fmray.config import Recipe
+
+
+def import_deepspeed() -> ModuleType:
+    """DeepSpeed, told before its import which accelerator there is."""
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    import deepspeed
+
+    # an all-reduce for inference on CPUs, not used in training: compiling it takes a minute and
+    # needs a compiler
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    return deepspeed
 
 
 def accumulation_steps(recipe: Recipe, world_size: int) -> int:

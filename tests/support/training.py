@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from support.tasks import run_here
 
 from fmray.config import LoadedRecipe, Recipe
 from fmray.data import ingest
-from fmray.data.shard import ShardTask, write_shard
 
 SCRATCH = {
     "layers": 4,
@@ -53,13 +53,8 @@ def make_store(folder: Path, recipe: Recipe | None = None) -> Path:
     """Prepare `<folder>/store` in this process, without Ray; by default `load_recipe`'s shapes."""
     store = folder / "store"
 
-    def run(tasks: list[ShardTask], recipe: Recipe) -> Iterator[tuple[str, Any]]:
-        for task in tasks:
-            Path(task.path).parent.mkdir(parents=True, exist_ok=True)
-            yield task.path, write_shard(task)
-
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(ingest, "_run", run)
+        patch.setattr(ingest, "run_tasks", run_here)
         ingest.prepare(recipe or load_recipe(store, folder).recipe)
     return store
 

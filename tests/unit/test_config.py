@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from fmray.config import ConfigError, Recipe, job_arguments, job_path, load, schema
+from fmray.fewshot_config import FewshotRecipe
 
 RECIPES = sorted(
     path
@@ -364,7 +365,7 @@ def test_any_text_loads_or_is_a_config_error_of_one_line(
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.name)
 def test_recipes_of_the_project_load_and_fit_the_schema(path: Path) -> None:
-    loaded = load(path)
+    loaded = load(path, (), (Recipe, FewshotRecipe))
     jsonschema.validate(yaml.safe_load(path.read_text()), schema())
     assert loaded.recipe.name
 
@@ -373,7 +374,10 @@ def test_schema_refuses_what_the_loader_refuses() -> None:
     jsonschema.Draft202012Validator.check_schema(schema())
     with pytest.raises(jsonschema.ValidationError):
         jsonschema.validate({"name": "a", "train": {"lrr": 1}}, schema())
+    with pytest.raises(jsonschema.ValidationError):  # a key of another kind
+        jsonschema.validate({"name": "a", "kind": "fewshot", "zero": {"stage": 1}}, schema())
     jsonschema.validate({"extends": "b.yaml"}, schema())
+    jsonschema.validate({"kind": "fewshot", "episodes": {"ways": 5}}, schema())
 
 
 def test_conflicts_are_refused_without_a_file_too() -> None:

@@ -93,7 +93,7 @@ def test_shapes_become_a_store_and_a_second_run_writes_nothing(
         assert row["turn_tokens"][-1] == len(real)
 
     before, calls = parts(store), []
-    monkeypatch.setattr(ingest, "_run", lambda *given: calls.append(given) or iter(()))
+    monkeypatch.setattr(ingest, "run_tasks", lambda *given: calls.append(given) or iter(()))
     assert prepare(settings) == manifest
     assert not calls and parts(store) == before
 

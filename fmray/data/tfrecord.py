@@ -1,0 +1,187 @@
+"""TFRecord files of `tf.train.Example`, without TensorFlow.
+
+In: a file of records. Out: the records with their byte offsets, every checksum checked; the image
+and the label of Meta-Dataset's examples. A record is a u64 length, the masked CRC-32C of those
+eight bytes, the data, and the masked CRC-32C of the data; all little-endian.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import struct
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import numpy as np
+
+POLYNOMIAL = 0x82F63B78  # Castagnoli's, reflected
+BLOCK = 1024  # bytes whose part of a checksum is looked up at once
+LENGTH, CHECKSUM = struct.Struct("<Q"), struct.Struct("<I")
+
+
+@functools.cache
+def _tables() -> np.ndarray:
+    """uint32 [BLOCK, 256]: the checksum's change by a byte at each place of a block."""
+    table = np.arange(256, dtype=np.uint32)
+    for _ in range(8):
+        table = np.where(table & 1, (table >> 1) ^ np.uint32(POLYNOMIAL), table >> 1)
+    tables = np.empty((BLOCK, 256), dtype=np.uint32)
+    tables[-1] = table
+    for place in range(BLOCK - 2, -1, -1):  # one more zero byte follows
+        tables[place] = table[tables[place + 1] & 0xFF] ^ (tables[place + 1] >> 8)
+    return tables
+
+
+def crc32c(data: bytes) -> int:
+    """CRC-32C (RFC 3720, B.4) of some bytes.
+
+    The checksum is linear over GF(2), so a block's is the exclusive or of what each of its bytes
+    adds at its place: one look-up for all of them. Zeros in front of everything add nothing.
+    """
+    tables, size = _tables(), len(data)
+    if size < 4:
+        state = 0xFFFFFFFF
+        for byte in data:
+            state = int(tables[-1, (state ^ byte) & 0xFF]) ^ (state >> 8)
+        return state ^ 0xFFFFFFFF
+    padding = -size % BLOCK
+    if size <= BLOCK:
+        tables, padding = tables[BLOCK - size :], 0
+    blocks = np.zeros(padding + size, dtype=np.uint8)
+    blocks[padding:] = np.frombuffer(data, dtype=np.uint8)
+    blocks[padding : padding + 4] ^= 0xFF  # the state at the start
+    blocks = blocks.reshape(-1, len(tables))
+    flat, places = tables.reshape(-1), np.arange(len(tables)) * 256
+    state = 0
+    for start in range(0, len(blocks), 64):
+        for added in np.bitwise_xor.reduce(flat[blocks[start : start + 64] + places], axis=1):
+            for place in range(4):  # the state so far acts as the block's first bytes
+                added ^= tables[place, (state >> 8 * place) & 0xFF]
+            state = int(added)
+    return state ^ 0xFFFFFFFF
+
+
+def masked_crc32c(data: bytes) -> int:
+    """The checksum as TFRecord files store it: rotated, and a constant added."""
+    checksum = crc32c(data)
+    return ((checksum >> 15 | checksum << 17) + 0xA282EAD8) & 0xFFFFFFFF
+
+
+def read_records(path: Path) -> Iterator[tuple[int, bytes]]:
+    """Records in order, each with the byte it begins at.
+
+    Raises ValueError, with file and byte, at a checksum that is wrong or a file that ends too
+    early.
+    """
+    with path.open("rb") as file:
+        end = os.fstat(file.fileno()).st_size
+        offset = 0
+        while offset < end:
+            head = file.read(LENGTH.size + CHECKSUM.size)
+            if len(head) < LENGTH.size + CHECKSUM.size:
+                raise ValueError(f"{path}: byte {offset}: the file ends within a record's length")
+            (length,), (stored,) = LENGTH.unpack_from(head), CHECKSUM.unpack_from(head, LENGTH.size)
+            if masked_crc32c(head[: LENGTH.size]) != stored:
+                raise ValueError(f"{path}: byte {offset}: wrong checksum of the record's length")
+            following = offset + len(head) + length + CHECKSUM.size
+            if following > end:
+                raise ValueError(
+                    f"{path}: byte {offset}: the record needs {following - offset} bytes, the file"
+                    f" ends after {end - offset}"
+                )
+            data = file.read(length)
+            if masked_crc32c(data) != CHECKSUM.unpack(file.read(CHECKSUM.size))[0]:
+                raise ValueError(f"{path}: byte {offset}: wrong checksum of the record's data")
+            yield offset, data
+            offset = following
+
+
+def write_records(path: Path, records: Iterable[bytes]) -> None:
+    """Write a file of records."""
+    with path.open("wb") as file:
+        for data in records:
+            length = LENGTH.pack(len(data))
+            file.write(length + CHECKSUM.pack(masked_crc32c(length)))
+            file.write(data + CHECKSUM.pack(masked_crc32c(data)))
+
+
+def parse_example(data: bytes) -> tuple[bytes, int]:
+    """Image bytes and label of a `tf.train.Example` with features `image` and `label`.
+
+    Raises ValueError where the bytes are no such example.
+    """
+    features: dict[bytes, bytes] = {}
+    for part in _fields(data, 1):
+        for entry in _fields(part, 1):
+            names, values = list(_fields(entry, 1)), list(_fields(entry, 2))
+            if names and values:
+                features[bytes(names[-1])] = values[-1]
+    missing = [name for name in ("image", "label") if name.encode() not in features]
+    if missing:
+        raise ValueError(f"the example has no feature {missing[0]!r}")
+    images = [value for part in _fields(features[b"image"], 1) for value in _fields(part, 1)]
+    labels = [value for part in _fields(features[b"label"], 3) for value in _fields(part, 1)]
+    label, end = _varint(labels[0], 0) if labels else (0, 0)
+    # packed numbers are one value
+    if len(images) != 1 or len(labels) != 1 or end != len(labels[0]):
+        raise ValueError("the example should have one image (bytes) and one label (int64)")
+    return bytes(images[0]), label - (1 << 64) if label >> 63 else label
+
+
+def example(image: bytes, label: int) -> bytes:
+    """The `tf.train.Example` that `parse_example` reads."""
+    number = _encoded(label % (1 << 64))
+    values = [(b"image", _field(1, _field(1, image))), (b"label", _field(3, _field(1, number)))]
+    entries = [_field(1, _field(1, name) + _field(2, value)) for name, value in values]
+    return _field(1, b"".join(entries))
+
+
+def _fields(data: bytes | memoryview, number: int) -> Iterator[memoryview]:
+    """All values of one field of a protobuf message; a number's value is its own bytes."""
+    data, at = memoryview(data), 0
+    while at < len(data):
+        key, at = _varint(data, at)
+        kind, begin = key & 7, at
+        if kind == 0:
+            _, at = _varint(data, at)
+        elif kind == 1:
+            at += 8
+        elif kind == 2:
+            length, begin = _varint(data, at)
+            at = begin + length
+        elif kind == 5:
+            at += 4
+        else:
+            raise ValueError(f"not a protobuf message: wire type {kind}")
+        if at > len(data):
+            raise ValueError("not a protobuf message: a field is longer than the message")
+        if key >> 3 == number:
+            yield data[begin:at]
+
+
+def _varint(data: bytes | memoryview, at: int) -> tuple[int, int]:
+    """A base-128 number and the place after it."""
+    value = 0
+    for place in range(10):
+        if at + place >= len(data):
+            break
+        byte = data[at + place]
+        value |= (byte & 0x7F) << 7 * place
+        if byte < 0x80:
+            return value, at + place + 1
+    raise ValueError("not a protobuf message: a number does not end")
+
+
+def _encoded(value: int) -> bytes:
+    """A base-128 number."""
+    parts = []
+    while value > 0x7F:
+        parts.append(value & 0x7F | 0x80)
+        value >>= 7
+    return bytes([*parts, value])
+
+
+def _field(number: int, value: bytes) -> bytes:
+    """A length-delimited field; a packed number is one too."""
+    return _encoded(number << 3 | 2) + _encoded(len(value)) + value

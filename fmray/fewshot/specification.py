@@ -1,0 +1,157 @@
+"""Meta-Dataset's `dataset_spec.json`: which classes a data set has, how they are split, and what
+groups of them a variable-way episode is drawn from.
+
+In: a JSON file of any of the three specification classes (flat, Omniglot's two levels, ILSVRC's
+WordNet graph). Out: one `DatasetSpecification`. Source: Triantafillou et al. 2020, section 3 and
+appendix; splits are named train, val, test here.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+SPLIT_NAMES = {"train": "TRAIN", "val": "VALID", "test": "TEST"}
+MIN_LEAVES, MAX_LEAVES = 5, 392  # that a WordNet node spans for an episode to be drawn from it
+
+
+@dataclass(frozen=True)
+class DatasetSpecification:
+    """`class_names`: by class id; `images`: number of images by class id; `_classes`: split ->
+    int64 ids; `_groups`: split -> arrays of ids, None for a flat data set."""
+
+    name: str
+    class_names: tuple[str, ...]
+    images: tuple[int, ...]
+    file_pattern: str
+    _classes: dict[str, np.ndarray]
+    _groups: dict[str, list[np.ndarray]] | None
+
+    @classmethod
+    def read(cls, path: Path) -> DatasetSpecification:
+        """Raises ValueError, with the file and the key, where it is not a specification."""
+        try:
+            values = json.loads(path.read_text())
+        except OSError as error:
+            raise ValueError(f"{path}: {error.strerror}; name a dataset_spec.json") from error
+        except ValueError as error:  # not JSON, not UTF-8
+            raise ValueError(f"{path}: not JSON: {error}") from error
+        readers = {
+            "DatasetSpecification": _flat,
+            "BiLevelDatasetSpecification": _two_levels,
+            "HierarchicalDatasetSpecification": _graph,
+        }
+        kind = values.get("__class__") if isinstance(values, dict) else None
+        if kind not in readers:
+            raise ValueError(f"{path}: __class__ is {kind!r}; should be {' or '.join(readers)}")
+        try:
+            names = _by_id(values["class_names"])
+            for number, name in enumerate(names):
+                if names.index(name) < number:
+                    raise ValueError(
+                        f"class_names: ids {names.index(name)} and {number} are both {name!r}"
+                    )
+            classes, groups, images = readers[kind](values, names)
+            count = sum(map(len, classes.values()))
+            if len(names) != count or len(images) != count:
+                raise ValueError(
+                    f"the splits have {count} classes, class_names {len(names)},"
+                    f" images_per_class {len(images)}"
+                )
+            pattern = values["file_pattern"]
+            return cls(values["name"], names, images, pattern, classes, groups)
+        except KeyError as error:
+            raise ValueError(f"{path}: there is no {error}") from error
+        except (ValueError, TypeError, AttributeError) as error:  # such as a list for a mapping
+            raise ValueError(f"{path}: {error}") from error
+
+    def classes(self, split: str) -> np.ndarray:
+        """int64 class ids of train, val or test."""
+        return self._classes[split]
+
+    def groups(self, split: str) -> list[np.ndarray] | None:
+        """What an episode's classes are drawn from: int64 class ids of each alphabet (Omniglot) or
+        eligible WordNet node (ILSVRC); None where it is all classes."""
+        return None if self._groups is None else self._groups[split]
+
+
+def _by_id(values: dict[str, Any]) -> tuple[Any, ...]:
+    """The values of {"0": ..., "1": ..., ...} in order."""
+    missing = [number for number in range(len(values)) if str(number) not in values]
+    if missing:
+        raise ValueError(f"ids should count from 0 to {len(values) - 1}; {missing[0]} is missing")
+    return tuple(values[str(number)] for number in range(len(values)))
+
+
+def _consecutive(counts: dict[str, int]) -> dict[str, np.ndarray]:
+    """Ids counted through train, val and test."""
+    sizes = [counts[name] for name in SPLIT_NAMES.values()]
+    ends = np.cumsum(sizes)
+    return {
+        split: np.arange(end - size, end)
+        for split, size, end in zip(SPLIT_NAMES, sizes, ends, strict=True)
+    }
+
+
+def _flat(values: dict[str, Any], names: tuple[str, ...]) -> tuple[Any, None, tuple[int, ...]]:
+    return _consecutive(values["classes_per_split"]), None, _by_id(values["images_per_class"])
+
+
+def _two_levels(values: dict[str, Any], names: tuple[str, ...]) -> tuple[Any, Any, tuple[int, ...]]:
+    """Superclasses are split, and classes counted through them."""
+    sizes = _by_id(values["classes_per_superclass"])
+    ends = np.cumsum(sizes)
+    members = [np.arange(end - size, end) for size, end in zip(sizes, ends, strict=True)]
+    groups = {
+        split: [members[number] for number in numbers]
+        for split, numbers in _consecutive(values["superclasses_per_split"]).items()
+    }
+    empty = np.empty(0, dtype=np.int64)
+    classes = {split: np.concatenate([empty, *parts]) for split, parts in groups.items()}
+    return classes, groups, _by_id(values["images_per_class"])
+
+
+def _graph(values: dict[str, Any], names: tuple[str, ...]) -> tuple[Any, Any, tuple[int, ...]]:
+    """Each split is a graph of WordNet nodes whose leaves are the classes."""
+    ids = {name: number for number, name in enumerate(names)}
+    classes, groups, images = {}, {}, {}
+    for split, key in SPLIT_NAMES.items():
+        children = {node["wn_id"]: node["children_ids"] for node in values["split_subgraphs"][key]}
+        leaves: dict[str, frozenset[int]] = {}
+        for node in children:
+            _span(node, children, ids, leaves, ())
+        classes[split] = np.array(
+            sorted(ids[node] for node, below in children.items() if not below), dtype=np.int64
+        )
+        groups[split] = [
+            np.array(sorted(leaves[node]), dtype=np.int64)
+            for node in children
+            if MIN_LEAVES <= len(leaves[node]) <= MAX_LEAVES
+        ]
+        counts = values["images_per_class"][key]
+        images |= {int(number): counts[names[number]] for number in classes[split]}
+    return classes, groups, tuple(images[number] for number in sorted(images))
+
+
+def _span(
+    node: str,
+    children: dict[str, list[str]],
+    ids: dict[str, int],
+    leaves: dict[str, frozenset[int]],
+    above: tuple[str, ...],
+) -> frozenset[int]:
+    """The class ids below a node, kept in `leaves`: a node may have several parents."""
+    if node in above:
+        raise ValueError(f"split_subgraphs: {node} is below itself")
+    if node not in leaves:
+        below = children[node]
+        leaves[node] = (
+            frozenset().union(*(_span(n, children, ids, leaves, (*above, node)) for n in below))
+            if below
+            else frozenset([ids[node]])
+        )
+    return leaves[node]

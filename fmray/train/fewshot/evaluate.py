@@ -1,0 +1,185 @@
+"""Accuracy of encoders over many test tasks: direct adaptation beside a finetuned encoder.
+
+In: a recipe with a target, and the run id of a finished finetuning (with `train.method: direct`,
+any run id: the recipe's encoder is measured alone). Out: a table, and in the run's folder
+`evaluation/`: results.json and tasks.parquet (`TASK_SCHEMA`). Each image is encoded once.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from fmray import tracking
+from fmray.config import LoadedRecipe
+from fmray.data.image_store import ImageStore, Rows
+from fmray.fewshot import (
+    Encoder,
+    EpisodeSampler,
+    Interval,
+    confidence_interval,
+    evaluate_tasks,
+    paired_interval,
+)
+from fmray.fewshot_config import FewshotEvaluateConfig, FewshotRecipe, TargetConfig
+from fmray.train.fewshot.encoder import embed, load_encoder
+from fmray.train.fewshot.pictures import Pictures
+
+DIRECT = "direct"
+TASK_SCHEMA = pa.schema(
+    [
+        ("method", pa.string()),
+        ("shots", pa.int32()),
+        ("task", pa.int32()),  # the same number is the same images for every method
+        ("accuracy", pa.float64()),
+    ]
+)
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Accuracies [tasks] by (method, shots), in [0, 1]; ways by shots."""
+
+    target: str
+    ways: dict[int, int]
+    accuracies: dict[tuple[str, int], np.ndarray]
+
+    def table(self) -> str:
+        """Mean accuracy in % with its 95 % interval, and the paired gain over direct adaptation."""
+        lines = [f"target {self.target}"]
+        lines.append(f"{'method':>12}  {'shots':>5}  {'ways':>4}  {'accuracy %':>14}  gain, paired")
+        for (method, shots), values in self.accuracies.items():
+            gain = ""
+            if method != DIRECT:
+                gain = percent(paired_interval(values, self.accuracies[DIRECT, shots]), sign="+")
+            accuracy = percent(confidence_interval(values))
+            lines.append(
+                f"{method:>12}  {shots:>5}  {self.ways[shots]:>4}  {accuracy:>14}  {gain}".rstrip()
+            )
+        return "\n".join(lines)
+
+
+def evaluate_encoder(loaded: LoadedRecipe[FewshotRecipe], run_id: str) -> Evaluation:
+    """Measure the encoder that the run `run_id` finetuned, and the one it started from.
+
+    Raises ValueError for a recipe without a target, or a run without a model.
+    """
+    recipe = loaded.recipe
+    if recipe.target is None:
+        raise ValueError("target: this needs one: set target.collection, and target.split")
+    run_dir = recipe.cluster.storage / run_id
+    method = recipe.train.method
+    encoders = {DIRECT: recipe.encoder}
+    if method != DIRECT:
+        if not (run_dir / "model").is_dir():
+            raise ValueError(
+                f"{run_dir}: no model/ to evaluate; --run-id must name a finished run of"
+                f" train_fewshot.py in cluster.storage {recipe.cluster.storage}"
+            )
+        encoders[method] = recipe.encoder.model_copy(update={"checkpoint": run_dir / "model"})
+    store = ImageStore.open(recipe.images.store, recipe.images.cache)
+    rows = store.select(recipe.target.collection, recipe.target.split)
+    samplers = task_samplers(rows, recipe.target, recipe.evaluate, recipe.seed)
+    out = run_dir / "evaluation"
+    with tracking.open_run(
+        recipe.tracking, recipe.cluster.storage, run_id, recipe.model_dump(mode="json")
+    ) as run:
+        accuracies: dict[tuple[str, int], np.ndarray] = {}
+        for name, config in encoders.items():
+            encoder = load_encoder(config)
+            pictures = Pictures(store, encoder.preprocess)
+            measured = measure(encoder, pictures, rows, samplers, recipe.evaluate)
+            accuracies |= {(name, shots): values for shots, values in measured.items()}
+        ways = {shots: sampler.ways for shots, sampler in samplers.items()}
+        result = Evaluation(recipe.target.collection, ways, accuracies)
+        _write(result, out)
+        run.log(
+            0,
+            **{
+                f"evaluate/{name}/{shots}-shot": float(values.mean())
+                for (name, shots), values in accuracies.items()
+            },
+        )
+        run.artifact(out)
+    print(result.table(), flush=True)
+    return result
+
+
+def task_samplers(
+    rows: Rows, target: TargetConfig, config: FewshotEvaluateConfig, seed: int
+) -> dict[int, EpisodeSampler]:
+    """The test tasks of a target, by shots; positions in `rows`. Fewer ways where it has fewer
+    classes, and says so.
+
+    Raises ValueError for a target with fewer than two classes that are large enough.
+    """
+    counts = np.unique(rows.labels, return_counts=True)[1]
+    samplers = {}
+    for shots in config.shots:
+        enough = int((counts >= shots + config.queries).sum())
+        ways = min(config.ways, enough)
+        if ways < 2:
+            raise ValueError(
+                f"target {target.collection}, split {target.split}: {enough} of {len(counts)}"
+                f" classes have {shots} support + {config.queries} query images, and a task needs 2"
+            )
+        if ways < config.ways:
+            print(
+                f"target {target.collection}, split {target.split}, {shots}-shot: {ways}-way, not"
+                f" {config.ways}-way: no more classes have {shots + config.queries} images",
+                flush=True,
+            )
+        samplers[shots] = EpisodeSampler(
+            rows.labels, ways, shots, config.queries, seed, target.split
+        )
+    return samplers
+
+
+def measure(
+    encoder: Encoder,
+    pictures: Pictures,
+    rows: Rows,
+    samplers: Mapping[int, EpisodeSampler],
+    config: FewshotEvaluateConfig,
+) -> dict[int, np.ndarray]:
+    """Accuracy [tasks] by shots. Leaves the encoder in eval mode."""
+    embeddings = embed(encoder, pictures, rows.rows, config.batch)
+    return {
+        shots: np.asarray(evaluate_tasks(embeddings, sampler, config.tasks))
+        for shots, sampler in samplers.items()
+    }
+
+
+def percent(interval: Interval, sign: str = "") -> str:
+    """`54.21 ± 0.43`: mean and half-width of an interval over shares, in %."""
+    return f"{100 * interval.mean:{sign}.2f} ± {100 * interval.half_width:.2f}"
+
+
+def _write(result: Evaluation, out: Path) -> None:
+    out.mkdir(parents=True, exist_ok=True)
+    records = [
+        {"method": method, "shots": shots, "task": task, "accuracy": accuracy}
+        for (method, shots), values in result.accuracies.items()
+        for task, accuracy in enumerate(values.tolist())
+    ]
+    table = pa.Table.from_pylist(records, schema=TASK_SCHEMA)
+    pq.write_table(table, out / ".tasks.parquet.partial")
+    os.replace(out / ".tasks.parquet.partial", out / "tasks.parquet")
+    values = {
+        "target": result.target,
+        "ways": result.ways,
+        "accuracy": [
+            {"method": method, "shots": shots, **asdict(confidence_interval(values))}
+            for (method, shots), values in result.accuracies.items()
+        ],
+    }
+    partial = out / ".results.json.partial"
+    partial.write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
+    os.replace(partial, out / "results.json")

@@ -1,0 +1,219 @@
+"""The finetuning loop of one worker: episodes in, a better encoder out.
+
+In: `{"recipe": JSON, "recipe_text": YAML, "run_id": name, "tasks": names}`, paths absolute. Out: on
+rank 0 a dict with the last metrics; in the run's folder `log.jsonl` (a line per step), checkpoints
+and, at the end, `model/`.
+
+Which episodes a step uses depends on the seed and the step alone. Worker r of w takes every w-th of
+them, from the r-th; the gradient is that of their mean, so it is the same for any w.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterator, Sequence
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import ray.train
+import ray.train.torch
+import torch
+import torch.distributed as dist
+from ray.train import Checkpoint, CheckpointUploadMode
+
+from fmray import tracking
+from fmray.data.image_store import ImageStore
+from fmray.fewshot import finetuning_mode
+from fmray.fewshot_config import FewshotRecipe, FewshotTrainConfig
+from fmray.train import checkpoint as checkpoints
+from fmray.train.checkpoint import TrainState
+from fmray.train.fewshot.encoder import export_encoder, load_encoder
+from fmray.train.fewshot.engine import ZERO_STAGE, TorchEngine, make_engine
+from fmray.train.fewshot.learners import make_learner
+from fmray.train.fewshot.pictures import Pictures
+from fmray.train.fewshot.select import candidate_tasks
+from fmray.train.fewshot.tasks import TrainingSet, read_ahead
+from fmray.train.progress import Progress, StepLog
+from fmray.train.zero import import_deepspeed
+
+if TYPE_CHECKING:
+    from deepspeed import DeepSpeedEngine
+
+FREE_SETTINGS = ("checkpoint_every", "keep_checkpoints")  # they do not change what is computed
+
+
+def train_worker(config: dict[str, Any]) -> dict[str, Any]:
+    """Finetune, checkpoint, export. Runs on every worker.
+
+    Goes on from the run's newest checkpoint.
+    """
+    recipe = FewshotRecipe.model_validate_json(config["recipe"])
+    train = recipe.train
+    run_dir = recipe.cluster.storage / config["run_id"]
+    context = ray.train.get_context()
+    rank, world_size = context.get_world_rank(), context.get_world_size()
+    first = rank == 0
+    device = ray.train.torch.get_device() if torch.cuda.is_available() else torch.device("cpu")
+    if device.type == "cpu" and recipe.cluster.workers > 0:
+        torch.set_num_threads(max(1, int(recipe.cluster.cpus_per_worker)))
+
+    try:
+        store = ImageStore.open(recipe.images.store, recipe.images.cache)
+        encoder = load_encoder(recipe.encoder).to(device)
+        tasks = [
+            task
+            for task in candidate_tasks(store, recipe, recipe.target)
+            if task.name in set(config["tasks"])
+        ]
+        training = TrainingSet(tasks, store, recipe.episodes, recipe.seed)
+        pictures = Pictures(store, encoder.preprocess)
+        learner = make_learner(encoder, training, pictures, train, recipe.seed, device)
+    except ValueError as error:
+        # every worker finds the same mistake, and a restart would find it again: say it once
+        return {"mistake": str(error)}
+
+    settings = training_settings(recipe, config["tasks"])
+    resumed, state = _find_state(run_dir, settings)
+    universal = state is not None and state.zero_stage > 0 and state.world_size != world_size
+    if universal and train.optimizer == "sgd":  # DeepSpeed converts Adam's states alone
+        return {
+            "mistake": f"{resumed} was made by {state.world_size} workers with ZeRO and SGD, which"
+            f" can only be resumed by as many, not by {world_size}; set cluster.workers back"
+        }
+    if universal and first:
+        checkpoints.make_universal(resumed, ZERO_STAGE)
+    dist.barrier()
+    engine = make_engine(learner, train, world_size, universal)
+    if state is not None:
+        checkpoints.load_checkpoint(engine, resumed, universal)
+    start = state.step if state is not None else 0
+
+    with (
+        tracking.open_run(
+            recipe.tracking if first else recipe.tracking.model_copy(update={"enabled": False}),
+            recipe.cluster.storage,
+            config["run_id"],
+            recipe.model_dump(mode="json"),
+            {"fmray.job": "train_fewshot"},
+        ) as run,
+        StepLog(run_dir / "log.jsonl", keep_until=start, enabled=first) as log,
+        Progress(train.steps, start, enabled=first) as progress,
+    ):
+        metrics: dict[str, float] = {}
+        found = run_steps(engine, training, pictures, train, start, rank, world_size, device)
+        for step, metrics in found:
+            log.write(step, metrics)
+            run.log(step, **{f"train/{name}": value for name, value in metrics.items()})
+            progress.update(step, metrics)
+            if step == train.steps or (
+                train.checkpoint_every is not None and step % train.checkpoint_every == 0
+            ):
+                saved = TrainState(
+                    step=step,
+                    epoch=step * train.episodes_per_step // recipe.episodes.tasks,
+                    cursor=step * train.episodes_per_step % recipe.episodes.tasks,
+                    seed=recipe.seed,
+                    world_size=world_size,
+                    zero_stage=ZERO_STAGE if train.strategy == "zero" else 0,
+                    config_hash=checkpoints.settings_hash(settings),
+                    settings=settings,
+                    best=None,
+                    best_step=None,
+                )
+                run.flush()
+                path = checkpoints.save_checkpoint(engine, run_dir, saved, config["recipe_text"])
+                if recipe.cluster.workers == 0:  # with workers, Ray removes old ones
+                    checkpoints.prune_checkpoints(run_dir, train.keep_checkpoints, None)
+                ray.train.report(
+                    {"step": step, "score": step, **metrics},
+                    checkpoint=Checkpoint.from_directory(path) if first else None,
+                    checkpoint_upload_mode=CheckpointUploadMode.NO_UPLOAD,
+                )
+        if first:
+            export_encoder(encoder, run_dir / "model")
+    return {"metrics": {"step": train.steps, **metrics}}
+
+
+def train_here(config: dict[str, Any]) -> dict[str, Any]:
+    """`train_worker` in this process, for Ray Train's local mode.
+
+    With a process group of its own, gone afterwards.
+    """
+    zero = FewshotRecipe.model_validate_json(config["recipe"]).train.strategy == "zero"
+    deepspeed = import_deepspeed() if zero else None
+    os.environ.setdefault("LOCAL_RANK", "0")
+    backend = "nccl" if torch.cuda.is_available() else "gloo"
+    dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        return train_worker(config)
+    finally:
+        if deepspeed is None or deepspeed.comm.comm.cdb is None:  # DeepSpeed never took it over
+            dist.destroy_process_group()
+        else:
+            deepspeed.comm.destroy_process_group()
+
+
+def run_steps(
+    engine: TorchEngine | DeepSpeedEngine,
+    training: TrainingSet,
+    pictures: Pictures,
+    train: FewshotTrainConfig,
+    start: int,
+    rank: int,
+    world_size: int,
+    device: torch.device,
+) -> Iterator[tuple[int, dict[str, float]]]:
+    """Take the steps after `start`; after each, its number and its metrics over all workers."""
+    finetuning_mode(engine.module)
+    order = [
+        training.order(step, train.episodes_per_step)[rank::world_size]
+        for step in range(start, train.steps)
+    ]
+    batches = read_ahead(training, pictures, [index for indices in order for index in indices])
+    for step, indices in enumerate(order, start + 1):
+        began = time.monotonic()
+        sums = torch.zeros(2, dtype=torch.float64, device=device)  # loss, accuracy
+        for batch in islice(batches, len(indices)):
+            inputs = (batch.support, batch.query, batch.labels)
+            loss, accuracy = engine(*(part.to(device) for part in inputs))
+            engine.backward(loss)
+            engine.step()
+            sums += torch.stack([loss.detach(), accuracy.detach()])
+        if world_size > 1:
+            dist.all_reduce(sums)
+        loss_mean, accuracy_mean = (sums / train.episodes_per_step).tolist()
+        metrics = {
+            "loss": loss_mean,
+            "accuracy": accuracy_mean,
+            "episodes_per_s": train.episodes_per_step / (time.monotonic() - began),
+        }
+        norm = engine.get_global_grad_norm()
+        if norm is not None:
+            metrics["grad_norm"] = float(norm)
+        yield step, metrics
+
+
+def training_settings(recipe: FewshotRecipe, tasks: Sequence[str]) -> dict[str, Any]:
+    """Dotted settings that decide what a run computes, the names of the chosen tasks among them."""
+    values = recipe.model_dump(mode="json", include={"seed", "encoder", "episodes", "train"})
+    for name in FREE_SETTINGS:
+        values["train"].pop(name)
+    return checkpoints.flatten_settings(values | {"tasks": list(tasks)})
+
+
+def _find_state(
+    run_dir: Path, settings: dict[str, Any]
+) -> tuple[Path, TrainState] | tuple[None, None]:
+    """The run's newest checkpoint, checked against the settings.
+
+    Rank 0 looks: other nodes may see a shared folder a moment later.
+    """
+    newest = [checkpoints.find_checkpoint(run_dir) if dist.get_rank() == 0 else None]
+    dist.broadcast_object_list(newest)
+    if newest[0] is None:
+        return None, None
+    state = checkpoints.read_state(newest[0])
+    checkpoints.check_settings(state, settings, newest[0])
+    return newest[0], state

@@ -1,0 +1,128 @@
+"""The finetuning tasks of a run: M episodes, drawn from the selected candidate tasks.
+
+In: candidate tasks (groups of classes with their rows), the `episodes` section and a seed. Out:
+episodes by index, the same on any number of workers and after any restart, and the order in which
+the steps of a run use them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fmray.data.image_store import ImageStore
+from fmray.fewshot import EpisodeSampler
+from fmray.fewshot_config import EpisodeConfig
+from fmray.train.fewshot.pictures import Pictures
+from fmray.train.fewshot.select import CandidateTask
+
+
+@dataclass(frozen=True)
+class TaskBatch:
+    """One episode's pictures; labels: [N] its classes among all classes of the training set."""
+
+    support: Tensor  # uint8 [N, K, 3, size, size]
+    query: Tensor  # uint8 [N, Q, 3, size, size]
+    labels: Tensor  # int64 [N]
+
+
+class TrainingSet:
+    """M episodes, each from one candidate task; the tasks take turns, in an order drawn once.
+
+    Attributes: tasks (sorted by name, so that the set does not depend on the order in which they
+    were selected), num_classes (over all tasks), fingerprint (12 hex digits that change with any
+    row or name).
+    """
+
+    def __init__(
+        self,
+        tasks: Sequence[CandidateTask],
+        store: ImageStore,
+        config: EpisodeConfig,
+        seed: int,
+    ) -> None:
+        """Raises ValueError for a task that has too few classes or images for an episode."""
+        self.tasks = sorted(tasks, key=lambda task: task.name)
+        self._config, self._seed = config, seed
+        self._first = np.array([entry.first for entry in store.classes])  # ascending
+        self._classes = np.unique(np.concatenate([self._class_of(t.rows) for t in self.tasks]))
+        self.num_classes = len(self._classes)
+        self._samplers = [self._sampler(task) for task in self.tasks]
+        # few episodes and many tasks: which tasks are left out must not follow the alphabet
+        self._turns = _generator(seed, 0).permutation(len(self.tasks))
+        digest = hashlib.sha256(store.fingerprint.encode())
+        for task in self.tasks:
+            digest.update(task.name.encode())
+            digest.update(np.sort(task.rows).tobytes())
+        self.fingerprint = digest.hexdigest()[:12]
+
+    def rows(self, index: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Episode `index` as global row ids: support [N, K], query [N, Q], labels [N]."""
+        assert 0 <= index < self._config.tasks, index
+        sampler = self._samplers[self._turns[index % len(self.tasks)]]
+        episode = sampler[index]
+        labels = np.searchsorted(self._classes, self._class_of(episode.support[:, 0]))
+        return episode.support, episode.query, labels
+
+    def used_rows(self) -> tuple[np.ndarray, np.ndarray]:
+        """Each image of the M episodes once: rows [n] (ascending) and labels [n]."""
+        parts = [self.rows(index)[:2] for index in range(self._config.tasks)]
+        rows = np.unique(np.concatenate([part.reshape(-1) for pair in parts for part in pair]))
+        return rows, np.searchsorted(self._classes, self._class_of(rows))
+
+    def order(self, step: int, per_step: int) -> list[int]:
+        """The episodes of a step: all M once, in another order each time round."""
+        places = range(step * per_step, (step + 1) * per_step)
+        total = self._config.tasks
+        orders = {
+            turn: _generator(self._seed, 1 + turn).permutation(total)
+            for turn in {place // total for place in places}
+        }
+        return [int(orders[place // total][place % total]) for place in places]
+
+    def _class_of(self, rows: np.ndarray) -> np.ndarray:
+        return np.searchsorted(self._first, rows, side="right") - 1
+
+    def _sampler(self, task: CandidateTask) -> EpisodeSampler:
+        config = self._config
+        try:
+            return EpisodeSampler(
+                task.labels,
+                config.ways,
+                config.shots,
+                config.queries,
+                self._seed,
+                "train",
+                rows=task.rows,
+            )
+        except ValueError as error:
+            raise ValueError(f"task {task.name}: {error}") from error
+
+
+def read_ahead(
+    training: TrainingSet, pictures: Pictures, indices: Sequence[int]
+) -> Iterator[TaskBatch]:
+    """Episodes by index; the next one's pictures are decoded while this one is learnt."""
+
+    def read(index: int) -> TaskBatch:
+        support, query, labels = training.rows(index)
+        return TaskBatch(pictures[support], pictures[query], torch.from_numpy(labels))
+
+    with ThreadPoolExecutor(max_workers=1) as ahead:
+        waiting = ahead.submit(read, indices[0]) if indices else None
+        for following in indices[1:]:
+            batch = waiting.result()
+            waiting = ahead.submit(read, following)
+            yield batch
+        if waiting is not None:
+            yield waiting.result()
+
+
+def _generator(seed: int, stream: int) -> np.random.Generator:
+    return np.random.default_rng(np.random.SeedSequence([seed, stream]))

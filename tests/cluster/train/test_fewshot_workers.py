@@ -1,0 +1,108 @@
+"""Finetuning by two workers against one: gradients, checkpoints, and a table by Ray tasks."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import mlflow
+import numpy as np
+import pytest
+import ray
+import torch
+from support.fewshot import TRAIN, fewshot_recipe, forget_after, losses, weights
+from support.selection import color_store
+
+from fmray.data.image_store import ImageStore
+from fmray.fewshot import create_encoder
+from fmray.train.fewshot.compare import compare
+from fmray.train.fewshot.job import train_fewshot
+
+TWO = {"workers": 2, "cpus_per_worker": 0.5, "data_cpus": 0.5}
+ROOT = Path(__file__).parents[3]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def session() -> Iterator[None]:
+    paths = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
+    ray.init(
+        address="local",
+        num_cpus=2,
+        include_dashboard=False,
+        runtime_env={"env_vars": {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}},
+    )
+    yield
+    ray.shutdown()
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> ImageStore:
+    return color_store(tmp_path_factory.mktemp("colors"))
+
+
+@pytest.fixture(scope="module")
+def start(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("start")
+    torch.manual_seed(1)
+    create_encoder("small/conv", pretrained=False, image_size=16).save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("method", "strategy"), [("multitask", "ddp"), ("maml", "ddp"), ("lp_ft", "zero")]
+)
+def test_two_workers_learn_what_one_does_and_one_can_go_on(
+    store, start: Path, tmp_path: Path, method: str, strategy: str
+) -> None:
+    train = TRAIN | {"method": method, "checkpoint_every": 2, "keep_checkpoints": 9}
+    if strategy == "zero":
+        train |= {"optimizer": "adamw", "lr": 1e-3}
+    encoder = {"checkpoint": start}
+    alone = train_fewshot(
+        fewshot_recipe(store, tmp_path / "alone", train=train, encoder=encoder), "run"
+    )
+    train |= {"strategy": strategy}
+    sections = {"train": train, "encoder": encoder}
+    loaded = fewshot_recipe(store, tmp_path, cluster=TWO, **sections)
+    together = train_fewshot(loaded, "run")
+    assert losses(together.run_dir) == pytest.approx(losses(alone.run_dir), rel=1e-4)
+    wanted = weights(alone.model_dir)
+    for name, tensor in weights(together.model_dir).items():
+        torch.testing.assert_close(tensor, wanted[name], rtol=1e-3, atol=1e-5)
+    # one worker goes on from the two's checkpoint, momentum included
+    forget_after(together.run_dir, step=2)
+    resumed = train_fewshot(fewshot_recipe(store, tmp_path, **sections), "run")
+    assert losses(resumed.run_dir) == pytest.approx(losses(alone.run_dir), rel=1e-4)
+
+
+def test_ray_tasks_fill_the_table_that_one_process_does(store, start: Path, tmp_path: Path) -> None:
+    sections = {
+        "encoder": {"checkpoint": start},
+        "train": TRAIN | {"steps": 2},
+        "compare": {
+            "targets": [{"collection": "target"}],
+            "methods": ["direct", "multitask"],
+            "selections": ["all", "no_diversity"],
+        },
+    }
+    here = compare(fewshot_recipe(store, tmp_path / "here", **sections), "table")
+    tracked = {"enabled": True, "experiment": "table"}
+    loaded = fewshot_recipe(store, tmp_path, cluster=TWO, tracking=tracked, **sections)
+    there = compare(loaded, "table")
+    for line, columns in here.accuracies.items():
+        for column, accuracy in columns.items():
+            np.testing.assert_array_equal(there.accuracies[line][column], accuracy)
+    client = mlflow.MlflowClient(f"sqlite:///{tmp_path / 'mlflow.db'}")
+    [experiment] = [e for e in client.search_experiments() if e.name == "table"]
+    runs = {run.info.run_name: run for run in client.search_runs([experiment.experiment_id])}
+    parent = runs.pop("table").info.run_id
+    cells = ("direct", "multitask-all", "multitask-no_diversity")
+    assert set(runs) == {f"table-target-test-{cell}" for cell in cells}
+    for run in runs.values():
+        assert run.data.tags["mlflow.parentRunId"] == parent
+        assert run.info.status == "FINISHED"
+    accuracy = runs["table-target-test-direct"].data.metrics["accuracy/1-shot"]
+    assert accuracy == pytest.approx(here.accuracies["direct"]["target", 1].mean())
+    shutil.rmtree(tmp_path / "mlartifacts")

@@ -1,0 +1,90 @@
+"""Selection by actors: equal to its twin in one process, and the whole job with MLflow."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import ray
+from mlflow import MlflowClient
+from support.selection import color_encoder, color_recipe, color_store
+
+from fmray import tracking
+from fmray.config import ClusterConfig
+from fmray.data.image_store import ImageStore
+from fmray.train.fewshot import select as selection
+from fmray.train.fewshot.embed import open_pool
+from fmray.train.fewshot.select import choose, measure, select_run
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> ImageStore:
+    return color_store(tmp_path_factory.mktemp("colors"))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def cluster() -> Iterator[None]:
+    """Two CPUs; workers find the encoder of `support`."""
+    paths = [str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("RAY_ADDRESS", raising=False)
+        patch.setenv("PYTHONPATH", os.pathsep.join(filter(None, paths)))
+        ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False)
+        yield
+        ray.shutdown()
+
+
+def test_actors_measure_what_one_process_does(store, capsys):
+    recipe = color_recipe(store, store.path.parent).recipe
+    there = recipe.model_copy(update={"cluster": ClusterConfig(workers=9)})
+    here, spread = (measure(one, store, color_encoder(), one.target) for one in (recipe, there))
+    assert "embedding with 2 actors, not 9" in capsys.readouterr().out
+    assert spread.choice == here.choice  # to the last bit: the parts are merged in the same order
+    for name, centroids in here.centroids.items():
+        np.testing.assert_array_equal(spread.centroids[name], centroids)
+    np.testing.assert_array_equal(spread.support, here.support)
+
+
+def test_what_an_actor_cannot_do_is_a_mistake_of_one_line(store):
+    encoder = color_encoder()
+    encoder.model.scale.data.fill_(np.inf)
+    with (
+        pytest.raises(ValueError, match=r"^task 'sea': the features of row 0 are not finite.*$"),
+        open_pool(store, encoder, ClusterConfig(workers=1)) as pool,
+    ):
+        pool.measure([("sea", np.arange(3), np.zeros(3, dtype=int))])
+    with (
+        pytest.raises(ValueError, match="no node of this Ray cluster has 3 CPU for an actor"),
+        open_pool(store, color_encoder(), ClusterConfig(workers=1, cpus_per_worker=3)),
+    ):
+        pass
+
+
+def test_the_job_logs_its_choice(store, tmp_path, monkeypatch):
+    monkeypatch.setattr(selection, "load_encoder", lambda settings: color_encoder())
+    loaded = color_recipe(
+        store,
+        tmp_path,
+        cluster={"workers": 1, "cpus_per_worker": 1},
+        tracking={"enabled": True},
+        select={"threshold": 0.2, "covariance": "ledoit_wolf"},
+    )
+    selected = select_run(loaded, "run")
+    alone = loaded.recipe.model_copy(update={"cluster": ClusterConfig(workers=0)})
+    expected = choose(alone, store, color_encoder(), alone.target, "selected", 0)
+    assert replace(selected, tasks=[]) == replace(expected, tasks=[])
+
+    client = MlflowClient(tracking.tracking_uri(loaded.recipe.tracking, tmp_path))
+    [run] = client.search_runs([client.get_experiment_by_name("fmray").experiment_id])
+    assert run.data.tags["fmray.job"] == "select_tasks"
+    assert run.data.metrics["select/tasks"] == len(selected.names)
+    curve = client.get_metric_history(run.info.run_id, "select/coverage")
+    assert [point.value for point in sorted(curve, key=lambda point: point.step)] == pytest.approx(
+        selected.coverage
+    )
+    files = {entry.path for entry in client.list_artifacts(run.info.run_id, "selection")}
+    assert files == {f"selection/{n}" for n in ("tasks.parquet", "similarity.png", "coverage.png")}

@@ -1,0 +1,212 @@
+"""Few-shot jobs in one process: finetuning by every method, resumed runs, evaluation, the table."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import torch
+from support.fewshot import TRAIN, fewshot_recipe, forget_after, losses, weights
+from support.selection import color_store
+
+from fmray.data.image_store import ImageStore
+from fmray.fewshot import confidence_interval, create_encoder
+from fmray.train.fewshot import cells, compare
+from fmray.train.fewshot import pretrain as pretraining
+from fmray.train.fewshot.evaluate import evaluate_encoder
+from fmray.train.fewshot.job import train_fewshot
+from fmray.train.fewshot.pretrain import pretrain_encoder
+
+TARGETS = [{"collection": "target"}, {"collection": "sea", "split": "all"}]
+COMPARE = {
+    "targets": TARGETS,
+    "methods": ["direct", "standard", "multitask"],
+    "selections": ["all", "random", "no_consistency", "selected"],
+    "random_seeds": [0, 1],
+}
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> ImageStore:
+    return color_store(tmp_path_factory.mktemp("colors"))
+
+
+@pytest.mark.parametrize("method", ["multitask", "standard", "lp_ft", "maml"])
+def test_a_resumed_run_ends_with_the_same_weights(store, tmp_path: Path, method: str) -> None:
+    sections: dict[str, Any] = {
+        "train": TRAIN | {"method": method, "checkpoint_every": 2, "keep_checkpoints": 9}
+    }
+    torch.manual_seed(1)
+    start = create_encoder("small/conv", pretrained=False, image_size=16)
+    start.save_pretrained(tmp_path / "start")
+    sections["encoder"] = {"checkpoint": tmp_path / "start"}
+    loaded = fewshot_recipe(store, tmp_path, **sections)
+    whole = train_fewshot(loaded, "run")
+    wanted, lines = weights(whole.model_dir), losses(whole.run_dir)
+    assert len(lines) == 6
+    moved = [not torch.equal(wanted[k], v) for k, v in start.model.state_dict().items()]
+    assert all(moved)
+    forget_after(whole.run_dir, step=4)
+    again = train_fewshot(loaded, "run")
+    assert losses(again.run_dir) == lines
+    for name, tensor in weights(again.model_dir).items():
+        assert torch.equal(tensor, wanted[name]), name
+    sections["train"] |= {"lr": 0.5}
+    other = fewshot_recipe(store, tmp_path, **sections)
+    with pytest.raises(ValueError, match=r"train\.lr was 0\.02 and is 0\.5"):
+        train_fewshot(other, "run")
+
+
+def test_zero_with_sgd_goes_on_with_as_many_workers_only(store, tmp_path: Path) -> None:
+    train = TRAIN | {"steps": 2, "strategy": "zero"}
+    run_dir = train_fewshot(fewshot_recipe(store, tmp_path, train=train), "run").run_dir
+    [state] = run_dir.glob("checkpoint-*/state.json")
+    state.write_text(state.read_text().replace('"world_size": 1', '"world_size": 2'))
+    with pytest.raises(ValueError, match="2 workers with ZeRO and SGD, which can only be resumed"):
+        train_fewshot(fewshot_recipe(store, tmp_path, train=train), "run")
+
+
+def test_evaluation_puts_the_gain_beside_direct_adaptation(
+    store, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    torch.manual_seed(1)
+    create_encoder("small/conv", pretrained=False, image_size=16).save_pretrained(
+        tmp_path / "start"
+    )
+    loaded = fewshot_recipe(store, tmp_path, encoder={"checkpoint": tmp_path / "start"})
+    with pytest.raises(ValueError, match="no model/ to evaluate"):
+        evaluate_encoder(loaded, "run")
+    train_fewshot(loaded, "run")
+    result = evaluate_encoder(loaded, "run")
+    assert set(result.accuracies) == {(m, s) for m in ("direct", "multitask") for s in (1, 5)}
+    out = tmp_path / "run" / "evaluation"
+    table = pq.read_table(out / "tasks.parquet").to_pandas()
+    for line in json.loads((out / "results.json").read_text())["accuracy"]:
+        own = table[(table.method == line["method"]) & (table.shots == line["shots"])]
+        assert len(own) == 20
+        assert line["mean"] == pytest.approx(own.accuracy.mean())
+        assert line["half_width"] == pytest.approx(confidence_interval(own.accuracy).half_width)
+    assert "multitask      5     3" in capsys.readouterr().out
+    alone = fewshot_recipe(
+        store, tmp_path, encoder={"checkpoint": tmp_path / "start"}, train={"method": "direct"}
+    )
+    direct = evaluate_encoder(alone, "direct")
+    np.testing.assert_array_equal(direct.accuracies["direct", 1], result.accuracies["direct", 1])
+
+
+@pytest.mark.parametrize(
+    ("sections", "words"),
+    [
+        ({"train": {"method": "direct"}}, "train.method: direct adaptation trains nothing"),
+        ({"episodes": {"sampler": "meta_dataset_v1"}}, "finetuning needs equal ones: use fixed"),
+        ({"episodes": {"ways": 7}}, "no candidate tasks"),
+    ],
+)
+def test_what_cannot_be_trained_is_said(store, tmp_path: Path, sections: Any, words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        train_fewshot(fewshot_recipe(store, tmp_path, **sections), "run")
+
+
+@pytest.mark.parametrize("objective", ["simclr", "moco", "supervised"])
+def test_pretraining_goes_on_where_it_stopped(
+    store, tmp_path: Path, objective: str, monkeypatch
+) -> None:
+    section = {
+        "objective": objective,
+        "steps": 8,
+        "batch": 16,
+        "queue": 64,
+        "collections": ["sea", "moss"],
+    }
+    monkeypatch.setattr(pretraining, "STATE_EVERY", 5)
+    loaded = fewshot_recipe(store, tmp_path, pretrain=section)
+    whole = pretrain_encoder(loaded, "whole")
+    if objective != "moco":  # its queue is random at the start, so the task gets harder
+        assert losses(tmp_path / "whole")[-1] < losses(tmp_path / "whole")[0]
+
+    step_log = pretraining.StepLog.write
+
+    def write(log: pretraining.StepLog, step: int, metrics: dict[str, float]) -> None:
+        if step == 7:
+            raise KeyboardInterrupt
+        step_log(log, step, metrics)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(pretraining.StepLog, "write", write)
+        with pytest.raises(KeyboardInterrupt):
+            pretrain_encoder(loaded, "parts")
+    assert not (tmp_path / "parts" / "model").exists()
+    parts = pretrain_encoder(loaded, "parts")
+    assert losses(tmp_path / "parts") == losses(tmp_path / "whole")
+    wanted = weights(whole.model_dir)
+    for name, tensor in weights(parts.model_dir).items():
+        assert torch.equal(tensor, wanted[name]), name
+    changed = fewshot_recipe(store, tmp_path, pretrain=section | {"lr": 0.5})
+    with pytest.raises(ValueError, match=r"made with other settings \(pretrain\)"):
+        pretrain_encoder(changed, "parts")
+
+
+def test_the_table_is_computed_cell_by_cell(store, tmp_path: Path, monkeypatch, capsys) -> None:
+    loaded = fewshot_recipe(
+        store, tmp_path, compare=COMPARE, pretrain={"steps": 2, "batch": 16}, train={"steps": 2}
+    )
+    trained: list[list[str]] = []
+
+    def counted(recipe, group, kept):
+        trained.append([cell.name for cell in group])
+        return cells.run_cells(recipe, group, kept)
+
+    monkeypatch.setattr(compare, "run_cells", counted)
+    result = compare.compare(loaded, "table")
+    lines = ["direct", "standard", *(f"multitask/{s}" for s in COMPARE["selections"])]
+    assert list(result.accuracies) == lines
+    assert list(result.ways) == [(t, s) for t in ("target", "sea (all)") for s in (1, 5)]
+    for column in result.ways:  # the same set by definition: one training, the same numbers
+        np.testing.assert_array_equal(
+            result.accuracies["multitask/all"][column],
+            result.accuracies["multitask/no_consistency"][column],
+        )
+    assert sum(len(group) for group in trained) == 2 * 7
+    assert len(trained) < 2 * 7
+
+    run_dir = tmp_path / "table"
+    table = pq.read_table(run_dir / "tasks.parquet").to_pandas()
+    random = table[
+        (table.line == "multitask/random") & (table.target == "target") & (table.shots == 1)
+    ]
+    assert sorted(random.seed.unique()) == [0, 1]
+    np.testing.assert_allclose(
+        random.groupby("task").accuracy.mean(), result.accuracies["multitask/random"]["target", 1]
+    )
+    values = json.loads((run_dir / "results.json").read_text())
+    assert {claim["better"] for claim in values["claims"]} >= {"multitask/selected", "standard"}
+    assert (run_dir / "comparison.png").stat().st_size > 1000
+
+    # a second run computes nothing; one whose cell is gone computes that one
+    trained.clear()
+    again = compare.compare(loaded, "table")
+    assert trained == []
+    standard = [c for c in values["trainings"] if c["cell"] == "target-test-standard"]
+    assert len(standard) == 1
+    capsys.readouterr()
+    files = {path: path.stat().st_mtime_ns for path in (run_dir / "cells").iterdir()}
+    gone = min(files)
+    gone.unlink()
+    monkeypatch.undo()
+    third = compare.compare(loaded, "table")
+    assert "1 trainings to run" in capsys.readouterr().out
+    assert {p: t for p, t in files.items() if p != gone} == {
+        p: p.stat().st_mtime_ns for p in files if p != gone
+    }
+    for line, columns in third.accuracies.items():
+        for column, accuracy in columns.items():
+            np.testing.assert_array_equal(accuracy, again.accuracies[line][column])
+
+
+def test_a_comparison_needs_targets(store, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"compare\.targets: name at least one"):
+        compare.compare(fewshot_recipe(store, tmp_path), "none")

@@ -1,0 +1,54 @@
+"""Recipes of small few-shot jobs on the store of colours, for tests of finetuning."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_file
+from support.selection import color_recipe
+from torch import Tensor
+
+from fmray.config import LoadedRecipe
+from fmray.data.image_store import ImageStore
+from fmray.fewshot_config import FewshotRecipe
+from fmray.train.progress import read_log
+
+ENCODER = {"name": "small/conv", "pretrained": False, "image_size": 16}
+TRAIN = {"steps": 6, "episodes_per_step": 2, "lr": 0.02}
+EPISODES = {"ways": 3, "shots": 1, "queries": 4, "tasks": 7}
+
+
+def fewshot_recipe(
+    store: ImageStore, storage: Path, **sections: Any
+) -> LoadedRecipe[FewshotRecipe]:
+    """Six steps of two 3-way episodes on all tasks of the store, in this process."""
+    values: dict[str, Any] = {
+        "encoder": ENCODER,
+        "train": TRAIN,
+        "episodes": EPISODES,
+        "select": {"method": "all"},
+        "evaluate": {"tasks": 20, "ways": 3, "shots": [1, 5], "queries": 4},
+    }
+    for name, changes in sections.items():
+        values[name] = values.get(name, {}) | changes
+    return color_recipe(store, storage, **values)
+
+
+def losses(run_dir: Path) -> list[float]:
+    return [line["loss"] for line in read_log(run_dir / "log.jsonl")]
+
+
+def weights(model_dir: Path) -> dict[str, Tensor]:
+    return load_file(model_dir / "model.safetensors")
+
+
+def forget_after(run_dir: Path, step: int) -> None:
+    """As if the run had died after the checkpoint of `step`; Ray's notes of the others go too."""
+    for path in run_dir.glob("checkpoint-*"):
+        if int(path.name.rpartition("-")[2]) > step:
+            shutil.rmtree(path)
+    for notes in run_dir.glob("checkpoint_manager*.json"):
+        notes.unlink()
+    shutil.rmtree(run_dir / "model")

@@ -1,0 +1,83 @@
+"""Preprocessing against timm's own transform, on shapes and modes that real images come in."""
+
+from __future__ import annotations
+
+import io
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import torch
+from PIL import Image
+from timm.data import create_transform
+
+from fmray.fewshot.preprocess import IMAGENET_MEAN, IMAGENET_STD, Preprocess
+
+
+def encode(image: Image.Image, kind: str = "PNG") -> bytes:
+    stream = io.BytesIO()
+    image.save(stream, kind)
+    return stream.getvalue()
+
+
+def smooth_image(width: int, height: int, seed: int = 0) -> Image.Image:
+    small = np.random.default_rng(seed).integers(0, 256, (6, 6, 3), dtype=np.uint8)
+    return Image.fromarray(small).resize((width, height), Image.Resampling.BICUBIC)
+
+
+@pytest.mark.parametrize("width, height", [(120, 80), (50, 90), (64, 64), (300, 40)])
+@pytest.mark.parametrize("squash", [False, True])
+def test_equals_timms_transform(width, height, squash):
+    image = smooth_image(width, height)
+    preprocess = Preprocess(32, shorter=36, squash=squash)
+    theirs = create_transform(
+        (3, 32, 32),
+        is_training=False,
+        interpolation="bicubic",
+        mean=IMAGENET_MEAN,
+        std=IMAGENET_STD,
+        crop_pct=1.0 if squash else 32 / 36,
+        crop_mode="squash" if squash else "center",
+    )
+    ours = preprocess.normalise(preprocess.decode([encode(image)]))[0]
+    # one pass instead of resize, round and crop: they differ by parts of a source pixel
+    assert (ours - theirs(image)).abs().mean() < 0.04
+    assert ours.shape == (3, 32, 32) and ours.dtype == torch.float32
+
+
+def test_every_mode_becomes_rgb():
+    grey = smooth_image(40, 30).convert("L")
+    preprocess = Preprocess(16)
+    for mode in ("L", "1", "P", "LA", "RGBA", "CMYK", "RGB"):
+        kind = "TIFF" if mode == "CMYK" else "PNG"
+        pixels = preprocess.decode([encode(grey.convert("RGB").convert(mode), kind)])
+        assert pixels.shape == (1, 3, 16, 16) and pixels.dtype == torch.uint8, mode
+        if mode in ("L", "LA"):
+            assert (pixels[0, 0] == pixels[0, 1]).all()
+
+
+def test_normalise_takes_bytes_and_floats():
+    preprocess = Preprocess(8, mean=(0.5, 0.4, 0.3), std=(0.1, 0.2, 0.3))
+    pixels = torch.full((2, 3, 8, 8), 51, dtype=torch.uint8)
+    expected = torch.tensor([(0.2 - 0.5) / 0.1, (0.2 - 0.4) / 0.2, (0.2 - 0.3) / 0.3])
+    torch.testing.assert_close(preprocess.normalise(pixels)[1, :, 3, 3], expected)
+    torch.testing.assert_close(preprocess.normalise(pixels / 255), preprocess.normalise(pixels))
+
+
+def test_resized_keeps_the_crop():
+    assert Preprocess(224, shorter=256).resized(112) == Preprocess(112, shorter=128)
+
+
+def test_unreadable_image_is_named():
+    good = encode(smooth_image(20, 20), "JPEG")
+    for bad in (b"no image", b"", good[: len(good) // 2]):
+        with pytest.raises(ValueError, match="image 1 of 2 is not readable"):
+            Preprocess(8).decode([good, bad])
+
+
+def test_real_images(real_data):
+    table = pq.read_table(real_data / "images" / "omniglot.parquet", columns=["image"])
+    images = table["image"].to_pylist()[:20]
+    pixels = Preprocess(32).decode(images)
+    assert pixels.float().mean() > 128  # black ink on white
+    assert len(pixels.flatten(1).unique(dim=0)) > 15

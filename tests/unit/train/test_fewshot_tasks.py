@@ -1,0 +1,156 @@
+"""The episodes of a run, the engine's step, and the table of a comparison, without Ray."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from scipy import stats
+from support.selection import color_encoder, color_recipe, color_store
+from torch import Tensor, nn
+
+from fmray.data.image_store import ImageStore
+from fmray.fewshot_config import EpisodeConfig, FewshotTrainConfig
+from fmray.train.fewshot.comparison import ALL, SELECTED, Comparison
+from fmray.train.fewshot.engine import make_engine
+from fmray.train.fewshot.pictures import Pictures, decode_all
+from fmray.train.fewshot.select import CandidateTask, candidate_tasks
+from fmray.train.fewshot.tasks import TrainingSet, read_ahead
+
+EPISODES = EpisodeConfig(ways=3, shots=2, queries=4, tasks=10)
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> ImageStore:
+    return color_store(tmp_path_factory.mktemp("colors"))
+
+
+@pytest.fixture(scope="module")
+def tasks(store: ImageStore) -> list[CandidateTask]:
+    recipe = color_recipe(store, store.path.parent).recipe
+    return candidate_tasks(store, recipe, recipe.target)
+
+
+def test_an_episode_is_of_one_task_and_labels_are_of_all_classes(store, tasks):
+    training = TrainingSet(tasks, store, EPISODES, seed=3)
+    assert training.num_classes == sum(len(np.unique(task.labels)) for task in tasks)
+    seen, named = set(), {}
+    for index in range(10):
+        support, query, labels = training.rows(index)
+        rows = np.concatenate([support, query], axis=1)
+        assert rows.shape == (3, 6) and len(np.unique(rows)) == 18
+        [home] = [task for task in tasks if np.isin(rows, task.rows).all()]
+        seen.add(home.name)
+        for label, own in zip(labels, rows, strict=True):
+            [name] = set(home.labels[np.isin(home.rows, own)])
+            assert named.setdefault(int(label), (home.name, name)) == (home.name, name)
+    assert seen == {task.name for task in tasks}  # 10 episodes of 4 tasks that take turns
+    assert len(set(named.values())) == len(named)
+    rows, labels = training.used_rows()
+    assert set(rows) == {
+        int(row) for i in range(10) for part in training.rows(i)[:2] for row in part.flat
+    }
+    assert set(labels) == set(named)
+
+
+def test_every_round_uses_every_episode_once_and_steps_do_not_depend_on_their_number(store, tasks):
+    training = TrainingSet(tasks, store, EPISODES, seed=3)
+    steps = [training.order(step, 4) for step in range(10)]
+    flat = [index for step in steps for index in step]
+    rounds = [flat[start : start + 10] for start in range(0, 40, 10)]
+    assert all(sorted(one) == list(range(10)) for one in rounds)
+    assert rounds[0] != rounds[1]
+    # two workers' parts, put together again
+    for step in steps:
+        assert sorted(step[0::2] + step[1::2]) == sorted(step)
+
+
+def test_the_set_does_not_depend_on_the_order_of_its_tasks_but_on_their_rows(store, tasks):
+    one, other = (
+        TrainingSet(tasks, store, EPISODES, 3),
+        TrainingSet(tasks[::-1], store, EPISODES, 3),
+    )
+    assert one.fingerprint == other.fingerprint
+    for index in range(4):
+        for a, b in zip(one.rows(index), other.rows(index), strict=True):
+            np.testing.assert_array_equal(a, b)
+    fewer = TrainingSet(tasks[1:], store, EPISODES, 3)
+    first = tasks[0]
+    cut = CandidateTask(first.name, first.rows[1:], first.labels[1:])
+    changed = TrainingSet([cut, *tasks[1:]], store, EPISODES, 3)
+    assert len({one.fingerprint, fewer.fingerprint, changed.fingerprint}) == 3
+
+
+def test_a_task_that_is_too_small_is_named(store, tasks):
+    config = EPISODES.model_copy(update={"ways": 7})
+    with pytest.raises(
+        ValueError, match=r"task crimson: 7 ways, but the train split has 6 classes"
+    ):
+        TrainingSet(tasks, store, config, 3)
+
+
+def test_pictures_kept_and_decoded_are_the_same_and_come_in_order(store, tasks):
+    preprocess = color_encoder().preprocess
+    kept = decode_all(store, preprocess)
+    assert kept.shape == (store.num_rows, 3, 8, 8)
+    training = TrainingSet(tasks, store, EPISODES, seed=3)
+    for place, (one, other) in enumerate(
+        zip(
+            read_ahead(training, Pictures(store, preprocess, kept), [4, 0, 9]),
+            read_ahead(training, Pictures(store, preprocess), [4, 0, 9]),
+            strict=True,
+        )
+    ):
+        assert torch.equal(one.support, other.support) and torch.equal(one.query, other.query)
+        wanted = training.rows([4, 0, 9][place])
+        assert torch.equal(one.labels, torch.from_numpy(wanted[2]))
+        np.testing.assert_array_equal(one.query.numpy(), kept[wanted[1]])
+
+
+class Quadratic(nn.Module):
+    """Loss (w - x)^2 / 2 of an episode that is one number x."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.tensor(1.0))
+
+    def forward(self, number: Tensor) -> tuple[Tensor, Tensor]:
+        return (self.weight - number) ** 2 / 2, torch.zeros(())
+
+
+@pytest.mark.parametrize(("clip", "wanted"), [(0.0, 1 - 0.1 * -3), (0.5, 1 + 0.1 * 0.5)])
+def test_a_step_moves_by_the_gradient_of_the_episodes_mean(clip: float, wanted: float) -> None:
+    learner = Quadratic()
+    config = FewshotTrainConfig(episodes_per_step=2, lr=0.1, momentum=0.0, gradient_clip=clip)
+    engine = make_engine(learner, config, world_size=1)
+    for number in (2.0, 6.0):  # the mean's gradient at w = 1: ((1 - 2) + (1 - 6)) / 2 = -3
+        assert learner.weight.item() == 1.0
+        loss, _ = engine(torch.tensor(number))
+        engine.backward(loss)
+        engine.step()
+    assert learner.weight.item() == pytest.approx(wanted)
+    assert engine.get_global_grad_norm() == pytest.approx(3.0)
+    assert learner.weight.grad is None
+
+
+def test_the_table_says_what_the_paired_test_says() -> None:
+    generator = np.random.default_rng(0)
+    hard = generator.random(200)  # tasks differ far more than methods
+    shift = {"quickdraw": 0.01, "birds": -0.01, "signs": 0.0}
+    noise = {name: generator.normal(0, 0.02, 200) for name in shift}
+    accuracies = {
+        ALL: {(name, 1): hard for name in shift},
+        SELECTED: {(name, 1): hard + shift[name] + noise[name] for name in shift},
+    }
+    result = Comparison(accuracies, {(name, 1): 5 for name in shift})
+    [claim] = result.claims()
+    assert (claim.above, claim.within, claim.below) == (1, 1, 1)
+    mean = np.mean([shift[name] + noise[name].mean() for name in shift])
+    assert claim.difference == pytest.approx(mean)
+    for name in shift:
+        wanted = stats.ttest_rel(accuracies[SELECTED][name, 1], hard).confidence_interval(0.95)
+        found = result.difference(SELECTED, ALL, (name, 1))
+        assert (found.low, found.high) == pytest.approx((wanted.low, wanted.high))
+    text = result.table()
+    assert "1-shot: minus multitask/all, paired" in text and "birds 5-way" in text
+    assert "above zero in 1 of 3 columns, undecided in 1, below in 1" in text
