@@ -93,7 +93,6 @@ class PretrainConfig(Section):
 class EpisodeConfig(Section):
     """N-way K-shot episodes."""
 
-    sampler: Literal["fixed", "meta_dataset_v1"] = "fixed"
     ways: int = Field(15, ge=2)
     shots: int = Field(1, ge=1)
     queries: int = Field(10, ge=1, description="per class")
@@ -155,6 +154,9 @@ class TargetConfig(Section):
 class FewshotEvaluateConfig(Section):
     """Accuracy over many test tasks."""
 
+    sampler: Literal["fixed", "meta_dataset_v1"] = Field(
+        "fixed", description="meta_dataset_v1 draws ways and shots itself, by Meta-Dataset's rules"
+    )
     tasks: int = Field(1500, ge=2)
     ways: int = Field(15, ge=2, description="targets with fewer classes: all of them, said so")
     shots: tuple[int, ...] = Field((1, 5), min_length=1)

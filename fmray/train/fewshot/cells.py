@@ -9,9 +9,11 @@ training.
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import os
 from collections.abc import Mapping
+from contextlib import redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,7 +28,7 @@ from fmray.fewshot import Encoder
 from fmray.fewshot_config import FewshotRecipe, Method, Selection, TargetConfig
 from fmray.train.fewshot.encoder import load_encoder
 from fmray.train.fewshot.engine import make_engine
-from fmray.train.fewshot.evaluate import measure, task_samplers
+from fmray.train.fewshot.evaluate import measure, task_samplers, ways_of
 from fmray.train.fewshot.learners import make_learner
 from fmray.train.fewshot.loop import run_steps, training_settings
 from fmray.train.fewshot.pictures import Pictures
@@ -137,7 +139,8 @@ def run_cells(
     pictures = Pictures(store, encoder.preprocess, kept)
     seconds, loss = 0.0, None
     if first.method != "direct":
-        candidates = candidate_tasks(store, recipe, first.target)
+        with redirect_stdout(io.StringIO()):  # what it leaves out was said when cells were planned
+            candidates = candidate_tasks(store, recipe, first.target)
         chosen = [task for task in candidates if task.name in set(first.tasks)]
         training = TrainingSet(chosen, store, own.episodes, own.seed)
         learner = make_learner(encoder, training, pictures, own.train, own.seed, device)
@@ -151,10 +154,10 @@ def run_cells(
         if cell.key in results:
             continue
         rows = store.select(cell.target.collection, cell.target.split)
-        samplers = task_samplers(rows, cell.target, recipe.evaluate, recipe.seed)
+        with redirect_stdout(io.StringIO()):  # the table says how many ways there are
+            samplers = task_samplers(store, rows, cell.target, recipe.evaluate, recipe.seed)
         found = measure(encoder, pictures, rows, samplers, recipe.evaluate)
-        ways = {shots: sampler.ways for shots, sampler in samplers.items()}
-        results[cell.key] = Measured(found, ways, seconds, loss)
+        results[cell.key] = Measured(found, ways_of(samplers), seconds, loss)
     return results
 
 

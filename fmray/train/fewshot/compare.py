@@ -42,7 +42,7 @@ from fmray.train.fewshot.cells import (
 from fmray.train.fewshot.comparison import Comparison
 from fmray.train.fewshot.embed import TaskFeatures
 from fmray.train.fewshot.encoder import load_encoder
-from fmray.train.fewshot.evaluate import percent
+from fmray.train.fewshot.evaluate import percent, shots_name
 from fmray.train.fewshot.job import absolute_paths
 from fmray.train.fewshot.pictures import decode_all
 from fmray.train.fewshot.pretrain import pretrain
@@ -83,9 +83,9 @@ def compare(loaded: LoadedRecipe[FewshotRecipe], run_id: str) -> Comparison:
         for name in ("results.json", "tasks.parquet", "comparison.png"):
             run.artifact(run_dir / name)
         for line, columns in result.accuracies.items():
-            for shots in recipe.evaluate.shots:
+            for shots in dict.fromkeys(shots for _, shots in columns):
                 means = [values.mean() for (_, n), values in columns.items() if n == shots]
-                run.log(0, **{f"mean/{line}/{shots}-shot": float(np.mean(means))})
+                run.log(0, **{f"mean/{line}/{shots_name(shots)}": float(np.mean(means))})
     print(result.table(), flush=True)
     print(f"results: {run_dir / 'results.json'}", flush=True)
     return result
@@ -191,7 +191,7 @@ def _run(
         for cell in group:
             _track(recipe, cell, found[cell.key], run_id, parent)
             accuracies = ", ".join(
-                f"{shots}-shot {percent(confidence_interval(values))}"
+                f"{shots_name(shots)} {percent(confidence_interval(values))}"
                 for shots, values in found[cell.key].accuracies.items()
             )
             print(
@@ -249,7 +249,7 @@ def _track(
         parent,
     ) as run:
         for shots, values in measured.accuracies.items():
-            run.log(0, **{f"accuracy/{shots}-shot": float(values.mean())})
+            run.log(0, **{f"accuracy/{shots_name(shots)}": float(values.mean())})
         run.log(0, seconds=measured.seconds)
         if measured.loss is not None:
             run.log(0, loss=measured.loss)

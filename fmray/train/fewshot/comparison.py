@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from fmray.fewshot import Interval, confidence_interval, paired_interval
-from fmray.train.fewshot.evaluate import percent
+from fmray.train.fewshot.evaluate import percent, shots_name
 
 ALL, RANDOM, SELECTED = "multitask/all", "multitask/random", "multitask/selected"
 CLAIMS = (
@@ -84,12 +84,13 @@ class Comparison:
         parts: list[str] = []
         for shots in dict.fromkeys(shots for _, shots in self.ways):
             columns = [column for column in self.ways if column[1] == shots]
-            heads = [f"{target} {self.ways[target, shots]}-way" for target, _ in columns]
-            parts.append(f"{shots}-shot: accuracy in %, with its 95 % interval over tasks")
+            ways = [self.ways[column] or "variable" for column in columns]
+            heads = [f"{target} {n}-way" for (target, _), n in zip(columns, ways, strict=True)]
+            parts.append(f"{shots_name(shots)}: accuracy in %, with its 95 % interval over tasks")
             parts += _columns(heads, self._accuracy_lines(columns))
             for other in (ALL, RANDOM):
                 if other in self.accuracies:
-                    parts.append(f"{shots}-shot: minus {other}, paired")
+                    parts.append(f"{shots_name(shots)}: minus {other}, paired")
                     parts += _columns(heads, self._difference_lines(columns, other))
         return "\n".join([*parts, *map(str, self.claims())])
 

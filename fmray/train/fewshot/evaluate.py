@@ -24,6 +24,7 @@ from fmray.fewshot import (
     Encoder,
     EpisodeSampler,
     Interval,
+    MetaDatasetSampler,
     confidence_interval,
     evaluate_tasks,
     paired_interval,
@@ -33,6 +34,8 @@ from fmray.train.fewshot.encoder import embed, load_encoder
 from fmray.train.fewshot.pictures import Pictures
 
 DIRECT = "direct"
+VARIABLE = 0  # shots and ways of meta_dataset_v1: another number in each task
+Sampler = EpisodeSampler | MetaDatasetSampler
 TASK_SCHEMA = pa.schema(
     [
         ("method", pa.string()),
@@ -45,7 +48,7 @@ TASK_SCHEMA = pa.schema(
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Accuracies [tasks] by (method, shots), in [0, 1]; ways by shots."""
+    """Accuracies [tasks] by (method, shots), in [0, 1]; ways by shots, 0 where they vary."""
 
     target: str
     ways: dict[int, int]
@@ -54,15 +57,14 @@ class Evaluation:
     def table(self) -> str:
         """Mean accuracy in % with its 95 % interval, and the paired gain over direct adaptation."""
         lines = [f"target {self.target}"]
-        lines.append(f"{'method':>12}  {'shots':>5}  {'ways':>4}  {'accuracy %':>14}  gain, paired")
+        lines.append(f"{'method':>12}  {'tasks':>16}  {'accuracy %':>14}  gain, paired")
         for (method, shots), values in self.accuracies.items():
             gain = ""
             if method != DIRECT:
                 gain = percent(paired_interval(values, self.accuracies[DIRECT, shots]), sign="+")
             accuracy = percent(confidence_interval(values))
-            lines.append(
-                f"{method:>12}  {shots:>5}  {self.ways[shots]:>4}  {accuracy:>14}  {gain}".rstrip()
-            )
+            tasks = tasks_name(self.ways[shots], shots)
+            lines.append(f"{method:>12}  {tasks:>16}  {accuracy:>14}  {gain}".rstrip())
         return "\n".join(lines)
 
 
@@ -86,7 +88,7 @@ def evaluate_encoder(loaded: LoadedRecipe[FewshotRecipe], run_id: str) -> Evalua
         encoders[method] = recipe.encoder.model_copy(update={"checkpoint": run_dir / "model"})
     store = ImageStore.open(recipe.images.store, recipe.images.cache)
     rows = store.select(recipe.target.collection, recipe.target.split)
-    samplers = task_samplers(rows, recipe.target, recipe.evaluate, recipe.seed)
+    samplers = task_samplers(store, rows, recipe.target, recipe.evaluate, recipe.seed)
     out = run_dir / "evaluation"
     with tracking.open_run(
         recipe.tracking, recipe.cluster.storage, run_id, recipe.model_dump(mode="json")
@@ -97,13 +99,12 @@ def evaluate_encoder(loaded: LoadedRecipe[FewshotRecipe], run_id: str) -> Evalua
             pictures = Pictures(store, encoder.preprocess)
             measured = measure(encoder, pictures, rows, samplers, recipe.evaluate)
             accuracies |= {(name, shots): values for shots, values in measured.items()}
-        ways = {shots: sampler.ways for shots, sampler in samplers.items()}
-        result = Evaluation(recipe.target.collection, ways, accuracies)
+        result = Evaluation(recipe.target.collection, ways_of(samplers), accuracies)
         _write(result, out)
         run.log(
             0,
             **{
-                f"evaluate/{name}/{shots}-shot": float(values.mean())
+                f"evaluate/{name}/{shots_name(shots)}": float(values.mean())
                 for (name, shots), values in accuracies.items()
             },
         )
@@ -113,15 +114,27 @@ def evaluate_encoder(loaded: LoadedRecipe[FewshotRecipe], run_id: str) -> Evalua
 
 
 def task_samplers(
-    rows: Rows, target: TargetConfig, config: FewshotEvaluateConfig, seed: int
-) -> dict[int, EpisodeSampler]:
-    """The test tasks of a target, by shots; positions in `rows`. Fewer ways where it has fewer
-    classes, and says so.
+    store: ImageStore,
+    rows: Rows,
+    target: TargetConfig,
+    config: FewshotEvaluateConfig,
+    seed: int,
+) -> dict[int, Sampler]:
+    """The test tasks of a target, by shots (`VARIABLE`: each task has its own); positions in
+    `rows`. Fewer ways where it has fewer classes, and says so.
 
-    Raises ValueError for a target with fewer than two classes that are large enough.
+    Raises ValueError for a target with fewer than two classes that are large enough (five for
+    meta_dataset_v1).
     """
+    if config.sampler == "meta_dataset_v1":
+        groups = store.groups(target.collection, target.split)
+        # WordNet's nodes lie in one another and are taken whole; alphabets do not, and are not
+        labels = np.concatenate(groups or [np.empty(0, dtype=np.int64)])
+        whole = len(np.unique(labels)) < len(labels)
+        sampler = MetaDatasetSampler(rows.labels, seed, target.split, groups, whole_groups=whole)
+        return {VARIABLE: sampler}
     counts = np.unique(rows.labels, return_counts=True)[1]
-    samplers = {}
+    samplers: dict[int, Sampler] = {}
     for shots in config.shots:
         enough = int((counts >= shots + config.queries).sum())
         ways = min(config.ways, enough)
@@ -142,11 +155,16 @@ def task_samplers(
     return samplers
 
 
+def ways_of(samplers: Mapping[int, Sampler]) -> dict[int, int]:
+    """Ways by shots; 0 where each task has its own."""
+    return {shots: getattr(sampler, "ways", VARIABLE) for shots, sampler in samplers.items()}
+
+
 def measure(
     encoder: Encoder,
     pictures: Pictures,
     rows: Rows,
-    samplers: Mapping[int, EpisodeSampler],
+    samplers: Mapping[int, Sampler],
     config: FewshotEvaluateConfig,
 ) -> dict[int, np.ndarray]:
     """Accuracy [tasks] by shots. Leaves the encoder in eval mode."""
@@ -155,6 +173,16 @@ def measure(
         shots: np.asarray(evaluate_tasks(embeddings, sampler, config.tasks))
         for shots, sampler in samplers.items()
     }
+
+
+def shots_name(shots: int) -> str:
+    """`5-shot`, or `variable-shot`."""
+    return f"{'variable' if shots == VARIABLE else shots}-shot"
+
+
+def tasks_name(ways: int, shots: int) -> str:
+    """`15-way 5-shot`, or `variable-shot`."""
+    return (f"{ways}-way " if ways else "") + shots_name(shots)
 
 
 def percent(interval: Interval, sign: str = "") -> str:

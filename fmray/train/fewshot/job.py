@@ -106,11 +106,6 @@ def check_trainable(recipe: FewshotRecipe) -> None:
             f"select.method: {recipe.select.method} chooses tasks for a target: set"
             " target.collection, or select.method: all"
         )
-    if recipe.episodes.sampler != "fixed":
-        raise ValueError(
-            f"episodes.sampler: {recipe.episodes.sampler} has episodes of all sizes, and finetuning"
-            " needs equal ones: use fixed"
-        )
 
 
 def _tasks(recipe: FewshotRecipe, path: Path) -> list[str]:

@@ -70,12 +70,12 @@ def train_worker(config: dict[str, Any]) -> dict[str, Any]:
         training = TrainingSet(tasks, store, recipe.episodes, recipe.seed)
         pictures = Pictures(store, encoder.preprocess)
         learner = make_learner(encoder, training, pictures, train, recipe.seed, device)
+        settings = training_settings(recipe, config["tasks"])
+        resumed, state = _find_state(run_dir, settings)
     except ValueError as error:
         # every worker finds the same mistake, and a restart would find it again: say it once
         return {"mistake": str(error)}
 
-    settings = training_settings(recipe, config["tasks"])
-    resumed, state = _find_state(run_dir, settings)
     universal = state is not None and state.zero_stage > 0 and state.world_size != world_size
     if universal and train.optimizer == "sgd":  # DeepSpeed converts Adam's states alone
         return {

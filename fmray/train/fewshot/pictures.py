@@ -33,7 +33,7 @@ class Pictures:
         """uint8 [*rows.shape, 3, size, size]; rows: int64, global ids. Safe in threads."""
         flat = rows.reshape(-1)
         if self._kept is None:
-            pictures = self.preprocess.decode(self._store.images(flat))
+            pictures = self.preprocess.decode(self._store.views(flat))
         else:
             pictures = torch.from_numpy(self._kept[flat])
         return pictures.reshape(*rows.shape, *pictures.shape[1:])
@@ -47,5 +47,5 @@ def decode_all(store: ImageStore, preprocess: Preprocess) -> np.ndarray | None:
     pictures = np.empty(shape, dtype=np.uint8)
     for start in range(0, store.num_rows, CHUNK):
         rows = np.arange(start, min(start + CHUNK, store.num_rows))
-        pictures[rows] = preprocess.decode(store.images(rows)).numpy()
+        pictures[rows] = preprocess.decode(store.views(rows)).numpy()
     return pictures

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import runpy
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,9 @@ import torch
 from support.fewshot import TRAIN, fewshot_recipe, forget_after, losses, weights
 from support.selection import color_store
 
+from fmray.config import job_path
 from fmray.data.image_store import ImageStore
-from fmray.fewshot import confidence_interval, create_encoder
+from fmray.fewshot import MetaDatasetSampler, confidence_interval, create_encoder
 from fmray.train.fewshot import cells, compare
 from fmray.train.fewshot import pretrain as pretraining
 from fmray.train.fewshot.evaluate import evaluate_encoder
@@ -35,21 +37,28 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> ImageStore:
     return color_store(tmp_path_factory.mktemp("colors"))
 
 
+@pytest.fixture(scope="module")
+def start(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The encoder that finetuning starts from."""
+    folder = tmp_path_factory.mktemp("start")
+    torch.manual_seed(1)
+    create_encoder("small/conv", pretrained=False, image_size=16).save_pretrained(folder)
+    return folder
+
+
 @pytest.mark.parametrize("method", ["multitask", "standard", "lp_ft", "maml"])
-def test_a_resumed_run_ends_with_the_same_weights(store, tmp_path: Path, method: str) -> None:
+def test_a_resumed_run_ends_with_the_same_weights(
+    store, start: Path, tmp_path: Path, method: str
+) -> None:
     sections: dict[str, Any] = {
         "train": TRAIN | {"method": method, "checkpoint_every": 2, "keep_checkpoints": 9}
     }
-    torch.manual_seed(1)
-    start = create_encoder("small/conv", pretrained=False, image_size=16)
-    start.save_pretrained(tmp_path / "start")
-    sections["encoder"] = {"checkpoint": tmp_path / "start"}
+    sections["encoder"] = {"checkpoint": start}
     loaded = fewshot_recipe(store, tmp_path, **sections)
     whole = train_fewshot(loaded, "run")
     wanted, lines = weights(whole.model_dir), losses(whole.run_dir)
     assert len(lines) == 6
-    moved = [not torch.equal(wanted[k], v) for k, v in start.model.state_dict().items()]
-    assert all(moved)
+    assert not any(torch.equal(wanted[name], tensor) for name, tensor in weights(start).items())
     forget_after(whole.run_dir, step=4)
     again = train_fewshot(loaded, "run")
     assert losses(again.run_dir) == lines
@@ -71,13 +80,9 @@ def test_zero_with_sgd_goes_on_with_as_many_workers_only(store, tmp_path: Path) 
 
 
 def test_evaluation_puts_the_gain_beside_direct_adaptation(
-    store, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    store, start: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    torch.manual_seed(1)
-    create_encoder("small/conv", pretrained=False, image_size=16).save_pretrained(
-        tmp_path / "start"
-    )
-    loaded = fewshot_recipe(store, tmp_path, encoder={"checkpoint": tmp_path / "start"})
+    loaded = fewshot_recipe(store, tmp_path, encoder={"checkpoint": start})
     with pytest.raises(ValueError, match="no model/ to evaluate"):
         evaluate_encoder(loaded, "run")
     train_fewshot(loaded, "run")
@@ -90,9 +95,9 @@ def test_evaluation_puts_the_gain_beside_direct_adaptation(
         assert len(own) == 20
         assert line["mean"] == pytest.approx(own.accuracy.mean())
         assert line["half_width"] == pytest.approx(confidence_interval(own.accuracy).half_width)
-    assert "multitask      5     3" in capsys.readouterr().out
+    assert "multitask      3-way 5-shot" in capsys.readouterr().out
     alone = fewshot_recipe(
-        store, tmp_path, encoder={"checkpoint": tmp_path / "start"}, train={"method": "direct"}
+        store, tmp_path, encoder={"checkpoint": start}, train={"method": "direct"}
     )
     direct = evaluate_encoder(alone, "direct")
     np.testing.assert_array_equal(direct.accuracies["direct", 1], result.accuracies["direct", 1])
@@ -102,7 +107,6 @@ def test_evaluation_puts_the_gain_beside_direct_adaptation(
     ("sections", "words"),
     [
         ({"train": {"method": "direct"}}, "train.method: direct adaptation trains nothing"),
-        ({"episodes": {"sampler": "meta_dataset_v1"}}, "finetuning needs equal ones: use fixed"),
         ({"episodes": {"ways": 7}}, "no candidate tasks"),
     ],
 )
@@ -210,3 +214,66 @@ def test_the_table_is_computed_cell_by_cell(store, tmp_path: Path, monkeypatch, 
 def test_a_comparison_needs_targets(store, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"compare\.targets: name at least one"):
         compare.compare(fewshot_recipe(store, tmp_path), "none")
+
+
+def test_meta_datasets_own_sampler_measures_all_sizes(store, start: Path, tmp_path: Path) -> None:
+    loaded = fewshot_recipe(
+        store,
+        tmp_path,
+        encoder={"checkpoint": start},
+        train={"method": "direct"},
+        target={"collection": "target", "split": "all"},
+        evaluate={"sampler": "meta_dataset_v1"},
+    )
+    result = evaluate_encoder(loaded, "run")
+    assert result.ways == {0: 0} and "variable-shot" in result.table()
+    rows = store.select("target", "all")
+    sampler = MetaDatasetSampler(rows.labels, loaded.recipe.seed, "all")
+    encoder = create_encoder("small/conv", start)
+    pixels = encoder.preprocess.normalise(encoder.preprocess.decode(store.images(rows.rows)))
+    with torch.no_grad():
+        features = encoder(pixels)
+    wanted = []
+    for index in range(20):
+        task = sampler[index]
+        centroids = torch.stack([features[support].mean(0) for support in task.support])
+        cosine = torch.nn.functional.cosine_similarity
+        right = [
+            (cosine(features[query][:, None], centroids[None], dim=2).argmax(1) == n).double()
+            for n, query in enumerate(task.query)
+        ]
+        wanted.append(float(torch.cat(right).mean()))
+    assert result.accuracies["direct", 0].tolist() == pytest.approx(wanted)
+    assert len(set(map(len, (sampler[i].classes for i in range(20))))) > 1
+
+
+def test_the_job_scripts_read_recipes_of_this_kind(
+    store, tmp_path: Path, monkeypatch, capsys
+) -> None:
+    recipe = tmp_path / "my.yaml"
+    recipe.write_text(
+        f"kind: fewshot\nname: mine\nimages: {{store: {store.path}}}\n"
+        "encoder: {name: small/conv, image_size: 16}\npretrain: {steps: 2, batch: 16}\n"
+        "target: {collection: target}\nepisodes: {ways: 3, queries: 4, tasks: 5}\n"
+        "train: {steps: 2}\nevaluate: {tasks: 5, ways: 3, queries: 4}\n"
+        f"cluster: {{storage: {tmp_path}, workers: 0}}\ntracking: {{enabled: false}}\n"
+    )
+
+    def run(job: str, run_id: str, *more: str) -> int:
+        words = [job, "--config", str(recipe), "--run-id", run_id, *more]
+        monkeypatch.setattr("sys.argv", words)
+        with pytest.raises(SystemExit) as stopped:
+            runpy.run_path(str(job_path(job)), run_name="__main__")
+        return stopped.value.code
+
+    assert run("pretrain_encoder.py", "start") == 0
+    checkpoint = ["--set", f"encoder.checkpoint={tmp_path / 'start' / 'model'}"]
+    assert run("train_fewshot.py", "run", *checkpoint) == 0
+    chosen = json.loads((tmp_path / "run" / "selection.json").read_text())
+    assert (
+        set(chosen["tasks"]) <= set(chosen["similarity"]) == {"crimson", "scarlet", "sea", "moss"}
+    )
+    assert run("evaluate.py", "run", *checkpoint) == 0
+    assert "multitask      3-way 5-shot" in capsys.readouterr().out
+    assert run("train_fewshot.py", "run", *checkpoint, "--set", "target=null") == 2
+    assert "set target.collection" in capsys.readouterr().err
