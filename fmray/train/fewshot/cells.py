@@ -32,7 +32,7 @@ from fmray.train.fewshot.evaluate import measure, task_samplers, ways_of
 from fmray.train.fewshot.learners import make_learner
 from fmray.train.fewshot.loop import run_steps, training_settings
 from fmray.train.fewshot.pictures import Pictures
-from fmray.train.fewshot.select import candidate_tasks
+from fmray.train.fewshot.select import CandidateTask, candidate_tasks
 from fmray.train.fewshot.tasks import TrainingSet
 
 CELL_SCHEMA = pa.schema(
@@ -103,7 +103,7 @@ def make_cell(
     method: Method,
     selection: Selection | None,
     seed: int | None,
-    tasks: Mapping[str, Any],
+    tasks: Mapping[str, CandidateTask],
 ) -> Cell:
     """A cell and its hashes. encoder: fingerprint of the weights it starts from; tasks: candidate
     tasks to train on, by name, none for direct adaptation."""

@@ -31,6 +31,7 @@ from fmray.fewshot import (
 )
 from fmray.fewshot_config import FewshotEvaluateConfig, FewshotRecipe, TargetConfig
 from fmray.train.fewshot.encoder import embed, load_encoder
+from fmray.train.fewshot.job import absolute_paths
 from fmray.train.fewshot.pictures import Pictures
 
 DIRECT = "direct"
@@ -73,7 +74,7 @@ def evaluate_encoder(loaded: LoadedRecipe[FewshotRecipe], run_id: str) -> Evalua
 
     Raises ValueError for a recipe without a target, or a run without a model.
     """
-    recipe = loaded.recipe
+    recipe = absolute_paths(loaded.recipe)
     if recipe.target is None:
         raise ValueError("target: this needs one: set target.collection, and target.split")
     run_dir = recipe.cluster.storage / run_id
