@@ -1,6 +1,6 @@
 """The comparison: target x (method, selection), every cell with intervals, resumable cell by cell.
 
-In: a recipe with `compare.targets`. Out: in `<storage>/<run id>/` the images' `recipe.yaml`,
+In: a recipe with `compare.targets`. Out: in `<storage>/<run id>/` the resolved `recipe.yaml`,
 `selections/`, a file a cell in `cells/`, and when all are there `results.json`, `tasks.parquet`
 (every accuracy of every task) and `comparison.png`; in MLflow a run with a child a cell. The same
 run id goes on where it stopped: what is there is not computed again.
