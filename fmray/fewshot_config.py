@@ -117,6 +117,12 @@ class FewshotTrainConfig(Section):
     inner_steps: int = Field(3, ge=1, description="method maml")
     order: Literal[1, 2] = Field(1, description="of MAML's gradient")
     strategy: Literal["ddp", "zero"] = "ddp"
+    eval_every: int | None = Field(
+        None, ge=1, description="steps between evaluations on the target; default: none"
+    )
+    eval_split: Literal["train", "val", "test", "all"] | None = Field(
+        None, description="of the target, for these; default: target.split (other tasks of it)"
+    )
     checkpoint_every: int | None = Field(None, ge=1, description="steps; default: at the end only")
     keep_checkpoints: int = Field(2, ge=1)
 
@@ -199,6 +205,8 @@ class FewshotRecipe(Job):
                 f"{per_step} episodes do not divide over {workers} workers;"
                 f" {-(-per_step // workers) * workers} would",
             )
+        if self.train.eval_every is not None and self.target is None:
+            yield "train.eval_every", "evaluations need a target: set target.collection"
         if self.train.method == "maml" and self.train.strategy == "zero":
             yield "train.strategy", "maml needs the whole weights in each worker: use ddp"
         known = self.images.collections

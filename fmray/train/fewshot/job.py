@@ -9,10 +9,13 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from ray.train import UserCallback
 
 from fmray import tracking
 from fmray.config import LoadedRecipe
@@ -32,8 +35,15 @@ class Result:
     run_dir: Path
 
 
-def train_fewshot(loaded: LoadedRecipe[FewshotRecipe], run_id: str) -> Result:
+def train_fewshot(
+    loaded: LoadedRecipe[FewshotRecipe],
+    run_id: str,
+    callbacks: Sequence[UserCallback] = (),
+    parent: str | None = None,
+) -> Result:
     """Choose the tasks, finetune the encoder on them, and wait for it.
+
+    callbacks: of Ray's controller, told of each report. parent: MLflow run id, for a trial.
 
     Raises ValueError for a recipe, store or checkpoint that does not fit, and Ray's
     TrainingFailedError when workers fail more than `cluster.max_failures` times.
@@ -50,6 +60,7 @@ def train_fewshot(loaded: LoadedRecipe[FewshotRecipe], run_id: str) -> Result:
         run_id,
         recipe.model_dump(mode="json"),
         {"fmray.job": "train_fewshot"},
+        parent,
     ) as run:
         mlflow_run_id = run.mlflow_run_id
         alone = recipe.cluster.workers == 0
@@ -61,7 +72,8 @@ def train_fewshot(loaded: LoadedRecipe[FewshotRecipe], run_id: str) -> Result:
                 "run_id": run_id,
                 "tasks": tasks,
             }
-            values = fit(recipe, run_id, config, _train_here if alone else _train_worker)
+            loop = _train_here if alone else _train_worker
+            values = fit(recipe, run_id, config, loop, callbacks)
         run.artifact(run_dir / "selection.json")
     result = Result(run_dir / "model", values["metrics"], tasks, mlflow_run_id, run_dir)
     print(_table(recipe, run_id, result), flush=True)
