@@ -131,6 +131,9 @@ class SelectConfig(Section):
     """Which candidate tasks to finetune on (Algorithm 1 and its peers)."""
 
     method: Selection = "selected"
+    only: tuple[str, ...] = Field(
+        (), description="names of candidate tasks: these, whatever the method would choose"
+    )
     threshold: float = Field(0.05, ge=0, description="p of Algorithm 1")
     covariance: Literal["oas", "ledoit_wolf", "ml", "diag"] = "oas"
     weighting: Literal["task", "sample"] = "task"
@@ -209,6 +212,10 @@ class FewshotRecipe(Job):
             yield "train.eval_every", "evaluations need a target: set target.collection"
         if self.train.method == "maml" and self.train.strategy == "zero":
             yield "train.strategy", "maml needs the whole weights in each worker: use ddp"
+        only = self.select.only
+        if len(set(only)) < len(only):
+            again = next(name for name in only if only.count(name) > 1)
+            yield "select.only", f"{again!r} is there twice; keep one of them"
         known = self.images.collections
         named = [("target.collection", self.target.collection)] if self.target else []
         named += [

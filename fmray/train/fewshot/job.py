@@ -113,7 +113,7 @@ def check_trainable(recipe: FewshotRecipe) -> None:
             "train.method: direct adaptation trains nothing; evaluate the encoder as it is, with"
             " `python jobs/evaluate.py`"
         )
-    if recipe.target is None and recipe.select.method != "all":
+    if recipe.target is None and not recipe.select.only and recipe.select.method != "all":
         raise ValueError(
             f"select.method: {recipe.select.method} chooses tasks for a target: set"
             " target.collection, or select.method: all"
@@ -134,8 +134,14 @@ def _tasks(recipe: FewshotRecipe, path: Path) -> list[str]:
     if path.is_file():
         return json.loads(path.read_text(encoding="utf-8"))["tasks"]
     store = ImageStore.open(recipe.images.store, recipe.images.cache)
-    if recipe.select.method == "all":
-        chosen = [task.name for task in candidate_tasks(store, recipe, recipe.target)]
+    if recipe.select.only or recipe.select.method == "all":
+        candidates = [task.name for task in candidate_tasks(store, recipe, recipe.target)]
+        chosen = list(recipe.select.only) or candidates
+        if unknown := [name for name in chosen if name not in candidates]:
+            raise ValueError(
+                f"select.only: there is no candidate task {unknown[0]!r}; there are"
+                f" {', '.join(candidates)}"
+            )
         found: dict[str, Any] = {"tasks": chosen}
     else:
         selected = choose(
