@@ -59,9 +59,9 @@ def preflight(recipe: Job, machines: Sequence[Machine]) -> list[Finding]:
         return [
             Finding("ok", "cluster.workers: 0 trains in one process; there is nothing to place")
         ]
-    wanted = f"{_count(cluster.workers, 'worker')} of {resources(cluster)}"
+    wanted = f"{count_of(cluster.workers, 'worker')} of {resources(cluster)}"
     cpus, gpus = sum(m.cpus for m in machines), sum(m.gpus for m in machines)
-    have = f"{_count(len(machines), 'node')} with {cpus:g} CPUs and {gpus:g} GPUs"
+    have = f"{count_of(len(machines), 'node')} with {cpus:g} CPUs and {gpus:g} GPUs"
     room, left = place(cluster, machines)
     if room < cluster.workers:
         text = f"{wanted} cannot be placed on {have}: there is room for {room}"
@@ -135,5 +135,5 @@ def resources(cluster: ClusterConfig) -> str:
     return f"{cluster.cpus_per_worker:g} CPU{gpus}"
 
 
-def _count(count: int, noun: str) -> str:
+def count_of(count: int, noun: str) -> str:
     return f"{count} {noun}" + ("" if count == 1 else "s")

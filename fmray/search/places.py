@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from fmray.config import ClusterConfig
-from fmray.preflight import EPSILON, Machine, place, resources
+from fmray.preflight import EPSILON, Machine, count_of, place, resources
 
 
 def concurrency(cluster: ClusterConfig, machines: Sequence[Machine]) -> tuple[int, str]:
@@ -21,21 +21,24 @@ def concurrency(cluster: ClusterConfig, machines: Sequence[Machine]) -> tuple[in
     Raises ValueError where there is no room for a trial.
     """
     workers, beside = max(cluster.workers, 1), cluster.data_cpus if cluster.workers else 0.0
-    wanted = f"{workers} x {resources(cluster)}"
+    taken = f"{count_of(workers, 'worker')} of {resources(cluster)}"
     if beside:
-        wanted += f" and {beside:g} CPU beside"
+        taken += f" and {beside:g} CPU beside"
     cpus, gpus = sum(m.cpus for m in machines), sum(m.gpus for m in machines)
-    have = f"{len(machines)} x node, {cpus:g} CPUs and {gpus:g} GPUs in all"
+    have = f"{count_of(len(machines), 'node')} with {cpus:g} CPUs and {gpus:g} GPUs"
     trials = 0
-    while True:
-        more = trials + 1
-        room, left = place(cluster.model_copy(update={"workers": more * workers}), machines)
-        if room < more * workers or left < more * beside - EPSILON:
-            break
-        trials = more
+    while _fit(trials + 1, workers, beside, cluster, machines):
+        trials += 1
     if not trials:
         raise ValueError(
-            f"cluster: a trial takes {wanted}, and there is no room for one on {have}; lower"
+            f"cluster: a trial takes {taken}, and there is no room for one on {have}; lower"
             " cluster.workers or cluster.cpus_per_worker of the base recipe (base_set)"
         )
-    return trials, f"{trials} at once: a trial takes {wanted}; there is {have}"
+    return trials, f"{count_of(trials, 'trial')} at once: each takes {taken}, of {have}"
+
+
+def _fit(
+    trials: int, workers: int, beside: float, cluster: ClusterConfig, machines: Sequence[Machine]
+) -> bool:
+    room, left = place(cluster.model_copy(update={"workers": trials * workers}), machines)
+    return room >= trials * workers and left >= trials * beside - EPSILON

@@ -32,7 +32,7 @@ from fmray.search.state import Finished
 
 Algorithm = Literal["tpe", "nsga2", "random", "grid"]
 POPULATION = 10  # of NSGA-II; Optuna's 50 would spend a search of some tens of trials on one
-TRIES = 100  # suggestions in a row that equal earlier ones, after which there is nothing new
+TRIES = 20  # suggestions in a row that equal earlier ones, then what is new is looked for
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,8 @@ class Suggester:
         self._results: dict[int, Mapping[str, float] | None] = {}
         self._duplicates: dict[int, list[int]] = {}  # by the number they wait for
         self._repeats = 0
-        self._points = space.points() if algorithm == "grid" else iter(())
+        finite = not any(isinstance(parameter, Real) for parameter in space)
+        self._points = space.points() if finite or algorithm == "grid" else iter(())
         if algorithm == "grid":
             next(space.points())  # a continuous parameter is refused here
         optuna.logging.set_verbosity(optuna.logging.WARNING)  # a line for each trial otherwise
@@ -95,18 +96,15 @@ class Suggester:
 
     def next(self) -> Suggestion | None:
         """The next suggestion; None when there is nothing new to try (`ended` says why)."""
-        if self._repeats >= TRIES:
-            self.ended = f"the last {TRIES} suggestions equal earlier ones: there is nothing new"
-            return None
         number = self._gaps[0] if self._gaps else self._count
         origin = "suggested"
         if number < len(self._space.warm_starts):
             start = self._space.warm_starts[number]
             values, origin = self._space.read(start.values), f"warm: {start.name}"
-        elif self._algorithm == "grid":
+        elif self._algorithm == "grid" or self._repeats >= TRIES:
             unseen = self._unseen()
             if unseen is None:
-                self.ended = "all points of the grid are tried"
+                self.ended = "there is nothing new to try in the space"
                 return None
             values = unseen
         else:
@@ -166,9 +164,11 @@ class Suggester:
         self._study.enqueue_trial(_encode(self._space, values))
         self._trials[number] = self._study.ask(self._distributions)
         if isinstance(sampler, optuna.samplers.NSGAIISampler):
-            # Optuna gives a generation to what it draws; enqueued trials would have no children
+            # Optuna does this for what it draws; enqueued trials would be of no generation. The
+            # parents are kept by the study, and their order is another when they are read again.
             trial = self._study.get_trials(deepcopy=False)[-1]
-            sampler.get_trial_generation(self._study, trial)
+            generation = sampler.get_trial_generation(self._study, trial)
+            sampler.get_parent_population(self._study, generation)
         first = self._numbers.setdefault(key, number)
         if first == number:
             self._repeats = 0
