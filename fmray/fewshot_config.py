@@ -134,6 +134,9 @@ class SelectConfig(Section):
     only: tuple[str, ...] = Field(
         (), description="names of candidate tasks: these, whatever the method would choose"
     )
+    weights: dict[str, Annotated[float, Field(gt=0)]] = Field(
+        {}, description="name of a task -> its share of the episodes; default: 1 for each"
+    )
     threshold: float = Field(0.05, ge=0, description="p of Algorithm 1")
     covariance: Literal["oas", "ledoit_wolf", "ml", "diag"] = "oas"
     weighting: Literal["task", "sample"] = "task"

@@ -1,12 +1,13 @@
 """Which candidate tasks to train on: collections, groups of classes or episodes, as the base
-recipe's `select.tasks` says; any subset of them, or only those that Algorithm 1 can select."""
+recipe's `select.tasks` says; any subset of them, or only those that Algorithm 1 can select;
+and, if asked, how the tasks are mixed."""
 
 from __future__ import annotations
 
 import itertools
 import math
 from collections.abc import Sequence
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field
 
@@ -25,6 +26,9 @@ class Options(Section):
         "any",
         description="any; the most similar tasks, however many; or those that Algorithm 1 selects,"
         " with whatever threshold p. All tasks and single ones are always among them",
+    )
+    weights: tuple[Annotated[int, Field(ge=1)], ...] | None = Field(
+        None, description="what a task's share of the episodes may be, such as [1, 2, 4]"
     )
     singles: int | None = Field(
         None, ge=0, description="most similar tasks that are tried alone first; default: each"
@@ -48,13 +52,26 @@ def space(base: FewshotRecipe, options: Options, tasks: Tasks) -> Space:
             counts = _counts(tasks.coverage)
         subsets = [order[:count] for count in counts] + [*starts.values()]
         parameter = Choice("tasks", tuple(dict.fromkeys(subsets)))
+    weights = options.weights
+    shares = [Choice(f"share of {name}", weights) for name in order if weights is not None]
+    equal = {share.name: weights[0] for share in shares if weights}
     return Space(
-        (parameter,), _overrides, tuple(WarmStart(n, {"tasks": some}) for n, some in starts.items())
+        (parameter, *shares),
+        _overrides,
+        tuple(WarmStart(name, {"tasks": some, **equal}) for name, some in starts.items()),
     )
 
 
 def _overrides(values: Values) -> list[str]:
-    return [override("select.only", tuple(sorted(values["tasks"])))]
+    """Shares count among the tasks chosen: 2, 4 are 1, 2, and equal ones are none."""
+    chosen = sorted(values["tasks"])
+    found = [override("select.only", tuple(chosen))]
+    shares = [values.get(f"share of {name}", 1) for name in chosen]
+    if len(set(shares)) > 1:
+        divisor = math.gcd(*shares)
+        weights = {name: share // divisor for name, share in zip(chosen, shares, strict=True)}
+        found.append(override("select.weights", weights))
+    return found
 
 
 def _counts(coverage: Sequence[float]) -> list[int]:

@@ -137,11 +137,6 @@ def _tasks(recipe: FewshotRecipe, path: Path) -> list[str]:
     if recipe.select.only or recipe.select.method == "all":
         candidates = [task.name for task in candidate_tasks(store, recipe, recipe.target)]
         chosen = list(recipe.select.only) or candidates
-        if unknown := [name for name in chosen if name not in candidates]:
-            raise ValueError(
-                f"select.only: there is no candidate task {unknown[0]!r}; there are"
-                f" {', '.join(candidates)}"
-            )
         found: dict[str, Any] = {"tasks": chosen}
     else:
         selected = choose(
@@ -154,6 +149,13 @@ def _tasks(recipe: FewshotRecipe, path: Path) -> list[str]:
         )
         chosen = list(selected.names)
         found = {"tasks": chosen, "similarity": dict(selected.similarity)}
+        candidates = selected.order
+    for key, names in (("only", recipe.select.only), ("weights", recipe.select.weights)):
+        if unknown := [name for name in names if name not in candidates]:
+            raise ValueError(
+                f"select.{key}: there is no candidate task {unknown[0]!r}; there are"
+                f" {', '.join(candidates)}"
+            )
     temporary = path.with_name(f".{path.name}.partial")
     temporary.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
     os.replace(temporary, path)

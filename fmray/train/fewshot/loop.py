@@ -70,7 +70,7 @@ def train_worker(config: dict[str, Any]) -> dict[str, Any]:
             for task in candidate_tasks(store, recipe, recipe.target)
             if task.name in set(config["tasks"])
         ]
-        training = TrainingSet(tasks, store, recipe.episodes, recipe.seed)
+        training = TrainingSet(tasks, store, recipe.episodes, recipe.seed, recipe.select.weights)
         pictures = Pictures(store, encoder.preprocess)
         learner = make_learner(encoder, training, pictures, train, recipe.seed, device)
         evaluate = _evaluation(recipe, store, pictures) if train.eval_every is not None else None
@@ -236,11 +236,12 @@ def _due(step: int, every: int | None, last: int) -> bool:
 
 
 def training_settings(recipe: FewshotRecipe, tasks: Sequence[str]) -> dict[str, Any]:
-    """Dotted settings that decide what a run computes, the names of the chosen tasks among them."""
+    """Dotted settings that decide what a run computes, the chosen tasks among them."""
     values = recipe.model_dump(mode="json", include={"seed", "encoder", "episodes", "train"})
     for name in FREE_SETTINGS:
         values["train"].pop(name)
-    return checkpoints.flatten_settings(values | {"tasks": list(tasks)})
+    values |= {"tasks": list(tasks), "weights": recipe.select.weights}
+    return checkpoints.flatten_settings(values)
 
 
 def _find_state(

@@ -95,6 +95,23 @@ def test_what_does_not_count_does_not_make_a_trial_another() -> None:
     assert len(layers) == 1 and len(heads) == 2 and not layers & heads
 
 
+def test_shares_count_among_the_chosen_tasks_only() -> None:
+    space = subsets(weights=[1, 2, 4])
+    space.check()
+
+    def key(tasks: str, *shares: int) -> str:
+        return space.key(
+            {"tasks": tuple(tasks)}
+            | {f"share of {name}": share for name, share in zip("ABCD", shares, strict=True)}
+        )
+
+    assert key("A", 1, 2, 4, 1) == key("A", 4, 1, 1, 1) == subsets().key({"tasks": ("A",)})
+    assert key("AB", 1, 2, 1, 1) == key("BA", 2, 4, 4, 2) != key("AB", 2, 1, 1, 1)
+    assert key("AB", 2, 2, 1, 1) == key("AB", 1, 1, 1, 1) == subsets().key({"tasks": ("A", "B")})
+    assert '"select.weights={A: 1, B: 2}"' in key("AB", 1, 2, 1, 1)
+    assert len(space.warm_starts) == 6
+
+
 def test_overrides_load_on_the_base_recipe(tmp_path: Path) -> None:
     adaptive = tmp_path / "a.yaml"
     adaptive.write_text("name: a\nadaptive: {}\nmodel: {lora: {}}\n")
@@ -117,8 +134,11 @@ def test_overrides_load_on_the_base_recipe(tmp_path: Path) -> None:
     [start] = space.warm_starts
     loaded = load(few, space.to_overrides(start.values), (FewshotRecipe,))
     assert loaded.recipe.episodes == FEWSHOT.episodes and loaded.recipe.train == FEWSHOT.train
-    texts = subsets().to_overrides({"tasks": ("cifar10/003", "123")})
-    assert load(few, texts, (FewshotRecipe,)).recipe.select.only == ("123", "cifar10/003")
+    shares = {"share of cifar10/003": 4, "share of 123": 2}
+    texts = subsets().to_overrides({"tasks": ("cifar10/003", "123"), **shares})
+    select = load(few, texts, (FewshotRecipe,)).recipe.select
+    assert select.only == ("123", "cifar10/003")
+    assert select.weights == {"123": 1.0, "cifar10/003": 2.0}
 
 
 def test_values_come_back_from_json() -> None:
@@ -213,6 +233,9 @@ def test_select_only_is_what_is_trained_on(tmp_path: Path) -> None:
     assert _tasks(only(second, first), tmp_path / "some.json") == [second, first]
     with pytest.raises(ValueError, match=r"select\.only: there is no candidate task 'none'; there"):
         _tasks(only("none"), tmp_path / "none.json")
+    select = recipe.select.model_copy(update={"method": "all", "weights": {"none": 2.0}})
+    with pytest.raises(ValueError, match=r"select\.weights: there is no candidate task 'none'"):
+        _tasks(recipe.model_copy(update={"select": select}), tmp_path / "none.json")
     with pytest.raises(ValueError, match=r"select\.only: 'a' is there twice"):
         FewshotRecipe.model_validate({"name": "a", "select": {"only": ["a", "a"]}})
 
