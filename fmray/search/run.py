@@ -39,6 +39,7 @@ from fmray.search.suggest import Suggester
 from fmray.search.table import TrialTable, describe, final_table
 from fmray.search.trial import is_metric, load_base, run_trial
 from fmray.search.watch import Books, Suggestions, Watcher
+from fmray.train import checkpoint as checkpoints
 from fmray.train.job import POLL_SECONDS
 
 # what may change when a search goes on; all else decides which trials there are
@@ -193,17 +194,19 @@ def _base_path(loaded: LoadedRecipe[SearchRecipe]) -> Path:
 def _check_same(recipe: SearchRecipe, base: dict[str, Any], path: Path) -> None:
     """Raises ValueError for a search that would go on as another one."""
     base = {name: part for name, part in base.items() if name not in FREE_SETTINGS}
-    settings = recipe.model_dump(mode="json", exclude=FREE_SETTINGS | {"base"}) | {"base": base}
+    own = recipe.model_dump(mode="json", exclude=FREE_SETTINGS | {"base"})
+    settings = checkpoints.flatten_settings(own | {"base": base})
     if not path.is_file():
         _write_json(path, settings)
         return
     written = json.loads(path.read_text(encoding="utf-8"))
-    changed = [name for name in settings if settings[name] != written.get(name)]
-    if changed:
-        raise ValueError(
-            f"{path}: {changed[0]} was {json.dumps(written.get(changed[0]))} when this search"
-            " began, and is different now; set it back, or give another --run-id"
-        )
+    for name in sorted(settings.keys() | written.keys()):
+        before, now = (json.dumps(values.get(name)) for values in (written, settings))
+        if before != now:
+            raise ValueError(
+                f"{path}: {name} was {before} when this search began and is {now}; set it back, or"
+                " give another --run-id"
+            )
 
 
 def _tasks(base: FewshotRecipe, path: Path) -> Tasks:
