@@ -79,6 +79,8 @@ def space(base: Recipe, options: Options) -> Space:
         "train.scheduler_lr": base.train.scheduler_lr or base.train.lr,
         "model.lora.rank": base.model.lora.rank if base.model.lora else None,
     }
+    if base.adaptive.design == "layers" and options.unit:
+        own["adaptive.unit"] = options.unit[0]  # it does not count
 
     def to_overrides(values: Values) -> list[str]:
         design = values.get("adaptive.design", base.adaptive.design)

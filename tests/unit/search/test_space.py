@@ -84,6 +84,15 @@ def test_threshold_subsets_are_those_of_a_scan_over_thresholds(coverage: list[fl
     assert found | {1, len(names)} == counts | {1, len(names)}
 
 
+def test_the_base_recipe_goes_first_where_it_lies_inside() -> None:
+    """Of design layers, whatever its unit: that does not count."""
+    [start] = load_space("budgets", ADAPTIVE, {"unit": [2, 4]}).warm_starts
+    assert start.name == "the base recipe" and start.values["train.lr"] == ADAPTIVE.train.lr
+    heads = Recipe.model_validate({"name": "a", "adaptive": {"design": "heads", "unit": 8}})
+    assert load_space("budgets", heads, {"unit": [2, 4]}).warm_starts == ()
+    assert len(load_space("budgets", heads, {}).warm_starts) == 1
+
+
 def test_what_does_not_count_does_not_make_a_trial_another() -> None:
     space = load_space(
         "budgets",
