@@ -47,7 +47,8 @@ class _Running:
 class Books:
     """What a search knows, and where it is kept.
 
-    finished: in the order they ended; it grows. load: overrides to a trial's recipe.
+    finished: in the order they ended; it grows. load: overrides to a trial's recipe. running: by
+    number. waiting: duplicates of a running trial, by its number.
     """
 
     space: Space
@@ -61,6 +62,7 @@ class Books:
     parent: str | None
     table: TrialTable
     running: dict[int, _Running] = field(default_factory=dict)
+    waiting: dict[int, list[_Running]] = field(default_factory=dict)
 
     @property
     def run_dir(self) -> Path:
@@ -76,10 +78,13 @@ class Books:
         while (suggestion := self.suggester.next()) is not None:
             overrides = tuple(self.space.to_overrides(suggestion.values))
             running = _Running(suggestion, overrides, 0, time.time())
-            self.running[suggestion.number] = running
-            if suggestion.duplicate_of is not None:
-                self.end(suggestion.number, "duplicate", f"equals trial {suggestion.duplicate_of}")
+            if suggestion.duplicate_of in self.running:  # its result is not there yet
+                self.waiting.setdefault(suggestion.duplicate_of, []).append(running)
                 continue
+            if suggestion.duplicate_of is not None:
+                self._end_duplicate(running)
+                continue
+            self.running[suggestion.number] = running
             name = self.trial_run_id(suggestion.number)
             try:
                 loaded, mistake = self.load(overrides), None
@@ -99,45 +104,37 @@ class Books:
         self._show(running, "running")
 
     def end(self, number: int, status: Status, reason: str | None) -> None:
-        """A trial ended: written down, told to the sampler, tracked."""
+        """A trial ended: tracked, told to the sampler, written down."""
         running = self.running.pop(number)
-        suggestion = running.suggestion
-        curve = running.curve
-        last = dict(curve[-1]) if curve else {}
-        steps = int(last.pop("step", 0))
-        if status == "duplicate":
-            last = next(
-                (dict(t.metrics) for t in self.finished if t.number == suggestion.duplicate_of), {}
-            )
-        elif status != "failed":
+        metrics = dict(running.curve[-1]) if running.curve else {}
+        steps = int(metrics.pop("step", 0))
+        if status != "failed":
             for objective in self.objectives:
-                if not math.isfinite(last.get(objective.metric, math.nan)):
+                if not math.isfinite(metrics.get(objective.metric, math.nan)):
                     status, reason = "failed", f"{objective.metric} is not a finite number"
-        trial = Finished(
-            number=number,
-            key=suggestion.key,
-            values=suggestion.values,
-            overrides=running.overrides,
-            metrics=last,
-            curve=tuple(curve),
-            status=status,
-            reason=reason,
-            seconds=0.0 if status == "duplicate" else time.time() - running.started,
-            started=running.started,
-            steps=steps,
-            origin=suggestion.origin,
-        )
-        if status != "duplicate":
-            # before it is written down: a search killed in between tries the trial again
-            self._track(trial)
-            self.suggester.tell(number, None if status == "failed" else trial.metrics)
-        append(self.run_dir / "trials.jsonl", trial)
-        self.finished.append(trial)
-        self._show(running, status, reason)
+        seconds = time.time() - running.started
+        trial = _finished(running, status, reason, metrics, steps, seconds)
+        # before it is written down: a search killed in between tries the trial again
+        self._track(trial)
+        self.suggester.tell(number, None if status == "failed" else metrics)
+        self._write(running, trial)
+        for waiting in self.waiting.pop(number, ()):
+            self._end_duplicate(waiting)
         if status == "done":  # nothing resumes it; its model/ stays
             folder = self.run_dir / "trials" / self.trial_run_id(number)
             for checkpoint in folder.glob("checkpoint-*"):
                 shutil.rmtree(checkpoint)
+
+    def _end_duplicate(self, running: _Running) -> None:
+        first = running.suggestion.duplicate_of
+        [metrics] = [trial.metrics for trial in self.finished if trial.number == first]
+        trial = _finished(running, "duplicate", f"equals trial {first}", metrics, 0, 0.0)
+        self._write(running, trial)
+
+    def _write(self, running: _Running, trial: Finished) -> None:
+        append(self.run_dir / "trials.jsonl", trial)
+        self.finished.append(trial)
+        self._show(running, trial.status, trial.reason)
 
     def trial_run_id(self, number: int) -> str:
         """The run id of a trial's job, by which MLflow and its folder are found."""
@@ -236,6 +233,31 @@ class Watcher(Callback):
     ) -> None:
         """The trial raised."""
         self._books.end(trial.config["trial"].number, "failed", _reason(trial))
+
+
+def _finished(
+    running: _Running,
+    status: Status,
+    reason: str | None,
+    metrics: Mapping[str, float],
+    steps: int,
+    seconds: float,
+) -> Finished:
+    suggestion = running.suggestion
+    return Finished(
+        suggestion.number,
+        suggestion.key,
+        suggestion.values,
+        running.overrides,
+        metrics,
+        tuple(running.curve),
+        status,
+        reason,
+        seconds,
+        running.started,
+        steps,
+        suggestion.origin,
+    )
 
 
 def _reason(trial: Trial) -> str:

@@ -317,8 +317,11 @@ def _levels(recipe: Recipe, model: nn.Module) -> range:
 
 
 def _operations(recipe: Recipe, model: nn.Module) -> dict[str, float]:
-    """What a prefill of `data.max_length` tokens costs by the cost model: `operations/BUDGET`, their
-    mean `operations`, and that as a `share` of the full model's; {} for a base model."""
+    """What a prefill of `data.max_length` tokens costs by the cost model.
+
+    `operations/BUDGET`, their mean `operations`, and that as a `share` of the full model's; {} for
+    a base model.
+    """
     if recipe.adaptive is None:
         return {}
     cost, tokens = model.cost, recipe.data.max_length
