@@ -72,7 +72,7 @@ def search(loaded: LoadedRecipe[SearchRecipe], run_id: str) -> SearchResult:
 
     def load_trial(overrides: Sequence[str]) -> LoadedRecipe[Any]:
         written = (*recipe.base_set, *overrides)
-        path, trials = _base_path(loaded), run_dir / "trials"
+        path, trials = base_path(loaded), run_dir / "trials"
         return load_base(path, written, trials, track, recipe.evaluations)
 
     base = load_trial(()).recipe
@@ -185,7 +185,7 @@ def _check_objectives(recipe: SearchRecipe) -> None:
         rule_of(recipe.recommend, recipe.objectives)
 
 
-def _base_path(loaded: LoadedRecipe[SearchRecipe]) -> Path:
+def base_path(loaded: LoadedRecipe[SearchRecipe]) -> Path:
     """`base` is relative to the file that names it; on the command line, to the folder there."""
     file, colon, _ = loaded.origins["base"].rpartition(":")
     return (Path(file).parent if colon else Path()) / loaded.recipe.base

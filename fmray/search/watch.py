@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ray import cloudpickle
 from ray.exceptions import RayTaskError
 from ray.train import ControllerError, WorkerGroupError
 from ray.tune import Callback
@@ -262,7 +263,10 @@ def _finished(
 
 def _reason(trial: Trial) -> str:
     """One line: what the innermost error said, whoever wrapped it."""
-    error = trial.get_pickled_error()
+    if trial.pickled_error_file is None:  # of Tune itself, not of the trial
+        return Path(trial.error_file).read_text(encoding="utf-8").strip().splitlines()[-1]
+    # the file here: `get_pickled_error` reads the one that is uploaded later
+    error = cloudpickle.loads(Path(trial.pickled_error_file).read_bytes())
     while True:
         if isinstance(error, RayTaskError):
             error = error.cause
