@@ -39,13 +39,16 @@ class Session:
 
 
 @contextmanager
-def start_or_join(cluster: ClusterConfig) -> Iterator[Session]:
+def start_or_join(cluster: ClusterConfig, log_to_driver: bool = True) -> Iterator[Session]:
     """Connect to `cluster.address`, RAY_ADDRESS or this machine's cluster, else start one with a
     dashboard.
 
     A cluster started here ends with the context; one that was there stays. Ray secures a new local
     cluster with a token in the user's home (`ray get-auth-token`); its own processes and job
     clients find it there.
+
+    Args:
+        log_to_driver: what workers print is printed here too.
 
     Raises:
         ValueError: no cluster answers at the address.
@@ -59,6 +62,7 @@ def start_or_join(cluster: ClusterConfig) -> Iterator[Session]:
         address=None if connected else cluster.address,
         include_dashboard=True,
         ignore_reinit_error=True,
+        log_to_driver=log_to_driver,
     )
     url = context.dashboard_url
     try:

@@ -345,9 +345,10 @@ def schema() -> dict[str, Any]:
     """
     # this module's own subclasses of Job come after it
     from fmray.fewshot_config import FewshotRecipe
+    from fmray.search.config import SearchRecipe
 
     kinds, definitions = [], {}
-    for model in (Recipe, FewshotRecipe):
+    for model in (Recipe, FewshotRecipe, SearchRecipe):
         found = model.model_json_schema()
         found["properties"]["extends"] = {
             "type": "string",
@@ -357,8 +358,11 @@ def schema() -> dict[str, Any]:
         found.pop("required")
         definitions |= found.pop("$defs")
         kinds.append(found)
-    is_fewshot = {"properties": {"kind": {"const": "fewshot"}}, "required": ["kind"]}
-    return {"$defs": definitions, "if": is_fewshot, "then": kinds[1], "else": kinds[0]}
+    right = kinds[0]
+    for kind, other in zip(("fewshot", "search"), kinds[1:], strict=True):
+        is_kind = {"properties": {"kind": {"const": kind}}, "required": ["kind"]}
+        right = {"if": is_kind, "then": other, "else": right}
+    return {"$defs": definitions, **right}
 
 
 def add_overrides(parser: argparse.ArgumentParser, example: str = "train.lr=1e-5") -> None:
@@ -429,7 +433,8 @@ def run(arguments: argparse.Namespace) -> int:
     else:
         # this module's own subclasses of Job come after it
         from fmray.fewshot_config import FewshotRecipe
+        from fmray.search.config import SearchRecipe
 
-        kinds: tuple[type[Job], ...] = (Recipe, FewshotRecipe)
+        kinds: tuple[type[Job], ...] = (Recipe, FewshotRecipe, SearchRecipe)
         print(load(arguments.recipe, arguments.overrides, kinds).dump(), end="")
     return 0

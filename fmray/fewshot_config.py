@@ -116,6 +116,12 @@ class FewshotTrainConfig(Section):
     inner_steps: int = Field(3, ge=1, description="method maml")
     order: Literal[1, 2] = Field(1, description="of MAML's gradient")
     strategy: Literal["ddp", "zero"] = "ddp"
+    eval_every: int | None = Field(
+        None, ge=1, description="steps between evaluations on the target; default: none"
+    )
+    eval_split: Literal["train", "val", "test", "all"] | None = Field(
+        None, description="of the target, for these; default: target.split (other tasks of it)"
+    )
     checkpoint_every: int | None = Field(None, ge=1, description="steps; default: at the end only")
     keep_checkpoints: int = Field(2, ge=1)
 
@@ -124,6 +130,12 @@ class SelectConfig(Section):
     """Which candidate tasks to finetune on (Algorithm 1 and its peers)."""
 
     method: Selection = "selected"
+    only: tuple[str, ...] = Field(
+        (), description="names of candidate tasks: these, whatever the method would choose"
+    )
+    weights: dict[str, Annotated[float, Field(gt=0)]] = Field(
+        {}, description="name of a task -> its share of the episodes; default: 1 for each"
+    )
     threshold: float = Field(0.05, ge=0, description="p of Algorithm 1")
     covariance: Literal["oas", "ledoit_wolf", "ml", "diag"] = "oas"
     weighting: Literal["task", "sample"] = "task"
@@ -201,8 +213,14 @@ class FewshotRecipe(Job):
                 f"{per_step} episodes do not divide over {workers} workers;"
                 f" {-(-per_step // workers) * workers} would",
             )
+        if self.train.eval_every is not None and self.target is None:
+            yield "train.eval_every", "evaluations need a target: set target.collection"
         if self.train.method == "maml" and self.train.strategy == "zero":
             yield "train.strategy", "maml needs the whole weights in each worker: use ddp"
+        only = self.select.only
+        if len(set(only)) < len(only):
+            again = next(name for name in only if only.count(name) > 1)
+            yield "select.only", f"{again!r} is there twice; keep one of them"
         known = self.images.collections
         named = [("target.collection", self.target.collection)] if self.target else []
         named += [

@@ -59,10 +59,10 @@ def preflight(recipe: Job, machines: Sequence[Machine]) -> list[Finding]:
         return [
             Finding("ok", "cluster.workers: 0 trains in one process; there is nothing to place")
         ]
-    wanted = f"{_count(cluster.workers, 'worker')} of {_resources(cluster)}"
+    wanted = f"{count_of(cluster.workers, 'worker')} of {resources(cluster)}"
     cpus, gpus = sum(m.cpus for m in machines), sum(m.gpus for m in machines)
-    have = f"{_count(len(machines), 'node')} with {cpus:g} CPUs and {gpus:g} GPUs"
-    room, left = _place(cluster, machines)
+    have = f"{count_of(len(machines), 'node')} with {cpus:g} CPUs and {gpus:g} GPUs"
+    room, left = place(cluster, machines)
     if room < cluster.workers:
         text = f"{wanted} cannot be placed on {have}: there is room for {room}"
         return [Finding("FAIL", text + _what_would_do(recipe, machines))]
@@ -78,7 +78,7 @@ def preflight(recipe: Job, machines: Sequence[Machine]) -> list[Finding]:
     return findings
 
 
-def _place(cluster: ClusterConfig, machines: Sequence[Machine]) -> tuple[int, float]:
+def place(cluster: ClusterConfig, machines: Sequence[Machine]) -> tuple[int, float]:
     """(how many workers there is room for, CPUs that `cluster.workers` of them leave for tasks).
 
     A worker sits on one machine whole, and machines are filled one after another, as Ray Train's
@@ -115,7 +115,7 @@ def _what_would_do(recipe: Job, machines: Sequence[Machine]) -> str:
     ]
     for change in changes:
         changed = cluster.model_copy(update=change)
-        room, left = _place(changed, machines)
+        room, left = place(changed, machines)
         if room >= changed.workers and left >= cluster.data_cpus - EPSILON:
             [(key, value)] = change.items()
             return f"; cluster.{key}: {value:g} would do"
@@ -130,10 +130,10 @@ def _divides(recipe: Job, workers: int) -> bool:
     return train.episodes_per_step % workers == 0
 
 
-def _resources(cluster: ClusterConfig) -> str:
+def resources(cluster: ClusterConfig) -> str:
     gpus = f" and {cluster.gpus_per_worker:g} GPU" if cluster.gpus_per_worker else ""
     return f"{cluster.cpus_per_worker:g} CPU{gpus}"
 
 
-def _count(count: int, noun: str) -> str:
+def count_of(count: int, noun: str) -> str:
     return f"{count} {noun}" + ("" if count == 1 else "s")

@@ -65,12 +65,18 @@ def select_tasks(
     for task in ordered:
         mixture.add(task)
         curve.append(mixture.coverage())
-    chosen = 1
-    while (
-        chosen < len(curve)
-        and math.isfinite(curve[chosen - 1])
-        and curve[chosen] >= (1 + threshold) * curve[chosen - 1]
-    ):
-        chosen += 1
+    chosen = selected_count(curve, threshold)
     order = [task.name for task in ordered]
     return Selection(order[:chosen], order, [similarities[name] for name in order], curve)
+
+
+def selected_count(coverage: Sequence[float], threshold: float) -> int:
+    """How many tasks Algorithm 1 selects, by the coverage of the first 1, 2, ... of them."""
+    chosen = 1
+    while (
+        chosen < len(coverage)
+        and math.isfinite(coverage[chosen - 1])
+        and coverage[chosen] >= (1 + threshold) * coverage[chosen - 1]
+    ):
+        chosen += 1
+    return chosen

@@ -9,13 +9,20 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ray.train import CheckpointConfig, ControllerError, FailureConfig, RunConfig, ScalingConfig
+from ray.train import (
+    CheckpointConfig,
+    ControllerError,
+    FailureConfig,
+    RunConfig,
+    ScalingConfig,
+    UserCallback,
+)
 from ray.train.torch import TorchConfig, TorchTrainer
 
 from fmray import tracking
@@ -42,8 +49,15 @@ class Result:
     best_checkpoint: Path | None
 
 
-def train(loaded: LoadedRecipe, run_id: str) -> Result:
+def train(
+    loaded: LoadedRecipe,
+    run_id: str,
+    callbacks: Sequence[UserCallback] = (),
+    parent: str | None = None,
+) -> Result:
     """Run the recipe's training and wait for it.
+
+    callbacks: of Ray's controller, told of each report. parent: MLflow run id, for a trial.
 
     Raises ValueError for a recipe, data store or checkpoint that does not fit, and Ray's
     TrainingFailedError when workers fail more than `cluster.max_failures` times.
@@ -69,15 +83,16 @@ def train(loaded: LoadedRecipe, run_id: str) -> Result:
         run_id,
         recipe.model_dump(mode="json"),
         {"fmray.job": "train"},
+        parent,
     ) as run:
         # the run, and with sqlite its database, is there before workers that may be killed write to
         # it; and whatever becomes of them, it is ended here
         mlflow_run_id = run.mlflow_run_id
         if recipe.cluster.workers == 0:
-            values = fit(recipe, run_id, config, _train_here)
+            values = fit(recipe, run_id, config, _train_here, callbacks)
         else:
             with session(recipe):
-                values = fit(recipe, run_id, config, _train_worker)
+                values = fit(recipe, run_id, config, _train_worker, callbacks)
     best = values["best_step"]
     best_checkpoint = checkpoints.checkpoint_path(run_dir, best) if best is not None else None
     result = Result(
@@ -114,7 +129,11 @@ def absolute_paths(recipe: Recipe) -> Recipe:
 
 
 def fit(
-    recipe: Job, run_id: str, config: dict[str, Any], loop: Callable[[dict[str, Any]], Any]
+    recipe: Job,
+    run_id: str,
+    config: dict[str, Any],
+    loop: Callable[[dict[str, Any]], Any],
+    callbacks: Sequence[UserCallback] = (),
 ) -> dict[str, Any]:
     """Run `loop(config)` on every worker, and again from the last checkpoint when Ray's controller
     gives up; returns rank 0's dict.
@@ -126,7 +145,7 @@ def fit(
     """
     for attempt in range(1, SUPERVISED_TRIES + 1):
         try:
-            values = _trainer(recipe, run_id, config, loop).fit().return_value
+            values = _trainer(recipe, run_id, config, loop, callbacks).fit().return_value
             break
         except ControllerError as error:
             if attempt == SUPERVISED_TRIES:
@@ -140,7 +159,11 @@ def fit(
 
 
 def _trainer(
-    recipe: Job, run_id: str, config: dict[str, Any], loop: Callable[[dict[str, Any]], Any]
+    recipe: Job,
+    run_id: str,
+    config: dict[str, Any],
+    loop: Callable[[dict[str, Any]], Any],
+    callbacks: Sequence[UserCallback],
 ) -> TorchTrainer:
     cluster = recipe.cluster
     gpu = cluster.gpus_per_worker > 0
@@ -157,6 +180,7 @@ def _trainer(
         run_config=RunConfig(
             name=run_id,
             storage_path=str(cluster.storage),
+            callbacks=list(callbacks),
             failure_config=FailureConfig(
                 max_failures=cluster.max_failures, controller_failure_limit=CONTROLLER_FAILURES
             ),

@@ -214,7 +214,7 @@ def train_worker(config: dict[str, Any]) -> dict[str, Any] | None:
             plain = build_model(recipe, processor, lora=False)
             checkpoints.export_model(plain, weights, processor, run_dir / "model")
     return {
-        "metrics": {"step": step, **metrics, **found},
+        "metrics": {"step": step, **metrics, **found, **_operations(recipe, model)},
         "best_step": best_step,
     }
 
@@ -314,6 +314,24 @@ def _levels(recipe: Recipe, model: nn.Module) -> range:
     smallest = recipe.adaptive.min_budget
     lowest = 0 if smallest is None else model.cost.max_units(smallest, tokens)
     return range(lowest, model.layout.num_units + 1)
+
+
+def _operations(recipe: Recipe, model: nn.Module) -> dict[str, float]:
+    """What a prefill of `data.max_length` tokens costs by the cost model.
+
+    `operations/BUDGET`, their mean `operations`, and that as a `share` of the full model's; {} for
+    a base model.
+    """
+    if recipe.adaptive is None:
+        return {}
+    cost, tokens = model.cost, recipe.data.max_length
+    found = {
+        f"operations/{budget:g}": float(cost.prefill(tokens, cost.max_units(budget, tokens)))
+        for budget in recipe.train.eval_budgets
+    }
+    mean = sum(found.values()) / len(found)
+    full = float(cost.prefill(tokens, model.layout.num_units))
+    return found | {"operations": mean, "share": mean / full}
 
 
 def _steps(loader: InstructionLoader, step: int, total: int) -> Iterator[list[Batch]]:

@@ -37,7 +37,7 @@ def fewshot_recipe(
 
 
 def losses(run_dir: Path) -> list[float]:
-    return [line["loss"] for line in read_log(run_dir / "log.jsonl")]
+    return [line["loss"] for line in read_log(run_dir / "log.jsonl") if "loss" in line]
 
 
 def weights(model_dir: Path) -> dict[str, Tensor]:

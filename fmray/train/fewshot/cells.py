@@ -110,7 +110,9 @@ def make_cell(
     settings: dict[str, Any] = {"encoder": encoder, "store": store.fingerprint}
     if method != "direct":
         own = method_recipe(recipe, method)
-        training = TrainingSet(list(tasks.values()), store, own.episodes, own.seed)
+        training = TrainingSet(
+            list(tasks.values()), store, own.episodes, own.seed, own.select.weights
+        )
         settings |= {"tasks": training.fingerprint}
         values = training_settings(own, sorted(tasks))
         settings |= {name: value for name, value in values.items() if name != "encoder.checkpoint"}
@@ -142,7 +144,7 @@ def run_cells(
         with redirect_stdout(io.StringIO()):  # what it leaves out was said when cells were planned
             candidates = candidate_tasks(store, recipe, first.target)
         chosen = [task for task in candidates if task.name in set(first.tasks)]
-        training = TrainingSet(chosen, store, own.episodes, own.seed)
+        training = TrainingSet(chosen, store, own.episodes, own.seed, own.select.weights)
         learner = make_learner(encoder, training, pictures, own.train, own.seed, device)
         engine = make_engine(learner, own.train, world_size=1)
         steps = list(run_steps(engine, training, pictures, own.train, 0, 0, 1, device))

@@ -135,6 +135,8 @@ def open_pool(
         num_gpus=gpus,
         max_restarts=cluster.max_failures,
         max_task_retries=cluster.max_failures,
+        # not into the placement group of a trial of a search, which has room for its driver alone
+        scheduling_strategy="SPREAD",
         runtime_env={"env_vars": {"OMP_NUM_THREADS": str(max(1, int(cluster.cpus_per_worker)))}},
     )
     # Weights on the CPU: what they are pickled to must load where there is no GPU.

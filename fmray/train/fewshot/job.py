@@ -9,10 +9,13 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from ray.train import UserCallback
 
 from fmray import tracking
 from fmray.config import LoadedRecipe
@@ -32,8 +35,15 @@ class Result:
     run_dir: Path
 
 
-def train_fewshot(loaded: LoadedRecipe[FewshotRecipe], run_id: str) -> Result:
+def train_fewshot(
+    loaded: LoadedRecipe[FewshotRecipe],
+    run_id: str,
+    callbacks: Sequence[UserCallback] = (),
+    parent: str | None = None,
+) -> Result:
     """Choose the tasks, finetune the encoder on them, and wait for it.
+
+    callbacks: of Ray's controller, told of each report. parent: MLflow run id, for a trial.
 
     Raises ValueError for a recipe, store or checkpoint that does not fit, and Ray's
     TrainingFailedError when workers fail more than `cluster.max_failures` times.
@@ -50,6 +60,7 @@ def train_fewshot(loaded: LoadedRecipe[FewshotRecipe], run_id: str) -> Result:
         run_id,
         recipe.model_dump(mode="json"),
         {"fmray.job": "train_fewshot"},
+        parent,
     ) as run:
         mlflow_run_id = run.mlflow_run_id
         alone = recipe.cluster.workers == 0
@@ -61,7 +72,8 @@ def train_fewshot(loaded: LoadedRecipe[FewshotRecipe], run_id: str) -> Result:
                 "run_id": run_id,
                 "tasks": tasks,
             }
-            values = fit(recipe, run_id, config, _train_here if alone else _train_worker)
+            loop = _train_here if alone else _train_worker
+            values = fit(recipe, run_id, config, loop, callbacks)
         run.artifact(run_dir / "selection.json")
     result = Result(run_dir / "model", values["metrics"], tasks, mlflow_run_id, run_dir)
     print(_table(recipe, run_id, result), flush=True)
@@ -101,7 +113,7 @@ def check_trainable(recipe: FewshotRecipe) -> None:
             "train.method: direct adaptation trains nothing; evaluate the encoder as it is, with"
             " `python jobs/evaluate.py`"
         )
-    if recipe.target is None and recipe.select.method != "all":
+    if recipe.target is None and not recipe.select.only and recipe.select.method != "all":
         raise ValueError(
             f"select.method: {recipe.select.method} chooses tasks for a target: set"
             " target.collection, or select.method: all"
@@ -117,8 +129,9 @@ def _tasks(recipe: FewshotRecipe, path: Path) -> list[str]:
     if path.is_file():
         return json.loads(path.read_text(encoding="utf-8"))["tasks"]
     store = ImageStore.open(recipe.images.store, recipe.images.cache)
-    if recipe.select.method == "all":
-        chosen = [task.name for task in candidate_tasks(store, recipe, recipe.target)]
+    if recipe.select.only or recipe.select.method == "all":
+        candidates = [task.name for task in candidate_tasks(store, recipe, recipe.target)]
+        chosen = list(recipe.select.only) or candidates
         found: dict[str, Any] = {"tasks": chosen}
     else:
         selected = choose(
@@ -131,6 +144,13 @@ def _tasks(recipe: FewshotRecipe, path: Path) -> list[str]:
         )
         chosen = list(selected.names)
         found = {"tasks": chosen, "similarity": dict(selected.similarity)}
+        candidates = selected.order
+    for key, names in (("only", recipe.select.only), ("weights", recipe.select.weights)):
+        if unknown := [name for name in names if name not in candidates]:
+            raise ValueError(
+                f"select.{key}: there is no candidate task {unknown[0]!r}; there are"
+                f" {', '.join(candidates)}"
+            )
     temporary = path.with_name(f".{path.name}.partial")
     temporary.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
     os.replace(temporary, path)

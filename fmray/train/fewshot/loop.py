@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,12 +25,13 @@ from ray.train import Checkpoint, CheckpointUploadMode
 
 from fmray import tracking
 from fmray.data.image_store import ImageStore
-from fmray.fewshot import finetuning_mode
+from fmray.fewshot import Encoder, finetuning_mode
 from fmray.fewshot_config import FewshotRecipe, FewshotTrainConfig
 from fmray.train import checkpoint as checkpoints
 from fmray.train.checkpoint import TrainState
 from fmray.train.fewshot.encoder import export_encoder, load_encoder
 from fmray.train.fewshot.engine import ZERO_STAGE, TorchEngine, make_engine
+from fmray.train.fewshot.evaluate import measure, task_samplers
 from fmray.train.fewshot.learners import make_learner
 from fmray.train.fewshot.pictures import Pictures
 from fmray.train.fewshot.select import candidate_tasks
@@ -41,7 +42,9 @@ from fmray.train.zero import import_deepspeed
 if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine
 
-FREE_SETTINGS = ("checkpoint_every", "keep_checkpoints")  # they do not change what is computed
+# settings that do not change what is computed
+FREE_SETTINGS = ("checkpoint_every", "keep_checkpoints", "eval_every", "eval_split")
+EVALUATION_SEED = 1_000_003  # added to the recipe's: not the tasks that jobs/evaluate.py measures
 
 
 def train_worker(config: dict[str, Any]) -> dict[str, Any]:
@@ -67,11 +70,12 @@ def train_worker(config: dict[str, Any]) -> dict[str, Any]:
             for task in candidate_tasks(store, recipe, recipe.target)
             if task.name in set(config["tasks"])
         ]
-        training = TrainingSet(tasks, store, recipe.episodes, recipe.seed)
+        training = TrainingSet(tasks, store, recipe.episodes, recipe.seed, recipe.select.weights)
         pictures = Pictures(store, encoder.preprocess)
         learner = make_learner(encoder, training, pictures, train, recipe.seed, device)
         settings = training_settings(recipe, config["tasks"])
         resumed, state = _find_state(run_dir, settings)
+        evaluate = _evaluation(recipe, store, pictures) if train.eval_every is not None else None
     except ValueError as error:
         # every worker finds the same mistake, and a restart would find it again: say it once
         return {"mistake": str(error)}
@@ -102,14 +106,22 @@ def train_worker(config: dict[str, Any]) -> dict[str, Any]:
         Progress(train.steps, start, enabled=first) as progress,
     ):
         metrics: dict[str, float] = {}
-        found = run_steps(engine, training, pictures, train, start, rank, world_size, device)
-        for step, metrics in found:
+        found: dict[str, float] = {}
+        steps = run_steps(engine, training, pictures, train, start, rank, world_size, device)
+        for step, metrics in steps:
             log.write(step, metrics)
             run.log(step, **{f"train/{name}": value for name, value in metrics.items()})
             progress.update(step, metrics)
-            if step == train.steps or (
-                train.checkpoint_every is not None and step % train.checkpoint_every == 0
-            ):
+            evaluate_now = evaluate is not None and _due(step, train.eval_every, train.steps)
+            if evaluate_now and first:  # the others wait in the report
+                found = evaluate(encoder)
+                finetuning_mode(engine.module)
+                log.write(step, found)
+                run.log(step, **{f"eval/{name}": value for name, value in found.items()})
+                progress.say(f"step {step}: " + ", ".join(f"{k} {v:.4f}" for k, v in found.items()))
+            save_now = _due(step, train.checkpoint_every, train.steps)
+            path = None
+            if save_now:
                 saved = TrainState(
                     step=step,
                     epoch=step * train.episodes_per_step // recipe.episodes.tasks,
@@ -126,14 +138,19 @@ def train_worker(config: dict[str, Any]) -> dict[str, Any]:
                 path = checkpoints.save_checkpoint(engine, run_dir, saved, config["recipe_text"])
                 if recipe.cluster.workers == 0:  # with workers, Ray removes old ones
                     checkpoints.prune_checkpoints(run_dir, train.keep_checkpoints, None)
+            if save_now or evaluate_now:
                 ray.train.report(
-                    {"step": step, "score": step, **metrics},
-                    checkpoint=Checkpoint.from_directory(path) if first else None,
+                    {"step": step, "score": step, **metrics, **(found if evaluate_now else {})},
+                    checkpoint=Checkpoint.from_directory(path)
+                    if path is not None and first
+                    else None,
                     checkpoint_upload_mode=CheckpointUploadMode.NO_UPLOAD,
                 )
+        if evaluate is not None and first and not found:  # resumed after the last step
+            found = evaluate(encoder)
         if first:
             export_encoder(encoder, run_dir / "model")
-    return {"metrics": {"step": train.steps, **metrics}}
+    return {"metrics": {"step": train.steps, **metrics, **found}}
 
 
 def train_here(config: dict[str, Any]) -> dict[str, Any]:
@@ -195,12 +212,36 @@ def run_steps(
         yield step, metrics
 
 
+def _evaluation(
+    recipe: FewshotRecipe, store: ImageStore, pictures: Pictures
+) -> Callable[[Encoder], dict[str, float]]:
+    """What measures an encoder on the target: mean accuracy by `accuracy/N-shot`.
+
+    Raises ValueError for a target without images in that split, or too few for a task.
+    """
+    split = recipe.train.eval_split or recipe.target.split
+    target = recipe.target.model_copy(update={"split": split})
+    rows = store.select(target.collection, split)
+    samplers = task_samplers(rows, target, recipe.evaluate, recipe.seed + EVALUATION_SEED)
+
+    def evaluate(encoder: Encoder) -> dict[str, float]:
+        found = measure(encoder, pictures, rows, samplers, recipe.evaluate)
+        return {f"accuracy/{shots}-shot": float(values.mean()) for shots, values in found.items()}
+
+    return evaluate
+
+
+def _due(step: int, every: int | None, last: int) -> bool:
+    return step == last or (every is not None and step % every == 0)
+
+
 def training_settings(recipe: FewshotRecipe, tasks: Sequence[str]) -> dict[str, Any]:
-    """Dotted settings that decide what a run computes, the names of the chosen tasks among them."""
+    """Dotted settings that decide what a run computes, the chosen tasks among them."""
     values = recipe.model_dump(mode="json", include={"seed", "encoder", "episodes", "train"})
     for name in FREE_SETTINGS:
         values["train"].pop(name)
-    return checkpoints.flatten_settings(values | {"tasks": list(tasks)})
+    values |= {"tasks": list(tasks), "weights": recipe.select.weights}
+    return checkpoints.flatten_settings(values)
 
 
 def _find_state(

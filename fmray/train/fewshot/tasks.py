@@ -8,7 +8,7 @@ the steps of a run use them.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -33,7 +33,8 @@ class TaskBatch:
 
 
 class TrainingSet:
-    """M episodes, each from one candidate task; the tasks take turns, in an order drawn once.
+    """M episodes, each from one candidate task; the tasks take turns, in an order drawn once, and
+    with weights some take more of them.
 
     Attributes: tasks (sorted by name, so that the set does not depend on the order in which they
     were selected), num_classes (over all tasks), fingerprint (12 hex digits that change with any
@@ -46,8 +47,12 @@ class TrainingSet:
         store: ImageStore,
         config: EpisodeConfig,
         seed: int,
+        weights: Mapping[str, float] | None = None,
     ) -> None:
-        """Raises ValueError for a task that has too few classes or images for an episode."""
+        """Args:
+            weights: shares of the episodes by name; a task without one has 1.
+
+        Raises ValueError for a task that has too few classes or images for an episode."""
         self.tasks = sorted(tasks, key=lambda task: task.name)
         self._config, self._seed = config, seed
         self._first = np.array([entry.first for entry in store.classes])  # ascending
@@ -56,6 +61,9 @@ class TrainingSet:
         self._samplers = [self._sampler(task) for task in self.tasks]
         # few episodes and many tasks: which tasks are left out must not follow the alphabet
         self._turns = _generator(seed, 0).permutation(len(self.tasks))
+        shares = np.array([(weights or {}).get(task.name, 1.0) for task in self.tasks])
+        if len(set(shares)) > 1:
+            self._turns = _weighted_turns(self._turns, shares[self._turns], config.tasks)
         digest = hashlib.sha256(store.fingerprint.encode())
         for task in self.tasks:
             digest.update(task.name.encode())
@@ -65,7 +73,7 @@ class TrainingSet:
     def rows(self, index: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Episode `index` as global row ids: support [N, K], query [N, Q], labels [N]."""
         assert 0 <= index < self._config.tasks, index
-        sampler = self._samplers[self._turns[index % len(self.tasks)]]
+        sampler = self._samplers[self._turns[index % len(self._turns)]]
         episode = sampler[index]
         labels = np.searchsorted(self._classes, self._class_of(episode.support[:, 0]))
         return episode.support, episode.query, labels
@@ -122,6 +130,18 @@ def read_ahead(
             yield batch
         if waiting is not None:
             yield waiting.result()
+
+
+def _weighted_turns(tasks: np.ndarray, shares: np.ndarray, count: int) -> np.ndarray:
+    """Whose turn it is, `count` times: always the task that is the furthest behind its share, so
+    that any run of turns is mixed as the whole."""
+    given = np.zeros(len(tasks))
+    turns = []
+    for turn in range(1, count + 1):
+        behind = int(np.argmax(turn * shares / shares.sum() - given))
+        given[behind] += 1
+        turns.append(tasks[behind])
+    return np.array(turns)
 
 
 def _generator(seed: int, stream: int) -> np.random.Generator:

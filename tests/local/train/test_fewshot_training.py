@@ -19,8 +19,11 @@ from fmray.data.image_store import ImageStore
 from fmray.fewshot import MetaDatasetSampler, confidence_interval, create_encoder
 from fmray.train.fewshot import cells, compare
 from fmray.train.fewshot import pretrain as pretraining
-from fmray.train.fewshot.evaluate import evaluate_encoder
+from fmray.train.fewshot.encoder import load_encoder
+from fmray.train.fewshot.evaluate import evaluate_encoder, measure, task_samplers
 from fmray.train.fewshot.job import train_fewshot
+from fmray.train.fewshot.loop import EVALUATION_SEED
+from fmray.train.fewshot.pictures import Pictures
 from fmray.train.fewshot.pretrain import pretrain_encoder
 
 TARGETS = [{"collection": "target"}, {"collection": "sea", "split": "all"}]
@@ -68,6 +71,38 @@ def test_a_resumed_run_ends_with_the_same_weights(
     other = fewshot_recipe(store, tmp_path, **sections)
     with pytest.raises(ValueError, match=r"train\.lr was 0\.02 and is 0\.5"):
         train_fewshot(other, "run")
+
+
+def test_evaluations_on_the_way_change_nothing_and_tell_the_accuracy(store, tmp_path: Path) -> None:
+    torch.manual_seed(1)
+    create_encoder("small/conv", pretrained=False, image_size=16).save_pretrained(tmp_path / "it")
+    encoder = {"checkpoint": tmp_path / "it"}
+    blind = train_fewshot(fewshot_recipe(store, tmp_path, encoder=encoder), "blind")
+    train = TRAIN | {"eval_every": 4, "eval_split": "train"}
+    result = train_fewshot(fewshot_recipe(store, tmp_path, encoder=encoder, train=train), "run")
+    for name, tensor in weights(result.model_dir).items():
+        assert torch.equal(tensor, weights(blind.model_dir)[name]), name
+    assert losses(result.run_dir) == losses(blind.run_dir)
+    lines = [json.loads(line) for line in (result.run_dir / "log.jsonl").read_text().splitlines()]
+    evaluations = {line["step"]: line for line in lines if "accuracy/1-shot" in line}
+    assert list(evaluations) == [4, 6]
+    # the last one is the exported encoder's, on other tasks of the same images
+    sections = {"target": {"collection": "target", "split": "train"}, "train": TRAIN}
+    again = fewshot_recipe(store, tmp_path, encoder=encoder, **sections).recipe
+    model = load_encoder(again.encoder.model_copy(update={"checkpoint": result.model_dir}))
+    rows = store.select("target", "train")
+    samplers = task_samplers(rows, again.target, again.evaluate, again.seed + EVALUATION_SEED)
+    measured = measure(model, Pictures(store, model.preprocess), rows, samplers, again.evaluate)
+    for shots, values in measured.items():
+        assert result.metrics[f"accuracy/{shots}-shot"] == values.mean()
+        assert evaluations[6][f"accuracy/{shots}-shot"] == values.mean()
+    # resumed after the last step there is nothing to train, and the accuracy is told all the same
+    assert (
+        train_fewshot(fewshot_recipe(store, tmp_path, encoder=encoder, train=train), "run").metrics[
+            "accuracy/1-shot"
+        ]
+        == measured[1].mean()
+    )
 
 
 def test_zero_with_sgd_goes_on_with_as_many_workers_only(store, tmp_path: Path) -> None:

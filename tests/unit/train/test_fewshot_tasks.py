@@ -53,6 +53,21 @@ def test_an_episode_is_of_one_task_and_labels_are_of_all_classes(store, tasks):
     assert set(labels) == set(named)
 
 
+def test_weighted_tasks_take_more_turns_evenly_over_the_episodes(store, tasks):
+    equal = TrainingSet(tasks, store, EPISODES, 3, {task.name: 2.0 for task in tasks})
+    without = TrainingSet(tasks, store, EPISODES, seed=3)
+    config = EPISODES.model_copy(update={"tasks": 42})
+    heavy = TrainingSet(tasks, store, config, 3, {tasks[1].name: 4.0})  # of 4 tasks: 4 in 7
+    for index in range(10):
+        np.testing.assert_array_equal(equal.rows(index)[0], without.rows(index)[0])
+    own = [bool(np.isin(heavy.rows(index)[0], tasks[1].rows).all()) for index in range(42)]
+    assert sum(own) == 24
+    assert all(abs(sum(own[:n]) - 4 / 7 * n) < 1 for n in range(1, 43))
+    for task in tasks:
+        if task is not tasks[1]:
+            assert sum(np.isin(heavy.rows(i)[0], task.rows).all() for i in range(42)) == 6
+
+
 def test_every_round_uses_every_episode_once_and_steps_do_not_depend_on_their_number(store, tasks):
     training = TrainingSet(tasks, store, EPISODES, seed=3)
     steps = [training.order(step, 4) for step in range(10)]

@@ -1,0 +1,253 @@
+"""The search: from a recipe to trials on Ray Tune, and what they say.
+
+In: a `LoadedRecipe` of kind search, and a run id; a running Ray, or one to start. Out: a
+`SearchResult`, and in `<storage>/<run id>/`: recipe.yaml, search.json (what may not change when it
+goes on), trials.jsonl (the truth when it goes on), trials/ (a folder a trial, as its job leaves
+it), tune/ (TensorBoard files) and report.html; in MLflow a run with a child a trial.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from ray import tune
+from ray.tune.schedulers import (
+    AsyncHyperBandScheduler,
+    FIFOScheduler,
+    MedianStoppingRule,
+    TrialScheduler,
+)
+
+from fmray import tracking
+from fmray.cluster import start_or_join
+from fmray.config import LoadedRecipe
+from fmray.data.image_store import ImageStore
+from fmray.fewshot_config import FewshotRecipe
+from fmray.preflight import machines_of_cluster
+from fmray.search import places
+from fmray.search.config import SearchRecipe
+from fmray.search.pareto import front_of, recommend, rule_of
+from fmray.search.report import write_report
+from fmray.search.space import Tasks, load_space
+from fmray.search.state import Finished, read_finished
+from fmray.search.suggest import Suggester
+from fmray.search.table import TrialTable, describe, final_table
+from fmray.search.trial import is_metric, load_base, run_trial
+from fmray.search.watch import Books, Suggestions, Watcher
+from fmray.train import checkpoint as checkpoints
+from fmray.train.job import POLL_SECONDS
+
+# what may change when a search goes on; all else decides which trials there are
+FREE_SETTINGS = {"name", "cluster", "tracking", "trials", "recommend"}
+
+
+@dataclass(frozen=True)
+class SearchResult:
+    """finished: all trials, as they ended. recommended: by the rule, else the best where there is
+    one objective."""
+
+    finished: list[Finished]
+    recommended: Finished | None
+    mlflow_run_id: str | None
+    run_dir: Path
+
+
+def search(loaded: LoadedRecipe[SearchRecipe], run_id: str) -> SearchResult:
+    """Run the trials that are missing, and put the report together.
+
+    Raises ValueError for a recipe, space or earlier run that does not fit, and for trials that no
+    machine has room for; KeyboardInterrupt where it was interrupted (finished trials are kept).
+    """
+    recipe = loaded.recipe
+    _check_objectives(recipe)
+    storage = recipe.cluster.storage.absolute()
+    run_dir = storage / run_id
+    uri = tracking.tracking_uri(recipe.tracking, storage)
+    track = recipe.tracking.model_copy(update={"uri": uri, "register_as": None})
+
+    def load_trial(overrides: Sequence[str]) -> LoadedRecipe[Any]:
+        written = (*recipe.base_set, *overrides)
+        path, trials = base_path(loaded), run_dir / "trials"
+        return load_base(path, written, trials, track, recipe.evaluations)
+
+    base = load_trial(()).recipe
+    run_dir.mkdir(parents=True, exist_ok=True)
+    _check_same(recipe, base.model_dump(mode="json"), run_dir / "search.json")
+    finished = read_finished(run_dir / "trials.jsonl")
+    (run_dir / "recipe.yaml").write_text(loaded.dump(), encoding="utf-8")
+    print(loaded.dump(), flush=True)
+    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", POLL_SECONDS)
+    os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")  # Tune's own table beside ours
+    with start_or_join(recipe.cluster, log_to_driver=False):
+        together, why = places.concurrency(base.cluster, machines_of_cluster())
+        print(why, flush=True)
+
+        def tasks() -> Tasks:
+            return _tasks(base, run_dir / "tasks.json")
+
+        space = load_space(recipe.space, base, recipe.options, tasks)
+        suggester = Suggester(
+            space, recipe.algorithm, recipe.objectives, recipe.seed, list(finished)
+        )
+        parameters = recipe.model_dump(mode="json")
+        names = [objective.metric for objective in recipe.objectives]
+        with (
+            tracking.open_run(track, storage, run_id, parameters, {"fmray.job": "search"}) as run,
+            TrialTable(names, recipe.trials) as table,
+        ):
+            books = Books(
+                space,
+                suggester,
+                finished,
+                recipe.objectives,
+                storage,
+                run_id,
+                load_trial,
+                track,
+                run.mlflow_run_id,
+                table,
+            )
+            if finished:
+                print(f"run {run_id} goes on: {books.trained()} trials have ended", flush=True)
+            _run_trials(recipe, books, together, base.train.eval_every, base.train.steps)
+            result = _result(recipe, books)
+            for trial in finished:
+                run.log(trial.number, **{f"trial/{k}": v for k, v in trial.metrics.items()})
+            for name in ("trials.jsonl", "report.html"):
+                run.artifact(run_dir / name)
+    return result
+
+
+def _run_trials(recipe: SearchRecipe, books: Books, together: int, every: int, steps: int) -> None:
+    """All trials that are missing, `together` at a time.
+
+    every, steps: of a trial's evaluations, in the base recipe.
+    """
+    suggestions = Suggestions(books, recipe.trials)
+    try:
+        tune.run(
+            run_trial,
+            name="tune",
+            storage_path=str(books.run_dir),
+            # a trial's driver waits, and takes as good as nothing (Ray refuses nothing at all); its
+            # workers have places of their own
+            resources_per_trial=tune.PlacementGroupFactory([{"memory": 1}]),
+            num_samples=-1,
+            max_concurrent_trials=together,
+            search_alg=suggestions,
+            scheduler=_scheduler(recipe, every, steps),
+            callbacks=[Watcher(books, recipe.scheduler.kind)],
+            trial_dirname_creator=lambda trial: f"trial-{trial.config['trial'].number:03d}",
+            trial_name_creator=lambda trial: f"trial-{trial.config['trial'].number:03d}",
+            raise_on_failed_trial=False,
+            verbose=0,
+        )
+    finally:
+        books.interrupted()
+    if books.suggester.ended is not None:
+        print(f"the search ends early: {books.suggester.ended}", flush=True)
+    if books.running or not suggestions.exhausted:
+        print(
+            f"{books.trained()} of {recipe.trials} trials have ended; the same command with"
+            f" --run-id {books.run_id} goes on",
+            flush=True,
+        )
+        raise KeyboardInterrupt
+
+
+def _scheduler(recipe: SearchRecipe, every: int, steps: int) -> TrialScheduler:
+    config, [objective, *_] = recipe.scheduler, recipe.objectives
+    if config.kind == "none":
+        return FIFOScheduler()
+    grace = min(config.grace * every, steps)
+    judged = {"time_attr": "step", "metric": objective.metric, "mode": objective.mode}
+    if config.kind == "median":
+        return MedianStoppingRule(grace_period=grace, **judged)
+    return AsyncHyperBandScheduler(
+        grace_period=grace, max_t=steps, reduction_factor=config.reduction, **judged
+    )
+
+
+def _check_objectives(recipe: SearchRecipe) -> None:
+    for i, objective in enumerate(recipe.objectives):
+        if not is_metric(objective.metric):
+            raise ValueError(
+                f"objectives.{i}.metric: no trial reports {objective.metric!r}; they report"
+                " accuracy, seconds, tasks (few-shot), operations and share (adallava), and"
+                " accuracy/BUDGET or accuracy/N-shot"
+            )
+    if recipe.recommend is not None:
+        rule_of(recipe.recommend, recipe.objectives)
+
+
+def base_path(loaded: LoadedRecipe[SearchRecipe]) -> Path:
+    """`base` is relative to the file that names it; on the command line, to the folder there."""
+    file, colon, _ = loaded.origins["base"].rpartition(":")
+    return (Path(file).parent if colon else Path()) / loaded.recipe.base
+
+
+def _check_same(recipe: SearchRecipe, base: dict[str, Any], path: Path) -> None:
+    """Raises ValueError for a search that would go on as another one."""
+    base = {name: part for name, part in base.items() if name not in FREE_SETTINGS}
+    own = recipe.model_dump(mode="json", exclude=FREE_SETTINGS | {"base"})
+    settings = checkpoints.flatten_settings(own | {"base": base})
+    if not path.is_file():
+        _write_json(path, settings)
+        return
+    written = json.loads(path.read_text(encoding="utf-8"))
+    for name in sorted(settings.keys() | written.keys()):
+        before, now = (json.dumps(values.get(name)) for values in (written, settings))
+        if before != now:
+            raise ValueError(
+                f"{path}: {name} was {before} when this search began and is {now}; set it back, or"
+                " give another --run-id"
+            )
+
+
+def _tasks(base: FewshotRecipe, path: Path) -> Tasks:
+    """The candidate tasks as Algorithm 1 sees them; embedded once, then read from `path`."""
+    # imports torch and an encoder's library, which a search that goes on has no use for
+    from fmray.train.fewshot.encoder import load_encoder
+    from fmray.train.fewshot.select import choose
+
+    if not isinstance(base, FewshotRecipe):
+        raise ValueError(f"it varies tasks, which a base recipe of kind {base.kind} has none of")
+    if not path.is_file():
+        store = ImageStore.open(base.images.store, base.images.cache)
+        encoder = load_encoder(base.encoder)
+        found = choose(base, store, encoder, base.target, "selected", base.seed)
+        similarity = [found.similarity[name] for name in found.order]
+        _write_json(path, asdict(Tasks(found.names, found.order, similarity, found.coverage)))
+    return Tasks(**json.loads(path.read_text(encoding="utf-8")))
+
+
+def _result(recipe: SearchRecipe, books: Books) -> SearchResult:
+    """The end: a table, the recommended trial and the report."""
+    finished, path = books.finished, books.run_dir / "report.html"
+    recommended, rule = None, recipe.recommend
+    if rule is not None:
+        recommended = recommend(rule, finished, recipe.objectives)
+    elif len(recipe.objectives) == 1:
+        rule = f"best {recipe.objectives[0].metric}"
+        recommended = next(iter(front_of(finished, recipe.objectives)), None)
+    names = [objective.metric for objective in recipe.objectives]
+    print(final_table(finished, names), flush=True)
+    chosen = None
+    if recommended is not None:
+        chosen = (rule, recommended)
+        model = books.run_dir / "trials" / books.trial_run_id(recommended.number) / "model"
+        print(f"{rule}: trial {recommended.number}: {describe(recommended.values)}\nmodel: {model}")
+    write_report(path, finished, recipe.objectives, f"Search {books.run_id}", chosen)
+    print(f"report: {path}\nTensorBoard: tensorboard --logdir {books.run_dir / 'tune'}", flush=True)
+    return SearchResult(finished, recommended, books.parent, books.run_dir)
+
+
+def _write_json(path: Path, values: dict[str, Any]) -> None:
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
+    os.replace(partial, path)

@@ -1,0 +1,134 @@
+"""One trial: the driver of a real Ray Train run, in an actor of Ray Tune.
+
+In: an `Assignment`, the base recipe with the values of the trial set on top. Out: to Tune, the
+metrics of each evaluation (`METRICS`, and by budget or shots `accuracy/...`, `loss/...`,
+`operations/...`), the last with what the whole training cost; on disk what the job leaves.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ray import tune
+from ray.train import Checkpoint
+from ray.tune.integration.ray_train import TuneReportCallback
+
+from fmray.config import LoadedRecipe, Recipe, TrackingConfig, load
+from fmray.fewshot_config import FewshotRecipe
+from fmray.train import job as adallava
+from fmray.train.fewshot import job as fewshot
+
+# accuracy: mean over budgets or shots; seconds: of the whole job; tasks: finetuned on (few-shot);
+# operations: of a prefill, mean over the budgets, and share: of the full model's (adallava)
+METRICS = ("accuracy", "seconds", "tasks", "operations", "share")
+FAMILIES = ("accuracy/", "loss/", "operations/")
+
+
+@dataclass(frozen=True)
+class Assignment:
+    """What a trial has to do. mistake: why it cannot (its values make no recipe).
+
+    parent: MLflow run id of the search. Its text is short: Tune writes it in many places.
+    """
+
+    number: int
+    run_id: str = field(repr=False)
+    loaded: LoadedRecipe[Any] | None = field(repr=False)
+    mistake: str | None = field(repr=False)
+    parent: str | None = field(repr=False)
+
+
+def is_metric(name: str) -> bool:
+    """Whether a trial may report it, and a search may be for it."""
+    return name in METRICS or name.startswith(FAMILIES)
+
+
+def load_base(
+    path: Path, overrides: tuple[str, ...], storage: Path, tracking: TrackingConfig, count: int
+) -> LoadedRecipe[Any]:
+    """The recipe of a trial, ready for another machine.
+
+    Args:
+        storage: where trials lie.
+        tracking: of the search.
+        count: evaluations, evenly over the steps.
+
+    Raises ValueError for a recipe that is wrong, or cannot be a trial.
+    """
+    loaded = load(path, overrides, kinds=(Recipe, FewshotRecipe))
+    recipe = loaded.recipe
+    if recipe.cluster.workers == 0:
+        raise ValueError(
+            f"{path}: cluster.workers: 0 trains in the driver itself, and a trial is a driver with"
+            " workers: set cluster.workers to 1 or more"
+        )
+    if recipe.train.steps is None:
+        raise ValueError(
+            f"{path}: train.steps: a search needs a number, to spread the evaluations over"
+        )
+    is_fewshot = isinstance(recipe, FewshotRecipe)
+    if is_fewshot:
+        if recipe.target is None:
+            raise ValueError(f"{path}: target: a search needs one: set target.collection")
+        fewshot.check_trainable(recipe)
+    every = math.ceil(recipe.train.steps / count)
+    recipe = recipe.model_copy(
+        update={
+            "train": recipe.train.model_copy(update={"eval_every": every}),
+            "cluster": recipe.cluster.model_copy(update={"storage": storage}),
+            "tracking": tracking,
+        }
+    )
+    absolute = fewshot.absolute_paths if is_fewshot else adallava.absolute_paths
+    changed = {"train.eval_every": "search", "cluster.storage": "search"}
+    return LoadedRecipe(absolute(recipe), loaded.origins | changed)
+
+
+def run_trial(config: Mapping[str, Any]) -> None:
+    """The function that Tune runs; `config["trial"]` is an `Assignment`.
+
+    Raises whatever the training does, and ValueError for an assignment that is a mistake.
+    """
+    trial: Assignment = config["trial"]
+    if trial.mistake is not None:
+        raise ValueError(trial.mistake)
+    began = time.monotonic()
+    recipe = trial.loaded.recipe
+    watch = [_Evaluations(recipe.train.steps)]
+    costs: dict[str, float] = {}
+    if isinstance(recipe, FewshotRecipe):
+        result = fewshot.train_fewshot(trial.loaded, trial.run_id, watch, trial.parent)
+        costs["tasks"] = len(result.tasks)
+    else:
+        result = adallava.train(trial.loaded, trial.run_id, watch, trial.parent)
+    costs["seconds"] = time.monotonic() - began
+    tune.report(judged(result.metrics) | costs)
+
+
+def judged(metrics: Mapping[str, float]) -> dict[str, float]:
+    """The step, the evaluation and its mean accuracy, without what is of the step alone."""
+    found = {name: value for name, value in metrics.items() if name.startswith(FAMILIES)}
+    accuracies = [value for name, value in found.items() if name.startswith("accuracy/")]
+    costs = {name: metrics[name] for name in ("operations", "share") if name in metrics}
+    return {"step": metrics["step"], "accuracy": sum(accuracies) / len(accuracies)} | costs | found
+
+
+class _Evaluations(TuneReportCallback):
+    """Tells Tune of each evaluation but the last, which the trial reports with its costs."""
+
+    def __init__(self, steps: int) -> None:
+        super().__init__()
+        self._steps = steps
+
+    def after_report(
+        self, run_context: Any, metrics: list[dict[str, Any]], checkpoint: Checkpoint | None
+    ) -> None:
+        """Called by Ray's controller after each report of all workers; the first's counts."""
+        evaluated = any(name.startswith("accuracy/") for name in metrics[0])
+        if evaluated and metrics[0]["step"] < self._steps:
+            super().after_report(run_context, [judged(metrics[0])], None)

@@ -1,0 +1,93 @@
+"""How many trials fit on made-up clusters."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fmray.config import ClusterConfig
+from fmray.preflight import Machine
+from fmray.search.places import concurrency
+
+
+def trials(machines: list[Machine], **cluster: Any) -> int:
+    return concurrency(ClusterConfig.model_validate(cluster), machines)[0]
+
+
+@pytest.mark.parametrize(
+    ("machines", "cluster", "wanted"),
+    [
+        # a laptop: two workers of 0.75 CPUs and 0.5 beside them fill two cores
+        ([(2, 0)], {"workers": 2, "cpus_per_worker": 0.75, "data_cpus": 0.5}, 1),
+        ([(4, 0)], {"workers": 2, "cpus_per_worker": 0.75, "data_cpus": 0.5}, 2),
+        ([(2, 0)], {"workers": 0, "cpus_per_worker": 1}, 2),
+        ([(2, 0)], {"workers": 1, "cpus_per_worker": 0.1, "data_cpus": 0}, 20),
+        # four nodes of 8 GPUs: 32 trials of 1 GPU, 8 of 4, 4 of 5 (a worker sits on one node)
+        ([(64, 8)] * 4, {"workers": 1, "gpus_per_worker": 1, "data_cpus": 1}, 32),
+        ([(64, 8)] * 4, {"workers": 4, "gpus_per_worker": 1, "data_cpus": 1}, 8),
+        ([(64, 8)] * 4, {"workers": 1, "gpus_per_worker": 5, "data_cpus": 1}, 4),
+        # the CPUs are what is short: 5 workers and 2 CPUs on one node, 4 and 8 on the other
+        ([(32, 8)] * 2, {"workers": 1, "cpus_per_worker": 6, "gpus_per_worker": 1}, 9),
+        # GPUs on one node, the CPUs for data on another
+        ([(4, 4), (8, 0)], {"workers": 1, "gpus_per_worker": 1, "data_cpus": 2}, 4),
+    ],
+)
+def test_arithmetic(machines: list[tuple[float, float]], cluster: dict[str, Any], wanted) -> None:
+    found = [Machine(f"n{i}", *room) for i, room in enumerate(machines)]
+    assert trials(found, **cluster) == wanted
+
+
+def test_the_reason_is_one_line() -> None:
+    config = ClusterConfig(workers=2, cpus_per_worker=0.75, data_cpus=0.5)
+    assert concurrency(config, [Machine("here", 4, 0)]) == (
+        2,
+        "2 trials at once: each takes 2 workers of 0.75 CPU and 0.5 CPU beside, of 1 node"
+        " with 4 CPUs and 0 GPUs",
+    )
+
+
+@pytest.mark.parametrize(
+    ("machines", "cluster"),
+    [
+        ([], {"workers": 1}),
+        ([(2, 0)], {"workers": 2}),  # nothing is left beside them
+        ([(2, 0)], {"workers": 1, "gpus_per_worker": 1}),
+        ([(2, 0), (2, 0)], {"workers": 1, "cpus_per_worker": 3}),
+        ([(0.5, 0)], {"workers": 0}),
+    ],
+)
+def test_a_search_that_cannot_be_placed_is_refused(machines, cluster) -> None:
+    found = [Machine(f"n{i}", *room) for i, room in enumerate(machines)]
+    with pytest.raises(ValueError, match=r"\Acluster: a trial takes .*base_set\)\Z"):
+        trials(found, **cluster)
+
+
+@given(
+    st.lists(st.tuples(st.integers(0, 16), st.integers(0, 4)), max_size=4),
+    st.integers(1, 4),
+    st.integers(1, 3),
+    st.integers(0, 1),
+)
+def test_against_filling_trial_by_trial(machines, workers, cpus, gpus) -> None:
+    """Brute force without CPUs beside: workers are put, one at a time, where there is room."""
+    room = [list(machine) for machine in machines]
+    placed = 0
+    while free := [m for m in room if m[0] >= cpus and m[1] >= gpus]:
+        free[0][0] -= cpus
+        free[0][1] -= gpus
+        placed += 1
+    found = [Machine(f"n{i}", *machine) for i, machine in enumerate(machines)]
+    cluster = {
+        "workers": workers,
+        "cpus_per_worker": cpus,
+        "gpus_per_worker": gpus,
+        "data_cpus": 0,
+    }
+    if placed < workers:
+        with pytest.raises(ValueError, match="no room for one"):
+            trials(found, **cluster)
+    else:
+        assert trials(found, **cluster) == placed // workers

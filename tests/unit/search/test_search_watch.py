@@ -1,0 +1,32 @@
+"""What is said of a trial that failed: the innermost error, in one line."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from ray import cloudpickle
+from ray.exceptions import RayTaskError
+from ray.train import ControllerError, WorkerGroupError
+
+from fmray.search.watch import _reason
+
+MISTAKE = ValueError("no candidate tasks: lower episodes.ways\nand more")
+
+
+@pytest.mark.parametrize(
+    ("error", "wanted"),
+    [
+        (RayTaskError("train", "trace", MISTAKE), "no candidate tasks: lower episodes.ways"),
+        (WorkerGroupError("2 failed", {1: RuntimeError("boom")}), "RuntimeError: boom"),
+        (
+            RayTaskError("train", "trace", ControllerError(MemoryError())),
+            "MemoryError: ",
+        ),
+    ],
+)
+def test_the_innermost_error_is_the_reason(tmp_path: Path, error: Exception, wanted: str) -> None:
+    path = tmp_path / "error.pkl"
+    path.write_bytes(cloudpickle.dumps(error))
+    assert _reason(SimpleNamespace(pickled_error_file=str(path))) == wanted
