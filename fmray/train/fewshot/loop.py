@@ -31,7 +31,7 @@ from fmray.train import checkpoint as checkpoints
 from fmray.train.checkpoint import TrainState
 from fmray.train.fewshot.encoder import export_encoder, load_encoder
 from fmray.train.fewshot.engine import ZERO_STAGE, TorchEngine, make_engine
-from fmray.train.fewshot.evaluate import measure, task_samplers
+from fmray.train.fewshot.evaluate import measure, shots_name, task_samplers
 from fmray.train.fewshot.learners import make_learner
 from fmray.train.fewshot.pictures import Pictures
 from fmray.train.fewshot.select import candidate_tasks
@@ -215,18 +215,19 @@ def run_steps(
 def _evaluation(
     recipe: FewshotRecipe, store: ImageStore, pictures: Pictures
 ) -> Callable[[Encoder], dict[str, float]]:
-    """What measures an encoder on the target: mean accuracy by `accuracy/N-shot`.
+    """What measures an encoder on the target: mean accuracy by `accuracy/N-shot` (`variable-shot`).
 
     Raises ValueError for a target without images in that split, or too few for a task.
     """
     split = recipe.train.eval_split or recipe.target.split
     target = recipe.target.model_copy(update={"split": split})
     rows = store.select(target.collection, split)
-    samplers = task_samplers(rows, target, recipe.evaluate, recipe.seed + EVALUATION_SEED)
+    seed = recipe.seed + EVALUATION_SEED
+    samplers = task_samplers(store, rows, target, recipe.evaluate, seed)
 
     def evaluate(encoder: Encoder) -> dict[str, float]:
         found = measure(encoder, pictures, rows, samplers, recipe.evaluate)
-        return {f"accuracy/{shots}-shot": float(values.mean()) for shots, values in found.items()}
+        return {f"accuracy/{shots_name(n)}": float(values.mean()) for n, values in found.items()}
 
     return evaluate
 

@@ -91,7 +91,9 @@ def test_evaluations_on_the_way_change_nothing_and_tell_the_accuracy(store, tmp_
     again = fewshot_recipe(store, tmp_path, encoder=encoder, **sections).recipe
     model = load_encoder(again.encoder.model_copy(update={"checkpoint": result.model_dir}))
     rows = store.select("target", "train")
-    samplers = task_samplers(rows, again.target, again.evaluate, again.seed + EVALUATION_SEED)
+    samplers = task_samplers(
+        store, rows, again.target, again.evaluate, again.seed + EVALUATION_SEED
+    )
     measured = measure(model, Pictures(store, model.preprocess), rows, samplers, again.evaluate)
     for shots, values in measured.items():
         assert result.metrics[f"accuracy/{shots}-shot"] == values.mean()
