@@ -229,20 +229,25 @@ def _tasks(base: FewshotRecipe, path: Path) -> Tasks:
 def _result(recipe: SearchRecipe, books: Books) -> SearchResult:
     """The end: a table, the recommended trial and the report."""
     finished, path = books.finished, books.run_dir / "report.html"
-    recommended, rule = None, recipe.recommend
+    recommended, rule, notes = None, recipe.recommend, []
     if rule is not None:
-        recommended = recommend(rule, finished, recipe.objectives)
+        try:
+            recommended = recommend(rule, finished, recipe.objectives)
+        except ValueError as error:  # no trial fits: table and report are there all the same
+            notes.append(str(error))
     elif len(recipe.objectives) == 1:
         rule = f"best {recipe.objectives[0].metric}"
         recommended = next(iter(front_of(finished, recipe.objectives)), None)
     names = [objective.metric for objective in recipe.objectives]
     print(final_table(finished, names), flush=True)
+    print("".join(f"{note}\n" for note in notes), end="")
     chosen = None
     if recommended is not None:
         chosen = (rule, recommended)
         model = books.run_dir / "trials" / books.trial_run_id(recommended.number) / "model"
         print(f"{rule}: trial {recommended.number}: {describe(recommended.values)}\nmodel: {model}")
-    write_report(path, finished, recipe.objectives, f"Search {books.run_id}", chosen)
+    title = f"Search {books.run_id}"
+    write_report(path, finished, recipe.objectives, title, chosen, notes)
     print(f"report: {path}\nTensorBoard: tensorboard --logdir {books.run_dir / 'tune'}", flush=True)
     return SearchResult(finished, recommended, books.parent, books.run_dir)
 
