@@ -148,7 +148,7 @@ def _run_trials(recipe: SearchRecipe, books: Books, together: int, every: int, s
             verbose=0,
         )
     finally:
-        books.interrupted()
+        books.settle()
     if books.suggester.ended is not None:
         print(f"the search ends early: {books.suggester.ended}", flush=True)
     if books.running or not suggestions.exhausted:

@@ -141,13 +141,18 @@ class Books:
         """The run id of a trial's job, by which MLflow and its folder are found."""
         return f"{self.run_id}-{number:03d}"
 
-    def interrupted(self) -> None:
-        """The trials that Tune still had will be tried again; until then MLflow calls them
-        KILLED."""
-        for number in self.running:
-            run_id = self.trial_run_id(number)
-            run = tracking.open_run(self.tracking, self.storage, run_id, {}, parent=self.parent)
-            run.finish("KILLED")
+    def settle(self) -> None:
+        """The last word on MLflow runs, once Tune has ended its actors.
+
+        A job that is stopped may call its run FAILED after the search called it finished; trials
+        that Tune still had are KILLED until they are tried again.
+        """
+        ended = [trial.number for trial in self.finished if trial.status == "stopped"]
+        for numbers, status in ((ended, "FINISHED"), (list(self.running), "KILLED")):
+            for number in numbers:
+                run_id = self.trial_run_id(number)
+                run = tracking.open_run(self.tracking, self.storage, run_id, {}, parent=self.parent)
+                run.finish(status)
 
     def _track(self, trial: Finished) -> None:
         """The end of the trial's child run in MLflow; it is there whatever became of the job."""

@@ -144,10 +144,13 @@ def test_a_killed_search_goes_on_and_keeps_what_is_finished(
     origins = {trial.origin for trial in result.finished}
     assert {"warm: Algorithm 1", "warm: all tasks", "warm: only crimson"} <= origins
     for trial in trained:
-        assert [point["step"] for point in trial.curve] == [2, 4]
+        steps = [point["step"] for point in trial.curve]
+        # one that goes on from a checkpoint of before the kill does not evaluate again
+        assert steps == [2, 4] or steps == [4]
         assert trial.curve[-1]["accuracy"] == trial.metrics["accuracy"]
         assert trial.metrics["tasks"] == len(trial.values["tasks"])
         assert (result.run_dir / "trials" / f"run-{trial.number:03d}" / "model").is_dir()
+    assert [2, 4] in [[point["step"] for point in trial.curve] for trial in trained]
     best = max(trial.metrics["accuracy"] for trial in trained)
     assert result.recommended.metrics["accuracy"] == best
     assert b"<html" in (result.run_dir / "report.html").read_bytes()
