@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import HealthCheck, settings
 
 COST_CLASSES = {"unit", "local", "cluster", "serve", "chaos", "gpu"}
 TESTS = Path(__file__).parent
@@ -17,6 +18,9 @@ def pytest_configure(config: pytest.Config) -> None:
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    # machines are shared: how long an example takes says nothing of the code
+    settings.register_profile("shared", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+    settings.load_profile("shared")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
