@@ -1,14 +1,19 @@
 """Several objectives: the Pareto front, the volume it dominates, and the trial a rule asks for.
 
-In: points [n, m] (a line a trial, a column an objective) and each objective's mode, or finished
-trials and the objectives of their search. Out: indices, a volume, a trial.
+In: points [n, m] (a column an objective) and each objective's mode, or finished trials and the
+objectives of their search. Out: indices, a volume, a trial at one of its operating points.
+
+An adaptive model is many models: a trial whose objectives are known at each budget (`accuracy/0.5`,
+`share/0.5`, ...) has an operating point a budget, all of which count. Such a point is the trial
+with the metrics of that budget, and the budget itself as `budget`.
 """
 
 from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Literal
 
 import numpy as np
@@ -84,13 +89,34 @@ def _losses(points: ArrayLike, modes: Sequence[Mode]) -> np.ndarray:
     return values * [-1.0 if mode == "max" else 1.0 for mode in modes]
 
 
+def operating_points(
+    metrics: Mapping[str, float], objectives: Sequence[ObjectiveConfig]
+) -> list[dict[str, float]]:
+    """A trial's metrics at each budget, smallest first, if there are several objectives and all are
+    known there; else the metrics as they are, which is one point."""
+    first, *others = (objective.metric for objective in objectives)
+    budgets = [
+        name.removeprefix(f"{first}/")
+        for name in metrics
+        if others and name.startswith(f"{first}/")
+    ]
+    points = [
+        {o.metric: metrics[f"{o.metric}/{budget}"] for o in objectives} | {"budget": float(budget)}
+        for budget in budgets
+        if all(f"{other}/{budget}" in metrics for other in others)
+    ]
+    return sorted(points, key=lambda point: point["budget"]) or [dict(metrics)]
+
+
 def judged(finished: Sequence[Finished], objectives: Sequence[ObjectiveConfig]) -> list[Finished]:
-    """The trials that count: trained to their end, with a finite number for each objective."""
+    """The operating points that count: of trials that were trained to their end, with a finite
+    number for each objective."""
     return [
-        trial
+        replace(trial, metrics=point)
         for trial in finished
         if trial.status == "done"
-        and all(math.isfinite(trial.metrics.get(o.metric, math.nan)) for o in objectives)
+        for point in operating_points(trial.metrics, objectives)
+        if all(math.isfinite(point.get(o.metric, math.nan)) for o in objectives)
     ]
 
 
@@ -101,7 +127,7 @@ def trial_points(trials: Sequence[Finished], objectives: Sequence[ObjectiveConfi
 
 
 def front_of(finished: Sequence[Finished], objectives: Sequence[ObjectiveConfig]) -> list[Finished]:
-    """The trials of the Pareto front, best in the first objective first."""
+    """The operating points of the Pareto front, best in the first objective first."""
     trials = judged(finished, objectives)
     points = trial_points(trials, objectives)
     return [trials[index] for index in front(points, [o.mode for o in objectives])]
@@ -137,11 +163,11 @@ def rule_of(
 def recommend(
     rule: str, finished: Sequence[Finished], objectives: Sequence[ObjectiveConfig]
 ) -> Finished:
-    """The trial that a rule asks for.
+    """The operating point that a rule asks for.
 
-    "best M under X": of the trials whose cost (the objective to be made small) is at most X, the
-    best in M. "cheapest within P % of full": full is the trial that costs most (of equal ones the
-    best in the first objective that is not the cost); of the trials that reach its value up to P
+    "best M under X": of the points whose cost (the objective to be made small) is at most X, the
+    best in M. "cheapest within P % of full": full is the point that costs most (of equal ones the
+    best in the first objective that is not the cost); of the points that reach its value up to P
     percent of it, the cheapest. Ties go to the better in the other objective, then to the smaller
     number. With several costs the rule names one: "best accuracy under 0.6 operations".
 

@@ -63,7 +63,7 @@ def write_report(
     """Write the report of a search, under a temporary name and moved.
 
     Args:
-        recommended: the user's rule and the trial that it picks.
+        recommended: the user's rule and the trial, at an operating point, that it picks.
         notes: lines of text for the top, such as a surrogate's rank correlation.
     """
     parts = [_HEAD.format(title=html.escape(title)), f"<h1>{html.escape(title)}</h1>\n"]
@@ -102,8 +102,9 @@ def _summary(finished: Sequence[Finished]) -> str:
 def _describe(trial: Finished) -> str:
     metrics = ", ".join(f"{name} {value:.4g}" for name, value in trial.metrics.items())
     overrides = " ".join(f"--set {override}" for override in trial.overrides)
+    budget = f" at budget {trial.metrics['budget']:g}" if "budget" in trial.metrics else ""
     return (
-        f"trial {trial.number} ({html.escape(metrics)})"
+        f"trial {trial.number}{budget} ({html.escape(metrics)})"
         f"<br><code>{html.escape(overrides) or 'the base recipe as it is'}</code>"
     )
 

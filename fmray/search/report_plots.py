@@ -14,7 +14,7 @@ import numpy as np
 
 from fmray.plots import COLORS, GREY, LIGHT, new_figure
 from fmray.search.config import ObjectiveConfig
-from fmray.search.pareto import front_of, judged, trial_points
+from fmray.search.pareto import front, judged, trial_points
 from fmray.search.state import Finished
 
 if TYPE_CHECKING:
@@ -31,15 +31,15 @@ def pareto_figure(
     objectives: Sequence[ObjectiveConfig],
     recommended: Finished | None = None,
 ) -> Figure | None:
-    """Each pair of objectives, the front marked; for one objective, the best found so far."""
+    """Each pair of objectives, an operating point a mark, the front marked; for one objective, the
+    best found so far."""
     trials = judged(finished, objectives)
     if not trials:
         return None
     if len(objectives) == 1:
         return _best_so_far(trials, objectives[0])
     points = trial_points(trials, objectives)
-    numbers = [trial.number for trial in trials]
-    on_front = [numbers.index(trial.number) for trial in front_of(trials, objectives)]
+    on_front = front(points, [objective.mode for objective in objectives]).tolist()
     pairs = list(itertools.combinations(range(len(objectives)), 2))
     figure = new_figure(6.4 * min(2, len(pairs)), 4.4 * -(-len(pairs) // 2))
     panels = figure.subplots(-(-len(pairs) // 2), min(2, len(pairs)), squeeze=False).ravel()
@@ -77,9 +77,9 @@ def pareto_figure(
                 fontsize=8,
             )
         if recommended is not None:
-            i = numbers.index(recommended.number)
+            [point] = trial_points([recommended], objectives)
             label = f"recommended: trial {recommended.number}"
-            axes.plot(points[i, across], points[i, up], "*", color=COLORS[4], ms=16, label=label)
+            axes.plot(point[across], point[up], "*", color=COLORS[4], ms=16, label=label)
         axes.set_xlabel(_name(objectives[across]), **PLAIN)
         axes.set_ylabel(_name(objectives[up]), **PLAIN)
         _finish(axes)
@@ -107,7 +107,8 @@ def parallel_figure(
 
     A subset is drawn by its size, a name by its place among the names seen.
     """
-    trials = judged(finished, objectives)
+    # an axis is one objective's, over all budgets where there are several
+    trials = [t for t in finished if all(judged([t], [o]) for o in objectives)]
     if not trials:
         return None
     names = list(dict.fromkeys(n for t in trials for n in t.values))

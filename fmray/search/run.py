@@ -10,10 +10,11 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ray import tune
 from ray.tune.schedulers import (
@@ -25,7 +26,7 @@ from ray.tune.schedulers import (
 
 from fmray import tracking
 from fmray.cluster import start_or_join
-from fmray.config import LoadedRecipe
+from fmray.config import Job, LoadedRecipe
 from fmray.data.image_store import ImageStore
 from fmray.fewshot_config import FewshotRecipe
 from fmray.preflight import machines_of_cluster
@@ -36,11 +37,15 @@ from fmray.search.report import write_report
 from fmray.search.space import Tasks, load_space
 from fmray.search.state import Finished, read_finished
 from fmray.search.suggest import Suggester
+from fmray.search.surrogate import LEAST, rank_correlations
 from fmray.search.table import TrialTable, describe, final_table
-from fmray.search.trial import is_metric, load_base, run_trial
+from fmray.search.trial import load_base, metrics_of, run_trial
 from fmray.search.watch import Books, Suggestions, Watcher
 from fmray.train import checkpoint as checkpoints
 from fmray.train.job import POLL_SECONDS
+
+if TYPE_CHECKING:
+    from fmray.train.fewshot.select import Measured
 
 # what may change when a search goes on; all else decides which trials there are
 FREE_SETTINGS = {"name", "cluster", "tracking", "trials", "recommend"}
@@ -64,7 +69,6 @@ def search(loaded: LoadedRecipe[SearchRecipe], run_id: str) -> SearchResult:
     machine has room for; KeyboardInterrupt where it was interrupted (finished trials are kept).
     """
     recipe = loaded.recipe
-    _check_objectives(recipe)
     storage = recipe.cluster.storage.absolute()
     run_dir = storage / run_id
     uri = tracking.tracking_uri(recipe.tracking, storage)
@@ -76,6 +80,7 @@ def search(loaded: LoadedRecipe[SearchRecipe], run_id: str) -> SearchResult:
         return load_base(path, written, trials, track, recipe.evaluations)
 
     base = load_trial(()).recipe
+    _check_objectives(recipe, base)
     run_dir.mkdir(parents=True, exist_ok=True)
     _check_same(recipe, base.model_dump(mode="json"), run_dir / "search.json")
     finished = read_finished(run_dir / "trials.jsonl")
@@ -87,8 +92,12 @@ def search(loaded: LoadedRecipe[SearchRecipe], run_id: str) -> SearchResult:
         together, why = places.concurrency(base.cluster, machines_of_cluster())
         print(why, flush=True)
 
+        @cache
+        def measured() -> Measured:
+            return _measure(base)
+
         def tasks() -> Tasks:
-            return _tasks(base, run_dir / "tasks.json")
+            return _tasks(base, run_dir / "tasks.json", measured)
 
         space = load_space(recipe.space, base, recipe.options, tasks)
         suggester = Suggester(
@@ -115,7 +124,8 @@ def search(loaded: LoadedRecipe[SearchRecipe], run_id: str) -> SearchResult:
             if finished:
                 print(f"run {run_id} goes on: {books.trained()} trials have ended", flush=True)
             _run_trials(recipe, books, together, base.train.eval_every, base.train.steps)
-            result = _result(recipe, books)
+            notes = _task_notes(base, finished, measured) if "tasks" in space.names else []
+            result = _result(recipe, base, books, notes)
             for trial in finished:
                 run.log(trial.number, **{f"trial/{k}": v for k, v in trial.metrics.items()})
             for name in ("trials.jsonl", "report.html"):
@@ -173,13 +183,13 @@ def _scheduler(recipe: SearchRecipe, every: int, steps: int) -> TrialScheduler:
     )
 
 
-def _check_objectives(recipe: SearchRecipe) -> None:
+def _check_objectives(recipe: SearchRecipe, base: Job) -> None:
+    known = metrics_of(base)
     for i, objective in enumerate(recipe.objectives):
-        if not is_metric(objective.metric):
+        if objective.metric not in known:
             raise ValueError(
                 f"objectives.{i}.metric: no trial reports {objective.metric!r}; they report"
-                " accuracy, seconds, tasks (few-shot), operations and share (adallava), and"
-                " accuracy/BUDGET or accuracy/N-shot"
+                f" {', '.join(known)}"
             )
     if recipe.recommend is not None:
         rule_of(recipe.recommend, recipe.objectives)
@@ -209,27 +219,49 @@ def _check_same(recipe: SearchRecipe, base: dict[str, Any], path: Path) -> None:
             )
 
 
-def _tasks(base: FewshotRecipe, path: Path) -> Tasks:
-    """The candidate tasks as Algorithm 1 sees them; embedded once, then read from `path`."""
+def _measure(base: FewshotRecipe) -> Measured:
+    """The candidate tasks, embedded."""
     # imports torch and an encoder's library, which a search that goes on has no use for
     from fmray.train.fewshot.encoder import load_encoder
-    from fmray.train.fewshot.select import choose
+    from fmray.train.fewshot.select import measure
 
+    store = ImageStore.open(base.images.store, base.images.cache)
+    return measure(base, store, load_encoder(base.encoder), base.target)
+
+
+def _tasks(base: FewshotRecipe, path: Path, measured: Callable[[], Measured]) -> Tasks:
+    """The candidate tasks as Algorithm 1 sees them; embedded once, then read from `path`."""
     if not isinstance(base, FewshotRecipe):
         raise ValueError(f"it varies tasks, which a base recipe of kind {base.kind} has none of")
     if not path.is_file():
-        store = ImageStore.open(base.images.store, base.images.cache)
-        encoder = load_encoder(base.encoder)
-        found = choose(base, store, encoder, base.target, "selected", base.seed)
-        similarity = [found.similarity[name] for name in found.order]
-        _write_json(path, asdict(Tasks(found.names, found.order, similarity, found.coverage)))
+        choice = measured().choice
+        _write_json(path, asdict(Tasks(**asdict(choice))))
     return Tasks(**json.loads(path.read_text(encoding="utf-8")))
 
 
-def _result(recipe: SearchRecipe, books: Books) -> SearchResult:
+def _task_notes(
+    base: FewshotRecipe, finished: Sequence[Finished], measured: Callable[[], Measured]
+) -> list[str]:
+    """How well Algorithm 1's cheap scores ranked the sets of tasks that were trained on, without
+    shares of their own."""
+    trials = [t for t in finished if t.status == "done" and len(t.overrides) == 1]
+    if len(trials) < LEAST:
+        return []
+    found = rank_correlations(
+        [trial.values["tasks"] for trial in trials],
+        [trial.metrics["accuracy"] for trial in trials],
+        measured().target,
+        measured().moments,
+        base.select,
+        base.seed,
+    )
+    return [str(one) for one in found]
+
+
+def _result(recipe: SearchRecipe, base: Job, books: Books, notes: list[str]) -> SearchResult:
     """The end: a table, the recommended trial and the report."""
     finished, path = books.finished, books.run_dir / "report.html"
-    recommended, rule, notes = None, recipe.recommend, []
+    recommended, rule = None, recipe.recommend
     if rule is not None:
         try:
             recommended = recommend(rule, finished, recipe.objectives)
@@ -240,16 +272,40 @@ def _result(recipe: SearchRecipe, books: Books) -> SearchResult:
         recommended = next(iter(front_of(finished, recipe.objectives)), None)
     names = [objective.metric for objective in recipe.objectives]
     print(final_table(finished, names), flush=True)
-    print("".join(f"{note}\n" for note in notes), end="")
     chosen = None
     if recommended is not None:
         chosen = (rule, recommended)
-        model = books.run_dir / "trials" / books.trial_run_id(recommended.number) / "model"
-        print(f"{rule}: trial {recommended.number}: {describe(recommended.values)}\nmodel: {model}")
+        model = books.model_dir(recommended.number)
+        budget = recommended.metrics.get("budget")
+        at = "" if budget is None else f" at budget {budget:g}"
+        print(
+            f"{rule}: trial {recommended.number}{at}: {describe(recommended.values)}\n"
+            f"model: {model}"
+        )
+        if isinstance(base, FewshotRecipe):
+            notes += _verdict(base, books, recommended)
+    print("".join(f"{note}\n" for note in notes), end="")
     title = f"Search {books.run_id}"
     write_report(path, finished, recipe.objectives, title, chosen, notes)
     print(f"report: {path}\nTensorBoard: tensorboard --logdir {books.run_dir / 'tune'}", flush=True)
     return SearchResult(finished, recommended, books.parent, books.run_dir)
+
+
+def _verdict(base: FewshotRecipe, books: Books, best: Finished) -> list[str]:
+    """The recommended trial beside Algorithm 1's tasks and all of them, on held-out tasks."""
+    # imports torch and an encoder's library, which a search has no use for until here
+    from fmray.search.held_out import held_out_gains
+
+    models, notes = {f"trial {best.number}": books.model_dir(best.number)}, []
+    for peer in books.finished:
+        name = peer.origin.removeprefix("warm: ")
+        if name in ("Algorithm 1", "all tasks"):
+            trained = [t for t in books.finished if t.key == peer.key and t.status == "done"]
+            if trained:  # a duplicate has the model of the trial that it equals
+                models[f"{name} (trial {trained[0].number})"] = books.model_dir(trained[0].number)
+            else:
+                notes.append(f"trial {best.number} against {name}: that was not trained whole")
+    return held_out_gains(base, models) + notes
 
 
 def _write_json(path: Path, values: dict[str, Any]) -> None:

@@ -162,13 +162,17 @@ class Space:
 
         Raises ValueError for a parameter that is missing or unknown, or a value outside.
         """
-        names = [parameter.name for parameter in self.parameters]
-        if set(values) != set(names):
-            raise ValueError(f"values of {_listed(values)} in a space of {_listed(names)}")
+        if set(values) != set(self.names):
+            raise ValueError(f"values of {_listed(values)} in a space of {_listed(self.names)}")
         return {parameter.name: parameter.read(values[parameter.name]) for parameter in self}
 
     def __iter__(self) -> Iterator[Parameter]:
         return iter(self.parameters)
+
+    @property
+    def names(self) -> list[str]:
+        """Of the parameters."""
+        return [parameter.name for parameter in self]
 
     def key(self, values: Values) -> str:
         """Equal for trials that would train the same: their overrides, in one order."""
@@ -179,17 +183,15 @@ class Space:
 
         Raises ValueError where a parameter is continuous.
         """
-        names = [parameter.name for parameter in self]
         columns = [parameter.points() for parameter in self]
         for row in itertools.product(*columns):
-            yield dict(zip(names, row, strict=True))
+            yield dict(zip(self.names, row, strict=True))
 
     def check(self) -> None:
         """Raises ValueError, one line, for a space that cannot be searched."""
-        names = [parameter.name for parameter in self]
-        if not names:
+        if not self.parameters:
             raise ValueError("the space varies nothing; give it a parameter")
-        if again := _twice(names):
+        if again := _twice(self.names):
             raise ValueError(f"parameters: {again}")
         for parameter in self:
             if wrong := parameter.mistake():

@@ -11,7 +11,6 @@ trained: its result is the earlier one's.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -24,14 +23,15 @@ from optuna.distributions import (
     FloatDistribution,
     IntDistribution,
 )
-from optuna.trial import Trial, TrialState
+from optuna.trial import Trial, TrialState, create_trial
 
 from fmray.search.config import ObjectiveConfig
+from fmray.search.pareto import operating_points
 from fmray.search.space import Choice, Integer, Parameter, Real, Space, Subset, Values
 from fmray.search.state import Finished
 
 Algorithm = Literal["tpe", "nsga2", "random", "grid"]
-POPULATION = 10  # of NSGA-II; Optuna's 50 would spend a search of some tens of trials on one
+POPULATION = 10  # trials, of NSGA-II; Optuna's 50 would be a search of some tens of trials whole
 TRIES = 20  # suggestions in a row that equal earlier ones, then what is new is looked for
 
 
@@ -77,6 +77,7 @@ class Suggester:
         self._results: dict[int, Mapping[str, float] | None] = {}
         self._duplicates: dict[int, list[int]] = {}  # by the number they wait for
         self._repeats = 0
+        self._points_each = 1  # operating points of a trial
         finite = not any(isinstance(parameter, Real) for parameter in space)
         self._points = space.points() if finite or algorithm == "grid" else iter(())
         if algorithm == "grid":
@@ -189,12 +190,25 @@ class Suggester:
         return _decode(self._space, trial.params)
 
     def _tell(self, number: int, metrics: Mapping[str, float] | None) -> None:
+        """To the sampler, each operating point of a trial is a trial of the same values."""
         trial = self._trials.pop(number)
-        values = [math.nan if metrics is None else metrics[o.metric] for o in self._objectives]
-        if all(math.isfinite(value) for value in values):
-            self._study.tell(trial, values)
-        else:
+        points = [] if metrics is None else operating_points(metrics, self._objectives)
+        self._points_each = max(self._points_each, len(points))
+        values = [[point[o.metric] for o in self._objectives] for point in points]
+        if not values or not np.isfinite(values).all():
             self._study.tell(trial, state=TrialState.FAIL)
+            return
+        self._study.tell(trial, values[0])
+        told = self._study.get_trials(deepcopy=False)[trial.number]
+        self._study.add_trials(
+            create_trial(
+                params=told.params,
+                distributions=told.distributions,
+                values=point,
+                system_attrs=told.system_attrs,  # of NSGA-II: the generation
+            )
+            for point in values[1:]
+        )
 
     def _sampler(self, number: int) -> optuna.samplers.BaseSampler:
         """A new one for each number, so that a search that goes on needs no state of the last."""
@@ -203,7 +217,8 @@ class Suggester:
         if self._algorithm == "tpe":
             return optuna.samplers.TPESampler(seed=seed, multivariate=True, constant_liar=True)
         if self._algorithm == "nsga2":
-            return optuna.samplers.NSGAIISampler(seed=seed, population_size=POPULATION)
+            population = POPULATION * self._points_each
+            return optuna.samplers.NSGAIISampler(seed=seed, population_size=population)
         return optuna.samplers.RandomSampler(seed=seed)
 
     def _unseen(self) -> dict[str, Any] | None:

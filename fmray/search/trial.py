@@ -1,8 +1,8 @@
 """One trial: the driver of a real Ray Train run, in an actor of Ray Tune.
 
 In: an `Assignment`, the base recipe with the values of the trial set on top. Out: to Tune, the
-metrics of each evaluation (`METRICS`, and by budget or shots `accuracy/...`, `loss/...`,
-`operations/...`), the last with what the whole training cost; on disk what the job leaves.
+metrics of each evaluation (`metrics_of`), the last with what the whole training cost; on disk what
+the job leaves.
 """
 
 from __future__ import annotations
@@ -18,22 +18,21 @@ from ray import tune
 from ray.train import Checkpoint
 from ray.tune.integration.ray_train import TuneReportCallback
 
-from fmray.config import LoadedRecipe, Recipe, TrackingConfig, load
+from fmray.config import Job, LoadedRecipe, Recipe, TrackingConfig, load
 from fmray.fewshot_config import FewshotRecipe
 from fmray.train import job as adallava
 from fmray.train.fewshot import job as fewshot
 
-# accuracy: mean over budgets or shots; seconds: of the whole job; tasks: finetuned on (few-shot);
-# operations: of a prefill, mean over the budgets, and share: of the full model's (adallava)
-METRICS = ("accuracy", "seconds", "tasks", "operations", "share")
-FAMILIES = ("accuracy/", "loss/", "operations/")
+METRICS = ("accuracy", "seconds", "tasks", "operations", "share", "latency")
+FAMILIES = ("accuracy/", "loss/", "operations/", "share/", "latency/")
 
 
 @dataclass(frozen=True)
 class Assignment:
     """What a trial has to do. mistake: why it cannot (its values make no recipe).
 
-    parent: MLflow run id of the search. Its text is short: Tune writes it in many places.
+    parent: MLflow run id of the search. latency: whether it is to be measured. Its text is short:
+    Tune writes it in many places.
     """
 
     number: int
@@ -41,11 +40,29 @@ class Assignment:
     loaded: LoadedRecipe[Any] | None = field(repr=False)
     mistake: str | None = field(repr=False)
     parent: str | None = field(repr=False)
+    latency: bool = field(repr=False)
 
 
 def is_metric(name: str) -> bool:
-    """Whether a trial may report it, and a search may be for it."""
+    """Whether it is a metric of trials, of one kind or another."""
     return name in METRICS or name.startswith(FAMILIES)
+
+
+def metrics_of(base: Job) -> list[str]:
+    """What trials of a base recipe can be judged by.
+
+    accuracy: mean over budgets or shots; seconds: of the whole job; tasks: finetuned on (few-shot);
+    means over the budgets (adallava): operations of a prefill, share of the full model's, latency
+    in ms to the first token, which is measured in a search for it.
+    """
+    if isinstance(base, FewshotRecipe):
+        variable = base.evaluate.sampler == "meta_dataset_v1"
+        shots = ["variable"] if variable else base.evaluate.shots
+        return ["accuracy", "seconds", "tasks", *(f"accuracy/{n}-shot" for n in shots)]
+    if base.adaptive is None:
+        return ["accuracy", "seconds", "accuracy/base", "loss/base"]
+    each = [f"{family}{b:g}" for family in FAMILIES for b in base.train.eval_budgets]
+    return ["accuracy", "seconds", "operations", "share", "latency", *each]
 
 
 def load_base(
@@ -107,6 +124,11 @@ def run_trial(config: Mapping[str, Any]) -> None:
     else:
         result = adallava.train(trial.loaded, trial.run_id, watch, trial.parent)
     costs["seconds"] = time.monotonic() - began
+    if trial.latency:
+        # imports a model's library, which a trial's driver has no other use for
+        from fmray.search.latency import latency_on_ray
+
+        costs |= latency_on_ray(recipe, result.model_dir)
     tune.report(judged(result.metrics) | costs)
 
 

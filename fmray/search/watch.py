@@ -94,7 +94,8 @@ class Books:
             except ConfigError as error:
                 loaded, mistake = None, str(error)
             self._show(running, "running")
-            return Assignment(suggestion.number, name, loaded, mistake, self.parent)
+            latency = any(o.metric.startswith("latency") for o in self.objectives)
+            return Assignment(suggestion.number, name, loaded, mistake, self.parent, latency)
         return None
 
     def evaluated(self, number: int, result: Mapping[str, Any]) -> None:
@@ -136,6 +137,10 @@ class Books:
         append(self.run_dir / "trials.jsonl", trial)
         self.finished.append(trial)
         self._show(running, trial.status, trial.reason)
+
+    def model_dir(self, number: int) -> Path:
+        """What a trial trained."""
+        return self.run_dir / "trials" / self.trial_run_id(number) / "model"
 
     def trial_run_id(self, number: int) -> str:
         """The run id of a trial's job, by which MLflow and its folder are found."""

@@ -319,19 +319,18 @@ def _levels(recipe: Recipe, model: nn.Module) -> range:
 def _operations(recipe: Recipe, model: nn.Module) -> dict[str, float]:
     """What a prefill of `data.max_length` tokens costs by the cost model.
 
-    `operations/BUDGET`, their mean `operations`, and that as a `share` of the full model's; {} for
-    a base model.
+    `operations/BUDGET` and `share/BUDGET` (of the full model's), and their means `operations` and
+    `share`; {} for a base model.
     """
     if recipe.adaptive is None:
         return {}
-    cost, tokens = model.cost, recipe.data.max_length
-    found = {
-        f"operations/{budget:g}": float(cost.prefill(tokens, cost.max_units(budget, tokens)))
-        for budget in recipe.train.eval_budgets
-    }
-    mean = sum(found.values()) / len(found)
+    cost, tokens, budgets = model.cost, recipe.data.max_length, recipe.train.eval_budgets
     full = float(cost.prefill(tokens, model.layout.num_units))
-    return found | {"operations": mean, "share": mean / full}
+    found = {b: float(cost.prefill(tokens, cost.max_units(b, tokens))) for b in budgets}
+    mean = sum(found.values()) / len(found)
+    families = {f"operations/{b:g}": value for b, value in found.items()}
+    families |= {f"share/{b:g}": value / full for b, value in found.items()}
+    return families | {"operations": mean, "share": mean / full}
 
 
 def _steps(loader: InstructionLoader, step: int, total: int) -> Iterator[list[Batch]]:

@@ -27,7 +27,7 @@ from fmray.data.image_store import ImageStore, Rows
 from fmray.fewshot import Encoder, EpisodeSampler
 from fmray.fewshot_config import EpisodeConfig, FewshotRecipe, Selection, TargetConfig
 from fmray.selection import Selection as Choice
-from fmray.selection import choose_peer, select_tasks
+from fmray.selection import TaskMoments, choose_peer, select_tasks
 from fmray.selection.peers import class_responses, leep, logme
 from fmray.train.fewshot.embed import TaskFeatures, open_pool
 from fmray.train.fewshot.encoder import load_encoder
@@ -68,12 +68,15 @@ class Measured:
     Attributes:
         candidates: the tasks, by name.
         choice: Algorithm 1's, with the curves of all candidates.
+        moments: of each candidate; target: of the target.
         centroids: of each candidate's classes [C, d].
         support: features [n, d] of a few labelled target images; labels: [n].
     """
 
     candidates: dict[str, CandidateTask]
     choice: Choice
+    moments: dict[str, TaskMoments]
+    target: TaskMoments
     centroids: dict[str, np.ndarray]
     support: np.ndarray
     labels: np.ndarray
@@ -169,15 +172,17 @@ def measure(
         *features, found = pool.measure(pieces)
         support_features = pool.embed(whole.rows[support])
     known |= {one.moments.name: one for one in features}
+    moments = {name: known[name].moments for name in candidates}
     choice = select_tasks(
         found.moments,
-        [known[name].moments for name in candidates],
+        list(moments.values()),
         config.threshold,
         config.covariance,
         config.weighting,
     )
     centroids = {name: known[name].centroids for name in candidates}
-    return Measured(candidates, choice, centroids, support_features, whole.labels[support])
+    labels = whole.labels[support]
+    return Measured(candidates, choice, moments, found.moments, centroids, support_features, labels)
 
 
 def choose(

@@ -12,6 +12,7 @@ from support.search import finished
 
 from fmray.search.config import ObjectiveConfig
 from fmray.search.pareto import front, front_of, hypervolume, recommend, rule_of
+from fmray.search.state import Finished
 
 ACCURACY = ObjectiveConfig(metric="accuracy", mode="max")
 OPERATIONS = ObjectiveConfig(metric="operations", mode="min")
@@ -131,6 +132,34 @@ def test_a_rule_names_one_cost_where_there_are_several() -> None:
     assert recommend("best accuracy under 0.6 operations", found, three).number == 1
     with pytest.raises(ValueError, match=r"2 costs \(mode min\) to go by"):
         rule_of("best accuracy under 0.6", three)
+
+
+def curve(number: int, **by_budget: list[float]) -> Finished:
+    """A trial with a value of each metric at budgets 0.5 and 1, and their means."""
+    metrics = {name: sum(values) / 2 for name, values in by_budget.items()}
+    for name, values in by_budget.items():
+        metrics |= {f"{name}/1": values[1], f"{name}/0.5": values[0]}
+    return finished(number, metrics=metrics)
+
+
+def test_a_trial_with_a_curve_counts_at_each_of_its_budgets() -> None:
+    found = [
+        curve(0, accuracy=[0.5, 0.9], operations=[0.48, 1.0]),
+        curve(1, accuracy=[0.7, 0.85], operations=[0.5, 1.0]),
+        finished(2, metrics={"accuracy": 0.75, "operations": 0.7}),  # it has no curve
+    ]
+    points = [
+        (trial.number, trial.metrics.get("budget"), trial.metrics["accuracy"])
+        for trial in front_of(found, BOTH)
+    ]
+    assert points == [(0, 1.0, 0.9), (2, None, 0.75), (1, 0.5, 0.7), (0, 0.5, 0.5)]
+    under = recommend("best accuracy under 0.6", found, BOTH)
+    assert (under.number, under.metrics["budget"]) == (1, 0.5)
+    # full is what costs most: trial 0 at budget 1, not the mean of a curve
+    assert recommend("cheapest within 17 % of full", found, BOTH).number == 2
+    assert recommend("cheapest within 25 % of full", found, BOTH).number == 1
+    # one objective has no curve to lie on: the mean counts
+    assert [trial.number for trial in front_of(found, BOTH[:1])] == [1]
 
 
 @pytest.mark.parametrize(

@@ -126,6 +126,24 @@ def test_the_figure_has_every_trial_and_the_front() -> None:
     assert list(both["recommended: trial 1"].get_xdata()) == [0.5]
 
 
+def test_a_curve_is_drawn_at_each_budget(tmp_path: Path) -> None:
+    metrics = {"accuracy": 0.7, "accuracy/0.5": 0.6, "accuracy/1": 0.8}
+    metrics |= {"operations": 0.75, "operations/0.5": 0.5, "operations/1": 1.0}
+    found = [finished(0, metrics=metrics)]
+    [half, whole] = [
+        finished(0, metrics={"accuracy": a, "operations": o, "budget": o})
+        for a, o in ((0.6, 0.5), (0.8, 1.0))
+    ]
+    [panel] = pareto_figure(found, BOTH, half).axes
+    lines = {line.get_label(): line for line in panel.lines}
+    assert list(lines["Pareto front (2)"].get_xdata()) == [0.5, 1.0]
+    assert list(lines["recommended: trial 0"].get_xdata()) == [0.5]
+    write_report(tmp_path / "report.html", found, BOTH, "search", ("cheapest", whole))
+    page = Page((tmp_path / "report.html").read_text())
+    assert "trial 0 at budget 1 (accuracy 0.8, operations 1" in "".join(page.text)
+    assert len(page.all("tr")) == 2  # a line a trial
+
+
 @pytest.mark.parametrize("found", [[], [finished(0, status="failed", metrics={}, reason="no")]])
 def test_a_search_without_a_result_has_a_report(tmp_path: Path, found: list[Finished]) -> None:
     write_report(tmp_path / "report.html", found, BOTH, "search")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -50,6 +51,16 @@ def measure(values: Values) -> dict[str, float]:
     return {"accuracy": accuracy - abs(math.log10(rate) + 3) / 4, "cost": float(len(some))}
 
 
+def measure_curve(values: Values) -> dict[str, float]:
+    """As of an adaptive model: by budget, accuracy and cost; and their means."""
+    whole = measure(values)
+    curve = {}
+    for budget in (0.25, 0.5, 1):
+        curve |= {f"accuracy/{budget:g}": whole["accuracy"] * budget ** (0.1 * values["count"])}
+        curve |= {f"cost/{budget:g}": whole["cost"] * budget}
+    return whole | curve
+
+
 def finished(suggestion: Suggestion, metrics: dict[str, float] | None) -> Finished:
     duplicate = suggestion.duplicate_of is not None
     status = "duplicate" if duplicate else "failed" if metrics is None else "done"
@@ -70,7 +81,9 @@ def finished(suggestion: Suggestion, metrics: dict[str, float] | None) -> Finish
     )
 
 
-def go_on(suggester: Suggester, count: int) -> list[tuple[Suggestion, Finished]]:
+def go_on(
+    suggester: Suggester, count: int, measure: Callable[[Values], dict[str, float]] = measure
+) -> list[tuple[Suggestion, Finished]]:
     """A search, one trial at a time; every seventh trial fails."""
     found = []
     for _ in range(count):
@@ -112,6 +125,29 @@ def test_a_rebuilt_search_goes_on_as_uninterrupted(algorithm: Algorithm, small: 
             continue
         done = [trial for _, trial in reversed(whole[:cut])]  # in any order
         rest = go_on(Suggester(space, algorithm, objectives, 1, done), 45 - cut)
+        assert [s for s, _ in rest] == [s for s, _ in whole[cut:]], cut
+
+
+@pytest.mark.parametrize("algorithm", ["tpe", "nsga2"])
+def test_every_operating_point_of_a_trial_is_told(algorithm: Algorithm) -> None:
+    space, _ = parts(algorithm)
+    suggester = Suggester(space, algorithm, TWO, 1)
+    whole = go_on(suggester, 40, measure_curve)
+    told = [t for t in suggester._study.trials if t.values is not None]
+    trained = [(s, t) for s, t in whole if t.status == "done"]
+    points = sorted((t.values[0], t.values[1]) for t in told)
+    wanted = [
+        (trial.metrics[f"accuracy/{b:g}"], trial.metrics[f"cost/{b:g}"])
+        for _, trial in trained
+        for b in (0.25, 0.5, 1)
+    ]
+    assert set(points) == set(wanted) and len(points) >= len(wanted)
+    if algorithm == "nsga2":  # a generation is of trials, not of points
+        generations = [t.system_attrs["NSGAIISampler:generation"] for t in told]
+        assert 3 * 10 <= generations.count(0) <= 3 * 12
+    for cut in (5, 23):
+        done = [trial for _, trial in whole[:cut]]
+        rest = go_on(Suggester(space, algorithm, TWO, 1, done), 40 - cut, measure_curve)
         assert [s for s, _ in rest] == [s for s, _ in whole[cut:]], cut
 
 

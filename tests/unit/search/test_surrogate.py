@@ -1,0 +1,60 @@
+"""Rank correlations of cheap scores with accuracies, against scipy and known answers."""
+
+from __future__ import annotations
+
+import itertools
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from fmray.fewshot_config import SelectConfig
+from fmray.search.surrogate import rank_correlations, spearman
+from fmray.selection import TaskMoments, coverage
+
+GENERATOR = np.random.default_rng(5)
+CENTRES = {name: 3 * GENERATOR.normal(size=4) + 4 for name in "abcd"}
+TASKS = {
+    name: TaskMoments.of(name, centre + GENERATOR.normal(size=(30, 4)))
+    for name, centre in CENTRES.items()
+}
+TARGET = TaskMoments.of("target", CENTRES["a"] + GENERATOR.normal(size=(30, 4)))
+SETS = [names for size in (1, 2, 3, 4) for names in itertools.combinations("abcd", size)]
+
+
+def test_spearman_is_scipys_with_equal_values_too() -> None:
+    for size in (3, 8, 40):
+        first = GENERATOR.integers(0, 6, size).astype(float)
+        second = GENERATOR.integers(0, 6, size).astype(float)
+        assert spearman(first, second) == pytest.approx(stats.spearmanr(first, second).statistic)
+    assert spearman(np.array([1.0, np.inf, 2.0]), np.array([1.0, 3.0, 2.0])) == pytest.approx(1.0)
+    assert np.isnan(spearman(np.ones(3), np.arange(3.0)))
+
+
+@pytest.mark.parametrize("covariance", ["oas", "diag"])
+def test_accuracies_in_the_order_of_coverage(covariance: str) -> None:
+    config = SelectConfig(covariance=covariance)
+    covered = [coverage([TASKS[n] for n in names], TARGET, covariance) for names in SETS]
+    accuracies = stats.rankdata(covered) / 100
+    found = {
+        one.score: one for one in rank_correlations(SETS, accuracies, TARGET, TASKS, config, seed=0)
+    }
+    assert found["coverage"].rho == pytest.approx(1.0)
+    assert found["coverage"].low == pytest.approx(1.0)
+    sizes = [len(names) for names in SETS]
+    expected = stats.spearmanr(sizes, accuracies).statistic
+    assert found["the number of tasks"].rho == pytest.approx(expected)
+    assert set(found) == {"coverage", "mean similarity", "the number of tasks"}
+    assert all(one.sets == 15 and one.low <= one.rho <= one.high for one in found.values())
+    assert "correlation of +1.00 [+1.00, +1.00]" in str(found["coverage"])
+
+
+def test_the_interval_holds_zero_for_accuracies_without_order_and_is_the_same_again() -> None:
+    accuracies = np.random.default_rng(8).random(len(SETS))
+    found, again = (
+        rank_correlations(SETS, accuracies, TARGET, TASKS, SelectConfig(), seed=0) for _ in "12"
+    )
+    assert found == again
+    assert all(one.low < 0 < one.high for one in found)
+    few = rank_correlations(SETS[:4], accuracies[:4], TARGET, TASKS, SelectConfig(), seed=0)
+    assert few == []
