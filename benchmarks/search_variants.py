@@ -49,7 +49,9 @@ def main() -> None:
         base_path(loaded), recipe.base_set, options.folder, recipe.tracking, recipe.evaluations
     ).recipe
     objectives, whole = recipe.objectives, base.train.steps
-    points = {key: trial_points(judged(r.finished, objectives), objectives) for key, r in found.items()}
+    points = {
+        key: trial_points(judged(r.finished, objectives), objectives) for key, r in found.items()
+    }
     reference = [
         0.0 if o.mode == "max" else 1.05 * max(p[:, i].max() for p in points.values())
         for i, o in enumerate(objectives)
