@@ -39,7 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--fast",
         action="store_true",
-        help="a smoke run of about a minute: every step, too little training",
+        help="a smoke run of 90 seconds or so: every step, too little training",
     )
     parser.add_argument("--seed", type=int, default=0)
 

@@ -100,11 +100,12 @@ def operating_points(
         for name in metrics
         if others and name.startswith(f"{first}/")
     ]
-    points = [
-        {o.metric: metrics[f"{o.metric}/{budget}"] for o in objectives} | {"budget": float(budget)}
-        for budget in budgets
-        if all(f"{other}/{budget}" in metrics for other in others)
-    ]
+    points = []
+    for budget in budgets:
+        ends = f"/{budget}"
+        point = {n.removesuffix(ends): x for n, x in metrics.items() if n.endswith(ends)}
+        if all(other in point for other in others):
+            points.append(point | {"budget": float(budget)})
     return sorted(points, key=lambda point: point["budget"]) or [dict(metrics)]
 
 

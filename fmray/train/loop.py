@@ -319,18 +319,17 @@ def _levels(recipe: Recipe, model: nn.Module) -> range:
 def _operations(recipe: Recipe, model: nn.Module) -> dict[str, float]:
     """What a prefill of `data.max_length` tokens costs by the cost model.
 
-    `operations/BUDGET` and `share/BUDGET` (of the full model's), and their means `operations` and
-    `share`; {} for a base model.
+    `operations/BUDGET` and, of the full decoder's layers, `share/BUDGET`; their means `operations`
+    and `share`; {} for a base model.
     """
     if recipe.adaptive is None:
         return {}
-    cost, tokens, budgets = model.cost, recipe.data.max_length, recipe.train.eval_budgets
-    full = float(cost.prefill(tokens, model.layout.num_units))
-    found = {b: float(cost.prefill(tokens, cost.max_units(b, tokens))) for b in budgets}
-    mean = sum(found.values()) / len(found)
-    families = {f"operations/{b:g}": value for b, value in found.items()}
-    families |= {f"share/{b:g}": value / full for b, value in found.items()}
-    return families | {"operations": mean, "share": mean / full}
+    cost, tokens, found = model.cost, recipe.data.max_length, {}
+    for name, of in (("operations", cost.prefill), ("share", cost.share)):
+        values = {b: of(tokens, cost.max_units(b, tokens)) for b in recipe.train.eval_budgets}
+        found |= {f"{name}/{b:g}": float(value) for b, value in values.items()}
+        found[name] = sum(map(float, values.values())) / len(values)
+    return found
 
 
 def _steps(loader: InstructionLoader, step: int, total: int) -> Iterator[list[Batch]]:

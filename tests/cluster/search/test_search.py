@@ -124,7 +124,7 @@ def mlflow_runs(folder: Path) -> tuple[Any, dict[str, Any]]:
 def test_a_killed_search_goes_on_and_keeps_what_is_finished(
     base, address: str, tmp_path: Path
 ) -> None:
-    path = write_search(tmp_path, base, address, trials=5)
+    path = write_search(tmp_path, base, address, trials=3)
     trials = tmp_path / "runs" / "run" / "trials.jsonl"
     command = [sys.executable, str(ROOT / "jobs" / "search.py"), "--config", str(path)]
     driver = subprocess.Popen([*command, "--run-id", "run"], env=os.environ | {"PYTHONPATH": ROOT})
@@ -140,13 +140,13 @@ def test_a_killed_search_goes_on_and_keeps_what_is_finished(
     written = read_finished(trials)
     assert written[: len(kept)] == kept
     assert [trial.number for trial in written] == [trial.number for trial in result.finished]
-    assert sorted(trial.number for trial in written) == [0, 1, 2, 3, 4, 5]
+    assert sorted(trial.number for trial in written) == [0, 1, 2, 3]
     [equal] = [trial for trial in written if trial.status == "duplicate"]
     assert equal.origin == "warm: all tasks" and equal.steps == 0
     assert [equal.metrics] == [trial.metrics for trial in written if trial.number == 0]
     trained = [trial for trial in result.finished if trial.status != "duplicate"]
-    assert len(trained) == 5
-    assert len({trial.key for trial in trained}) == 5
+    assert len(trained) == 3
+    assert len({trial.key for trial in trained}) == 3
     assert {trial.status for trial in trained} == {"done"}
     origins = {trial.origin for trial in result.finished}
     assert {"warm: Algorithm 1", "warm: all tasks", "warm: only crimson"} <= origins
@@ -162,7 +162,6 @@ def test_a_killed_search_goes_on_and_keeps_what_is_finished(
     assert result.recommended.metrics["accuracy"] == best
     report = (result.run_dir / "report.html").read_text()
     assert f"trial {result.recommended.number} against all tasks (trial 0) on 20 1-shot" in report
-    assert "mean similarity ranks 5 sets of tasks with a correlation of" in report
     assert list((result.run_dir / "tune").rglob("events.out.tfevents*"))
     assert nothing_left()
 

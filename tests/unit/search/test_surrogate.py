@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import itertools
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from scipy import stats
+from support.search import finished
 
-from fmray.fewshot_config import SelectConfig
+from fmray.fewshot_config import FewshotRecipe, SelectConfig
+from fmray.search.run import _task_notes
 from fmray.search.surrogate import rank_correlations, spearman
 from fmray.selection import TaskMoments, coverage
 
@@ -58,3 +61,21 @@ def test_the_interval_holds_zero_for_accuracies_without_order_and_is_the_same_ag
     assert all(one.low < 0 < one.high for one in found)
     few = rank_correlations(SETS[:4], accuracies[:4], TARGET, TASKS, SelectConfig(), seed=0)
     assert few == []
+
+
+def test_a_search_ranks_the_sets_that_were_trained_whole_and_in_equal_shares() -> None:
+    trials = [
+        finished(
+            n, values={"tasks": names}, overrides=("select.only",), metrics={"accuracy": n / 9}
+        )
+        for n, names in enumerate(SETS[:6])
+    ]
+    shares = ("select.only", "select.weights")
+    trials.append(finished(6, values={"tasks": SETS[9]}, overrides=shares))
+    trials.append(finished(7, values={"tasks": SETS[8]}, overrides=(), status="stopped"))
+    base = FewshotRecipe(name="a")
+    measured = SimpleNamespace(target=TARGET, moments=TASKS)
+    accuracies = [n / 9 for n in range(6)]
+    found = rank_correlations(SETS[:6], accuracies, TARGET, TASKS, base.select, base.seed)
+    assert _task_notes(base, trials, lambda: measured) == [str(one) for one in found]
+    assert _task_notes(base, trials[:4], lambda: measured) == []
