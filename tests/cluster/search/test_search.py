@@ -98,10 +98,11 @@ def nothing_left() -> bool:
         groups = [g for g in placement_group_table().values() if g["state"] != "REMOVED"]
         # Ray's own coordinator of autoscaling requests is detached: one a cluster, for good
         actors = list_actors(
+            ray.get_runtime_context().gcs_address,  # of other Rays on this machine, none
             filters=[
                 ("state", "=", "ALIVE"),
                 ("class_name", "!=", "_AutoscalingCoordinatorActor"),
-            ]
+            ],
         )
         if not groups and not actors:
             return True
