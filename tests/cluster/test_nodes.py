@@ -1,0 +1,43 @@
+"""The checks of a cluster's nodes, on two raylets of this machine."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import ray
+from ray.cluster_utils import Cluster
+
+from fmray.node_checks import check_nodes
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def two_nodes() -> Iterator[None]:
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1})
+    cluster.add_node(num_cpus=1)
+    ray.init(address=cluster.address, runtime_env={"env_vars": {"PYTHONPATH": str(ROOT)}})
+    yield
+    ray.shutdown()
+    cluster.shutdown()
+
+
+def test_nodes_of_one_machine_fit_together(tmp_path: Path) -> None:
+    [finding] = check_nodes(tmp_path / "runs")
+    assert finding.level == "ok"
+    assert finding.text.startswith(f"2 nodes see {tmp_path}/runs, have the same packages")
+    assert not list((tmp_path / "runs").iterdir())
+
+
+def test_a_folder_that_each_node_has_for_itself_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Relative to the folder that a process is in, and each is in another."""
+    monkeypatch.chdir(tmp_path)
+    findings = check_nodes(Path("runs"))
+    assert [finding.level for finding in findings] == ["FAIL", "FAIL"]
+    for finding in findings:
+        assert "cluster.storage runs does not show what another node wrote there" in finding.text
+    assert not list((tmp_path / "runs").iterdir())
