@@ -9,6 +9,7 @@ it), tune/ (TensorBoard files) and report.html; in MLflow a run with a child a t
 from __future__ import annotations
 
 import json
+import logging
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -139,6 +140,8 @@ def _run_trials(recipe: SearchRecipe, books: Books, together: int, every: int, s
     every, steps: of a trial's evaluations, in the base recipe.
     """
     suggestions = Suggestions(books, recipe.trials)
+    # it says of each trial that TensorBoard cannot show its assignment
+    logging.getLogger("ray.tune.logger.tensorboardx").setLevel(logging.WARNING)
     try:
         tune.run(
             run_trial,

@@ -203,7 +203,10 @@ class Suggestions(Searcher):
             self.exhausted = True
             return Searcher.FINISHED
         self._left -= 1
-        return {"trial": assignment}
+        values = self._books.running[assignment.number].suggestion.values
+        # beside what the trial goes by, for TensorBoard: it knows numbers and text
+        shown = {n: " ".join(v) if isinstance(v, tuple) else v for n, v in values.items()}
+        return {"trial": assignment, "values": shown}
 
     def on_trial_complete(
         self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False
