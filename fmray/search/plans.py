@@ -74,14 +74,15 @@ def search_plans(loaded: LoadedRecipe[PlansRecipe], run_id: str) -> PlansResult:
         evaluation_batches(recipe.store, "train", processor, recipe.batch, recipe.calibration_rows)
     )
     held_out = evaluation_batches(recipe.store, "validation", processor, recipe.batch, recipe.rows)
-    run_dir.mkdir(parents=True, exist_ok=True)
-    (run_dir / "recipe.yaml").write_text(loaded.dump(), encoding="utf-8")
-    print(loaded.dump(), flush=True)
     origin = {
         "model": _digest(recipe.model / WEIGHTS),
         "store": _digest(recipe.store / "manifest.json"),
         "rows": recipe.calibration_rows,
     }
+    run_dir.mkdir(parents=True, exist_ok=True)
+    answers = PlanAnswers(run_dir / "answers.jsonl", model, calibration, origin)
+    (run_dir / "recipe.yaml").write_text(loaded.dump(), encoding="utf-8")
+    print(loaded.dump(), flush=True)
     with tracking.open_run(
         recipe.tracking,
         recipe.cluster.storage,
@@ -89,7 +90,6 @@ def search_plans(loaded: LoadedRecipe[PlansRecipe], run_id: str) -> PlansResult:
         recipe.model_dump(mode="json"),
         {"fmray.job": "plans"},
     ) as run:
-        answers = PlanAnswers(run_dir / "answers.jsonl", model, calibration, origin)
         importance = _importance(answers, model.layout.num_units)
         found: list[StaticPlan] = []
         for units_on in sorted(set(sizes.values())):
