@@ -68,7 +68,7 @@ def search_plans(loaded: LoadedRecipe[PlansRecipe], run_id: str) -> PlansResult:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model = AdaptiveVLM.from_pretrained(recipe.model).to(device).eval()
     # with as many tokens at each layer, how many there are does not change a plan's share
-    sizes = {budget: model.cost.max_units(budget, tokens=1) for budget in recipe.budgets}
+    sizes = {model.cost.max_units(budget, tokens=1) for budget in recipe.budgets}
     processor = load_processor(recipe.store / "processor")
     calibration = list(
         evaluation_batches(recipe.store, "train", processor, recipe.batch, recipe.calibration_rows)
@@ -92,7 +92,7 @@ def search_plans(loaded: LoadedRecipe[PlansRecipe], run_id: str) -> PlansResult:
     ) as run:
         importance = _importance(answers, model.layout.num_units)
         found: list[StaticPlan] = []
-        for units_on in sorted(set(sizes.values())):
+        for units_on in sorted(sizes):
             learned = _learned(model, calibration, units_on)
             found += _search(recipe, answers, importance, learned, units_on)
         _write(found, run_dir / "plans.json")
@@ -135,7 +135,10 @@ def _search(
     learned: list[str],
     units_on: int,
 ) -> list[StaticPlan]:
-    """The plans of one size: for all questions, and for each type where there are several."""
+    """The plans of one size: for all questions, and for each type where there are several.
+
+    A plan is asked of all questions at once, so the searches for a type find many answers there.
+    """
     types = sorted({tag for tag in answers.tags if tag is not None})
     found: list[StaticPlan] = []
     for tag in [None, *(types if len(types) > 1 else ())]:
