@@ -69,16 +69,16 @@ def search_plans(loaded: LoadedRecipe[PlansRecipe], run_id: str) -> PlansResult:
     model = AdaptiveVLM.from_pretrained(recipe.model).to(device).eval()
     # with as many tokens at each layer, how many there are does not change a plan's share
     sizes = {model.cost.max_units(budget, tokens=1) for budget in recipe.budgets}
-    processor = load_processor(recipe.store / "processor")
-    calibration = list(
-        evaluation_batches(recipe.store, "train", processor, recipe.batch, recipe.calibration_rows)
-    )
-    held_out = evaluation_batches(recipe.store, "validation", processor, recipe.batch, recipe.rows)
     origin = {
         "model": _digest(recipe.model / WEIGHTS),
         "store": _digest(recipe.store / "manifest.json"),
         "rows": recipe.calibration_rows,
     }
+    processor = load_processor(recipe.store / "processor")
+    calibration = list(
+        evaluation_batches(recipe.store, "train", processor, recipe.batch, recipe.calibration_rows)
+    )
+    held_out = evaluation_batches(recipe.store, "validation", processor, recipe.batch, recipe.rows)
     run_dir.mkdir(parents=True, exist_ok=True)
     answers = PlanAnswers(run_dir / "answers.jsonl", model, calibration, origin)
     (run_dir / "recipe.yaml").write_text(loaded.dump(), encoding="utf-8")

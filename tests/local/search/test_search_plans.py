@@ -202,6 +202,8 @@ def test_what_cannot_be_searched_is_named(folder: Path, result: PlansResult) -> 
     AdaptiveVLM.from_pretrained(folder / "run" / "model").base.save_pretrained(base)
     with pytest.raises(ValueError, match=r"stock: not an adaptive model: it has no adaptive\.json"):
         search_plans(load_plans(folder, model=str(base)), "stock-plans")
+    with pytest.raises(FileNotFoundError, match=r"nowhere/manifest\.json"):
+        search_plans(load_plans(folder, store=str(folder / "nowhere")), "low")
     with pytest.raises(ValueError, match=r"budget is 0\.2.*the smallest budget here is 0\.25"):
         search_plans(load_plans(folder, budgets=[0.2]), "low")
     with pytest.raises(
