@@ -345,10 +345,10 @@ def schema() -> dict[str, Any]:
     """
     # this module's own subclasses of Job come after it
     from fmray.fewshot_config import FewshotRecipe
-    from fmray.search.config import SearchRecipe
+    from fmray.search.config import PlansRecipe, SearchRecipe
 
     kinds, definitions = [], {}
-    for model in (Recipe, FewshotRecipe, SearchRecipe):
+    for model in (Recipe, FewshotRecipe, SearchRecipe, PlansRecipe):
         found = model.model_json_schema()
         found["properties"]["extends"] = {
             "type": "string",
@@ -359,7 +359,7 @@ def schema() -> dict[str, Any]:
         definitions |= found.pop("$defs")
         kinds.append(found)
     right = kinds[0]
-    for kind, other in zip(("fewshot", "search"), kinds[1:], strict=True):
+    for kind, other in zip(("fewshot", "search", "plans"), kinds[1:], strict=True):
         is_kind = {"properties": {"kind": {"const": kind}}, "required": ["kind"]}
         right = {"if": is_kind, "then": other, "else": right}
     return {"$defs": definitions, **right}
@@ -433,8 +433,8 @@ def run(arguments: argparse.Namespace) -> int:
     else:
         # this module's own subclasses of Job come after it
         from fmray.fewshot_config import FewshotRecipe
-        from fmray.search.config import SearchRecipe
+        from fmray.search.config import PlansRecipe, SearchRecipe
 
-        kinds: tuple[type[Job], ...] = (Recipe, FewshotRecipe, SearchRecipe)
+        kinds: tuple[type[Job], ...] = (Recipe, FewshotRecipe, SearchRecipe, PlansRecipe)
         print(load(arguments.recipe, arguments.overrides, kinds).dump(), end="")
     return 0

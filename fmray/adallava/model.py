@@ -11,7 +11,7 @@ that a full plan is the base model.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
@@ -25,7 +25,7 @@ from fmray.adallava.cost import CostModel
 from fmray.adallava.execution import Execution
 from fmray.adallava.families import Backbone
 from fmray.adallava.layout import SwitchLayout
-from fmray.adallava.passes import Draw, Prompt, masked_pass, prefill
+from fmray.adallava.passes import Draw, Prompt, hidden_under, masked_pass, prefill
 from fmray.adallava.placement import IGNORED, prompt_ends, without_last_prompt_token
 from fmray.adallava.sampling import best_plan, random_plan, sample_plan, threshold_plan
 from fmray.adallava.scheduler import LatencyEncoder, Scheduler, StaticScheduler
@@ -237,6 +237,46 @@ class AdaptiveVLM(nn.Module):
                 excess = self.share_of(plan.sum(1)) - self.share_of(prompt.units_on)
                 loss = loss + self.penalty * excess.clamp(min=0).mean()
         return AdaptiveOutput(loss, logits, plan, plan_logits)
+
+    @torch.no_grad()
+    def logits_under(
+        self,
+        plans: Tensor,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        pixel_values: Tensor | None = None,
+        labels: Tensor | None = None,
+        **extras: Tensor,
+    ) -> Iterator[tuple[int, Tensor]]:
+        """`forward(plan=...).logits` of one batch under each of several plans, for much less than a
+        forward each: plans bool [P, K], of one size -> (index of the plan, logits [B, n, V]).
+
+        The order is that of the passes (see `passes.hidden_under`). Raises ValueError for plans of
+        different sizes.
+        """
+        sizes = set(plans.sum(1).tolist())
+        if len(sizes) != 1 or plans.shape[1:] != (self.layout.num_units,):
+            raise ValueError(
+                f"plans must be [P, {self.layout.num_units}] with the same number of switches on, "
+                f"not {list(plans.shape)} with {sorted(sizes)}"
+            )
+        rows = input_ids.shape[0]
+        units_on = plans[:1].sum(1).expand(rows).to(input_ids.device)
+        prompt = self.embed_prompt(
+            input_ids,
+            attention_mask,
+            pixel_values,
+            None,
+            None,
+            extras,
+            labels,
+            units_on,
+            count=False,
+        )
+        for index, hidden in hidden_under(self, prompt, plans):
+            if self.latency_token == "inline":
+                hidden = without_last_prompt_token(hidden, prompt.end)
+            yield index, self.backbone.logits(hidden)
 
     def embed_prompt(
         self,

@@ -7,7 +7,7 @@ layer, and then stays or leaves.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -151,6 +151,36 @@ def prefill(
     for layer_groups, caches in zip(groups, upper, strict=True):
         hidden = model.execution.run_groups(hidden, inputs, layer_groups, caches)
     return hidden, plan, plan_logits, DecodingState(groups, lower, upper, mask)
+
+
+def hidden_under(model: AdaptiveVLM, prompt: Prompt, plans: Tensor) -> Iterator[tuple[int, Tensor]]:
+    """The same rows under each of several plans: plans bool [P, K], each with `prompt.units_on`
+    switches on -> (index of the plan, hidden states as of `prefill`), in an order of its own.
+
+    What two plans have in common is computed once: the always-on layers for all of them, and from
+    there on whatever plans begin with alike. One state [B, n, d] a layer is held.
+    """
+    backbone, layout = model.backbone, model.layout
+    hidden, mask, positions = prompt.embeddings, prompt.attention_mask, prompt.positions
+    if model.latency_token == "inline":
+        token = model.latency_embedding(prompt.units_on, hidden.dtype)
+        hidden, mask, positions = insert_token(hidden, token, mask, positions, prompt.end)
+    inputs = _inputs(backbone, hidden, mask, positions)
+    for layer in backbone.layers[: layout.first]:
+        hidden = layer(hidden, **inputs.arguments(None))
+    patterns = plans.view(len(plans), -1, layout.units_per_layer).tolist()
+    states, before = [hidden], []  # after each layer of the plan before
+    for index in sorted(range(len(plans)), key=patterns.__getitem__):
+        pattern = patterns[index]
+        pairs = enumerate(zip(before, pattern, strict=False))
+        shared = next((place for place, (old, new) in pairs if old != new), len(before))
+        del states[shared + 1 :]
+        for place in range(shared, len(pattern)):
+            layer = model.execution.module_for(layout.first + place, tuple(pattern[place]))
+            hidden = states[-1]
+            states.append(hidden if layer is None else layer(hidden, **inputs.arguments(None)))
+        before = pattern
+        yield index, states[-1]
 
 
 def decode(model: AdaptiveVLM, tokens: Tensor, positions: Tensor, state: DecodingState) -> Tensor:

@@ -1,7 +1,8 @@
-"""Settings of a search: what is varied, how, for what, and on which recipe.
+"""Settings of a search: what is varied, how, for what, and on which recipe or model.
 
-In: a recipe with `kind: search`, read by `fmray.config.load`. Out: a `SearchRecipe`. A trial is the
-job of the `base` recipe with the values that the search suggests set on top.
+In: a recipe with `kind: search` or `kind: plans`, read by `fmray.config.load`. Out: a
+`SearchRecipe`, where a trial is the job of the `base` recipe with the values that the search
+suggests set on top; or a `PlansRecipe`, where nothing is trained.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from fmray.config import Job, Location, Section
+from fmray.config import Job, Location, Section, Share
 
 
 class ObjectiveConfig(Section):
@@ -54,3 +55,29 @@ class SearchRecipe(Job):
             yield "scheduler.kind", f"{self.scheduler.kind} needs one objective; use none"
         if self.algorithm == "nsga2" and len(self.objectives) < 2:
             yield "algorithm", "nsga2 is for several objectives; use tpe"
+
+
+class PlansRecipe(Job):
+    """One search for static plans of a finished adaptive model, whole. It runs in this process."""
+
+    kind: Literal["plans"] = "plans"
+    model: Location = Field(description="directory of the adaptive model")
+    store: Location = Field(description="data store that the model was trained on, or one like it")
+    budgets: tuple[Share, ...] = Field((0.5, 0.6, 0.7, 0.85), min_length=1)
+    calibration_rows: int = Field(
+        1024, ge=1, description="rows of the training split that plans are searched on"
+    )
+    rows: int | None = Field(
+        None, ge=1, description="rows of the validation split they are measured on; default: all"
+    )
+    batch: int = Field(64, ge=1)
+    population: int = Field(16, ge=2, description="plans that are scored in each generation")
+    generations: int = Field(8, ge=0, description="after the first population")
+
+    def conflicts(self) -> Iterator[tuple[str, str]]:
+        """Settings that clash, as in `Job.conflicts`."""
+        twice = [budget for budget in self.budgets if self.budgets.count(budget) > 1]
+        if twice:
+            yield "budgets", f"{twice[0]:g} is there more than once; leave one"
+        if self.tracking.register_as:
+            yield "tracking.register_as", "a search for plans makes no model; set it to null"

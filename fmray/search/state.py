@@ -44,18 +44,21 @@ class Finished:
 
 def append(path: Path, trial: Finished) -> None:
     """Add one line; it is on disk when this returns."""
+    append_line(path, asdict(trial))
+
+
+def append_line(path: Path, values: Mapping[str, Any]) -> None:
+    """Add one line of JSON; it is on disk when this returns."""
     with path.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(asdict(trial)) + "\n")
+        file.write(json.dumps(values) + "\n")
         file.flush()
         os.fsync(file.fileno())
 
 
-def read_finished(path: Path) -> list[Finished]:
-    """The trials of a `trials.jsonl`, in the order they ended; [] where there is none.
+def whole_lines(path: Path) -> list[bytes]:
+    """The lines of a file that `append_line` wrote; [] where there is none.
 
-    A last line that a crash cut off is taken off the file: the trial counts as not finished.
-
-    Raises ValueError for a line that is not a trial.
+    A last line that a crash cut off is taken off the file.
     """
     if not path.is_file():
         return []
@@ -63,8 +66,17 @@ def read_finished(path: Path) -> list[Finished]:
     whole = content[: content.rfind(b"\n") + 1]
     if len(whole) < len(content):
         os.truncate(path, len(whole))
+    return whole.splitlines()
+
+
+def read_finished(path: Path) -> list[Finished]:
+    """The trials of a `trials.jsonl`, in the order they ended; [] where there is none.
+
+    A last line that a crash cut off counts as not finished. Raises ValueError for a line that is
+    not a trial.
+    """
     found = []
-    for number, line in enumerate(whole.splitlines(), 1):
+    for number, line in enumerate(whole_lines(path), 1):
         try:
             read = json.loads(line)
             read |= {"overrides": tuple(read["overrides"]), "curve": tuple(read["curve"])}

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import os
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -90,15 +90,15 @@ class Evaluation:
     def table(self) -> str:
         """For the terminal: accuracy with its 95 % interval, a line per budget.
 
-        Below, on the same questions: how much better learned plans are than each other kind, with
-        McNemar's p, and what plans tell of the type of question.
+        Below, on the same questions: how much better learned plans are than each other kind, with a
+        95 % interval and McNemar's p, and what plans tell of the type of question.
         """
         kinds = list(dict.fromkeys(point.plans for point in self.points))
         tested = [kind for kind in kinds if any(kind == other for other, _ in self.paired)]
         accuracy = [["budget", "share", *kinds]]
         better = [["budget"]]
         for kind in tested:
-            better[0] += [f"over {kind}", "p"]
+            better[0] += [f"over {kind} [95 %]", "p"]
         better[0] += ["plan tells of type", "p"] if self.dependence else []
         for budget in sorted({point.budget for point in self.points}):
             row = {point.plans: point for point in self.points if point.budget == budget}
@@ -106,7 +106,8 @@ class Evaluation:
             accuracy.append([f"{budget:g}", f"{share:.3f}", *(_cell(row[kind]) for kind in kinds)])
             line = [f"{budget:g}"]
             for test in (self.paired[kind, budget] for kind in tested):
-                line += [f"{test.difference:+.4f}", f"{test.p_value:.1g}"]
+                interval = f"[{test.low:+.3f}, {test.high:+.3f}]"
+                line += [f"{test.difference:+.3f} {interval}", f"{test.p_value:.1g}"]
             if (found := self.dependence.get(budget)) is not None:
                 bits = f"{found.bits:.2f} bits ({found.shuffled_bits:.2f} shuffled)"
                 line += [bits, f"{found.p_value:.1g}"]
@@ -148,7 +149,7 @@ def evaluate(
     base = model
     if base_dir is not None:
         base = AutoModelForImageTextToText.from_pretrained(base_dir).to(device, dtype).eval()
-    names = _row_ids(store)
+    names = row_ids(store)
     kinds: dict[str, Plan] = {}
     if adaptive:
         calibration = [
@@ -157,13 +158,33 @@ def evaluate(
             if {"static", "importance"} & set(config.plans)
         ]
         kinds = {kind: _plans(kind, model, calibration) for kind in config.plans}
+    budgets = config.budgets if adaptive else ()
+    return measure(model, base, kinds, budgets, batches("validation", config.rows), names, out)
+
+
+def measure(
+    model: nn.Module,
+    base: nn.Module,
+    kinds: Mapping[str, Plan],
+    budgets: Sequence[float],
+    batches: Iterable[Batch],
+    names: Mapping[int, str],
+    out: Path,
+) -> Evaluation:
+    """Ask every question at each budget under each kind of plans, and write what `out` is to hold.
+
+    base: asked without a budget. budgets: none for a stock model. names: source row -> id. Raises
+    ValueError for a budget below the always-on layers.
+    """
+    first = next(model.parameters())
+    dtype, device = first.dtype, first.device
     records: list[dict[str, Any]] = []
     answered: Counter[int] = Counter()  # answers of a row so far: they come in order
-    for batch in batches("validation", config.rows):
+    for batch in batches:
         inputs = model_inputs(batch, dtype, device)
         questions = _questions(batch, names, answered)
         records += _records(questions, BASE, None, None, _score(base, inputs, {}))
-        for budget in config.budgets if adaptive else ():
+        for budget in budgets:
             ends = prompt_ends(inputs["input_ids"], inputs["attention_mask"], inputs["labels"])
             units_on = model.units_for(budget, ends)
             for kind, plan in kinds.items():
@@ -180,7 +201,7 @@ def evaluate(
     file = out / "questions.parquet"
     pq.write_table(table, file.with_suffix(".partial"))
     os.replace(file.with_suffix(".partial"), file)
-    result = _summary(table, config if adaptive else None, file)
+    result = _summary(table, tuple(kinds), budgets, file)
     _write_json(result, out / "results.json")
     if result.points:
         curve = [
@@ -226,7 +247,7 @@ def _plans(kind: str, model: AdaptiveVLM, calibration: list[dict[str, Tensor]]) 
     if kind == "learned":
         return lambda model, batch, units_on: None  # the model's own scheduler decides
     if kind == "random":
-        return _random_plans
+        return random_plans
     if kind == "importance":
         scores = importance_scores(model, calibration)
         return lambda model, batch, units_on: best_plan(
@@ -243,7 +264,7 @@ def _plans(kind: str, model: AdaptiveVLM, calibration: list[dict[str, Tensor]]) 
     return static
 
 
-def _random_plans(model: AdaptiveVLM, batch: Batch, units_on: Tensor) -> Tensor:
+def random_plans(model: AdaptiveVLM, batch: Batch, units_on: Tensor) -> Tensor:
     """Uniform over the subsets of the size allowed: the first of an order drawn per question."""
     _, noise = draw(batch, 0, 0, range(model.layout.num_units + 1))
     return best_plan(noise.to(units_on.device), units_on)
@@ -292,8 +313,10 @@ def _records(
         }
 
 
-def _summary(table: pa.Table, config: EvaluateConfig | None, questions: Path) -> Evaluation:
-    """The numbers of an evaluation from its table of questions; config: None for a stock model."""
+def _summary(
+    table: pa.Table, kinds: Sequence[str], budgets: Sequence[float], questions: Path
+) -> Evaluation:
+    """The numbers of an evaluation from its table of questions."""
     columns = {name: np.array(table[name].to_pylist()) for name in ("plans", "tag", "plan")}
     columns["budget"] = table["budget"].to_numpy()
     columns["correct"] = np.array(table["correct"].to_pylist(), dtype=bool)
@@ -308,12 +331,12 @@ def _summary(table: pa.Table, config: EvaluateConfig | None, questions: Path) ->
     points: list[Point] = []
     paired: dict[tuple[str, float], PairedTest] = {}
     dependences: dict[float, Dependence] = {}
-    for budget in config.budgets if config is not None else ():
+    for budget in budgets:
         learned = chosen("learned", budget)
-        for kind in config.plans:
+        for kind in kinds:
             found = chosen(kind, budget)
             points.append(_point(kind, budget, found))
-            if kind != "learned" and "learned" in config.plans:
+            if kind != "learned" and "learned" in kinds:
                 paired[kind, budget] = paired_test(learned["correct"], found["correct"])
         tagged = np.array([tag is not None for tag in learned["tag"]], dtype=bool)
         if len(set(learned["tag"][tagged])) > 1:
@@ -351,7 +374,7 @@ def _columns(lines: list[list[str]]) -> list[str]:
     ]
 
 
-def _row_ids(store: Path) -> dict[int, str]:
+def row_ids(store: Path) -> dict[int, str]:
     """Source row -> id, of the validation split."""
     names: dict[int, str] = {}
     for file in StoreSplit(store, "validation").files:

@@ -24,12 +24,17 @@ class Dependence:
 
 @dataclass(frozen=True)
 class PairedTest:
-    """a minus b in accuracy over the same questions, and McNemar's exact two-sided p value."""
+    """a minus b in accuracy over the same questions, and McNemar's exact two-sided p value.
+
+    low, high: 95 % interval of the difference (Bonett and Price 2012).
+    """
 
     difference: float
     only_a: int
     only_b: int
     p_value: float
+    low: float
+    high: float
 
 
 def wilson_interval(right: int, total: int) -> tuple[float, float]:
@@ -47,7 +52,8 @@ def paired_test(a: np.ndarray, b: np.ndarray) -> PairedTest:
     """Are two kinds of plans right on different questions more often one way? a, b: bool [n].
 
     McNemar's exact test: of the questions that one answers and the other does not, each side is
-    equally likely if there is no difference.
+    equally likely if there is no difference. The interval is Wald's with one question more on each
+    side, so that it has a width where no question tells the two apart.
     """
     if a.shape != b.shape or a.ndim != 1:
         raise ValueError(f"paired answers must be two arrays [n], not {a.shape} and {b.shape}")
@@ -55,7 +61,11 @@ def paired_test(a: np.ndarray, b: np.ndarray) -> PairedTest:
     discordant = only_a + only_b
     tail = sum(math.comb(discordant, i) for i in range(min(only_a, only_b) + 1))
     p_value = min(1.0, float(2 * tail / 2**discordant)) if discordant else 1.0
-    return PairedTest((only_a - only_b) / len(a), only_a, only_b, p_value)
+    share_a, share_b = (only_a + 1) / (len(a) + 2), (only_b + 1) / (len(a) + 2)
+    center = share_a - share_b
+    half = Z_95 * math.sqrt((share_a + share_b - center**2) / (len(a) + 2))
+    low, high = max(-1.0, center - half), min(1.0, center + half)
+    return PairedTest((only_a - only_b) / len(a), only_a, only_b, p_value, low, high)
 
 
 def dependence(

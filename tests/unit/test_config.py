@@ -14,7 +14,7 @@ from pydantic import ValidationError
 
 from fmray.config import ConfigError, Recipe, job_arguments, job_path, load, schema
 from fmray.fewshot_config import FewshotRecipe
-from fmray.search.config import SearchRecipe
+from fmray.search.config import PlansRecipe, SearchRecipe
 
 RECIPES = sorted(
     path
@@ -366,7 +366,7 @@ def test_any_text_loads_or_is_a_config_error_of_one_line(
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.name)
 def test_recipes_of_the_project_load_and_fit_the_schema(path: Path) -> None:
-    loaded = load(path, (), (Recipe, FewshotRecipe, SearchRecipe))
+    loaded = load(path, (), (Recipe, FewshotRecipe, SearchRecipe, PlansRecipe))
     jsonschema.validate(yaml.safe_load(path.read_text()), schema())
     assert loaded.recipe.name
 

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from scipy.stats import multinomial
 from sklearn.metrics import mutual_info_score
 
 from fmray.train.statistics import dependence, paired_test, wilson_interval
@@ -42,6 +43,25 @@ def test_paired_test_counts_what_differs() -> None:
     assert paired_test(a, a).p_value == 1.0
     with pytest.raises(ValueError, match="two arrays"):
         paired_test(a, b[:-1])
+
+
+def test_paired_interval_covers_the_difference() -> None:
+    """Over all outcomes of 40 questions, by their multinomial law: 95 % of them hold the truth."""
+    total = 40
+    for only_a, only_b in ((0.1, 0.1), (0.25, 0.05), (0.02, 0.3)):
+        covered = 0.0
+        for a in range(total + 1):
+            for b in range(total + 1 - a):
+                outcome = np.zeros((2, total), dtype=bool)
+                outcome[0, :a], outcome[1, a : a + b] = True, True
+                found = paired_test(*outcome)
+                law = multinomial.pmf(
+                    (a, b, total - a - b), total, (only_a, only_b, 1 - only_a - only_b)
+                )
+                covered += law * (found.low <= only_a - only_b <= found.high)
+        assert 0.93 < covered < 0.99
+    same = paired_test(np.ones(100, dtype=bool), np.ones(100, dtype=bool))
+    assert -0.04 < same.low < 0 < same.high < 0.04
 
 
 def test_dependence_is_sklearns_mutual_information() -> None:
