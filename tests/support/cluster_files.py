@@ -24,8 +24,10 @@ RAY_UP = sorted((CLUSTER / "ray_up").glob("*.yaml"))
 Object = dict[str, Any]
 
 
-def documents(path: Path) -> list[Object]:
-    return list(yaml.safe_load_all(path.read_text()))
+@functools.cache
+def documents(path: Path) -> tuple[Object, ...]:
+    """The objects of a file, shared by all who ask: copy one before you change it."""
+    return tuple(yaml.safe_load_all(path.read_text()))
 
 
 def objects(kind: str, paths: list[Path] = KUBERAY) -> list[Object]:

@@ -218,8 +218,9 @@ def serve_config() -> dict[str, Any]:
 
 
 def test_the_endpoint_is_the_recipes() -> None:
-    written, recipe = serve_config(), yaml.safe_load(
-        (ROOT / "jobs" / "recipes" / "serve.yaml").read_text()
+    written, recipe = (
+        serve_config(),
+        yaml.safe_load((ROOT / "jobs" / "recipes" / "serve.yaml").read_text()),
     )
     [app], [same] = written.pop("applications"), recipe.pop("applications")
     arguments, expected = app.pop("args"), same.pop("args")
