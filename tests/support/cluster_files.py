@@ -44,7 +44,7 @@ def one(kind: str) -> Object:
 
 def pod_templates(item: Object) -> Iterator[tuple[str, Object]]:
     """(role, template) of every pod that an object makes: head, worker, submitter or pod."""
-    spec = item["spec"]
+    spec = item.get("spec", {})
     if item["kind"] in ("Deployment", "StatefulSet"):
         yield "pod", spec["template"]
     if "submitterPodTemplate" in spec:

@@ -303,7 +303,7 @@ RESTRICTED = {"allowPrivilegeEscalation": False, "capabilities": {"drop": ["ALL"
 def test_no_pod_has_more_rights_than_it_needs() -> None:
     level = one("Namespace")["metadata"]["labels"]["pod-security.kubernetes.io/enforce"]
     assert level == "restricted"
-    templates = [t for i in OBJECTS if i["kind"] != "Namespace" for _, t in _templates(i)]
+    templates = [template for item in OBJECTS for _, template in pod_templates(item)]
     assert len(templates) == 10
     assert [unrestricted(template) for template in templates] == [[]] * 10
     for kind in ("RayCluster", "RayService"):  # the sidecar that KubeRay adds to the head
@@ -320,10 +320,6 @@ def test_a_pod_with_rights_is_caught() -> None:
         }
     }
     assert len(unrestricted(broken)) == 5
-
-
-def _templates(item: Object) -> list[tuple[str, Object]]:
-    return list(pod_templates(item)) if "spec" in item else []
 
 
 def test_workloads_select_their_own_pods() -> None:
@@ -362,7 +358,7 @@ def test_volumes_and_mounts_agree() -> None:
     claims = {item["metadata"]["name"] for item in objects("PersistentVolumeClaim")}
     for item in OBJECTS:
         own = {c["metadata"]["name"] for c in item.get("spec", {}).get("volumeClaimTemplates", [])}
-        for _, template in _templates(item):
+        for _, template in pod_templates(item):
             volumes = template["spec"].get("volumes", [])
             names = {volume["name"] for volume in volumes} | own
             for container in template["spec"]["containers"]:
@@ -389,7 +385,7 @@ def test_secrets_are_those_that_the_page_makes() -> None:
     assert made["ray-token"] == {"auth_token"}  # KubeRay's name for it
     used = set()
     for item in OBJECTS:
-        for _, template in _templates(item):
+        for _, template in pod_templates(item):
             for container in template["spec"]["containers"]:
                 for entry in container.get("env", []):
                     reference = entry.get("valueFrom", {}).get("secretKeyRef")

@@ -121,7 +121,7 @@ def test_every_declared_port_is_reached_by_somebody() -> None:
     reached = {port for _, _, port in NEEDED}
     for path in KUBERAY:
         for item in documents(path):
-            for _, template in pod_templates(item) if "spec" in item else ():
+            for _, template in pod_templates(item):
                 for container in template["spec"]["containers"]:
                     ports = {port["containerPort"] for port in container.get("ports", [])}
                     assert ports <= reached, (path.name, ports)

@@ -82,7 +82,7 @@ def test_every_pod_and_machine_has_the_image() -> None:
         container["image"]
         for path in KUBERAY
         for item in documents(path)
-        for _, template in (pod_templates(item) if "spec" in item else ())
+        for _, template in pod_templates(item)
         for container in template["spec"]["containers"]
     }
     assert images == {image} | OTHER_IMAGES
@@ -185,7 +185,7 @@ def test_no_file_holds_a_secret() -> None:
     assert not [path for path in KUBERAY if any(i["kind"] == "Secret" for i in documents(path))]
     for path in KUBERAY:
         for item in documents(path):
-            for _, template in pod_templates(item) if "spec" in item else ():
+            for _, template in pod_templates(item):
                 for container in template["spec"]["containers"]:
                     for entry in container.get("env", []):
                         secret = re.search("PASSWORD|SECRET|TOKEN|_KEY", entry["name"])
