@@ -20,7 +20,11 @@ from fmray.config import Recipe, job_arguments
 
 TEXT = (CLUSTER / "README.md").read_text()
 BLOCKS = re.findall(r"```(\w+)\n(.*?)```", TEXT, re.S)
-SHELL = [body.replace("\\\n", " ") for language, body in BLOCKS if language == "bash"]
+SHELL = [
+    re.sub(r"(?m)(?:^|\s)#.*$", "", body.replace("\\\n", " "))  # without comments
+    for language, body in BLOCKS
+    if language == "bash"
+]
 MINE = "jobs/recipes/mine.yaml"  # the page's own example
 
 
