@@ -3,7 +3,8 @@
 In: a `ServeConfig` (Ray makes it of the words or of the `args:` of a config file). Out: a Serve
 application: replicas that each hold the model, its engine and the whole web side, so that a request
 makes one hop. A name in the registry is looked up once, here, so that all replicas serve the same
-version; deploying again takes the version that is then in production, one replica after the other.
+version; deploying with another `release` takes the version that is then in production, one replica
+after the other.
 """
 
 # No `from __future__ import annotations`: Ray reads the class off the builder's annotation.

@@ -42,6 +42,11 @@ class ServeConfig(Section):
         max_length=128,
         description="what clients call the model; default: its name in the registry or its folder",
     )
+    release: str | None = Field(
+        None,
+        description="any text: with another one, `serve deploy` builds the application again and so"
+        " takes the version in production by then; Serve leaves one alone that did not change",
+    )
     storage: Location = Field(
         Path("runs"), description="where the registry's sqlite file and fetched models are"
     )

@@ -159,4 +159,4 @@ def test_services_are_those_that_the_operator_makes() -> None:
     }
     assert set(re.findall(r"get rayjob ([\w-]+)", TEXT)) == {one("RayJob")["metadata"]["name"]}
     assert f"get rayservice {one('RayService')['metadata']['name']}" in TEXT
-    assert "ENDPOINT_RELEASE" in one("RayService")["spec"]["serveConfigV2"]
+    assert "release:" in one("RayService")["spec"]["serveConfigV2"]

@@ -225,7 +225,6 @@ def test_the_endpoint_is_the_recipes() -> None:
     [app], [same] = written.pop("applications"), recipe.pop("applications")
     arguments, expected = app.pop("args"), same.pop("args")
     assert {k for k in arguments.keys() | expected if arguments.get(k) != expected.get(k)} == OTHERS
-    assert app.pop("runtime_env") == {"env_vars": {"ENDPOINT_RELEASE": "1"}}
     assert app == same
     assert written.pop("http_options").pop("host") == "0.0.0.0"
     options = recipe.pop("http_options")
