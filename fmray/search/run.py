@@ -18,12 +18,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ray import tune
-from ray.tune.schedulers import (
-    AsyncHyperBandScheduler,
-    FIFOScheduler,
-    MedianStoppingRule,
-    TrialScheduler,
-)
 
 from fmray import tracking
 from fmray.cluster import start_or_join
@@ -37,6 +31,7 @@ from fmray.search.pareto import front_of, recommend, rule_of
 from fmray.search.report import write_report
 from fmray.search.space import Tasks, load_space
 from fmray.search.state import Finished, read_finished
+from fmray.search.stopping import make_scheduler
 from fmray.search.suggest import Suggester
 from fmray.search.surrogate import LEAST, rank_correlations
 from fmray.search.table import TrialTable, describe, final_table
@@ -153,7 +148,7 @@ def _run_trials(recipe: SearchRecipe, books: Books, together: int, every: int, s
             num_samples=-1,
             max_concurrent_trials=together,
             search_alg=suggestions,
-            scheduler=_scheduler(recipe, every, steps),
+            scheduler=make_scheduler(recipe, every, steps, books.finished),
             callbacks=[Watcher(books, recipe.scheduler.kind)],
             trial_dirname_creator=lambda trial: f"trial-{trial.config['trial'].number:03d}",
             trial_name_creator=lambda trial: f"trial-{trial.config['trial'].number:03d}",
@@ -171,19 +166,6 @@ def _run_trials(recipe: SearchRecipe, books: Books, together: int, every: int, s
             flush=True,
         )
         raise KeyboardInterrupt
-
-
-def _scheduler(recipe: SearchRecipe, every: int, steps: int) -> TrialScheduler:
-    config, [objective, *_] = recipe.scheduler, recipe.objectives
-    if config.kind == "none":
-        return FIFOScheduler()
-    grace = min(config.grace * every, steps)
-    judged = {"time_attr": "step", "metric": objective.metric, "mode": objective.mode}
-    if config.kind == "median":
-        return MedianStoppingRule(grace_period=grace, **judged)
-    return AsyncHyperBandScheduler(
-        grace_period=grace, max_t=steps, reduction_factor=config.reduction, **judged
-    )
 
 
 def _check_objectives(recipe: SearchRecipe, base: Job) -> None:
