@@ -285,11 +285,14 @@ def _verdict(base: FewshotRecipe, books: Books, best: Finished) -> list[str]:
     for peer in books.finished:
         name = peer.origin.removeprefix("warm: ")
         if name in ("Algorithm 1", "all tasks"):
+            # a duplicate has the model of the trial that it equals
             trained = [t for t in books.finished if t.key == peer.key and t.status == "done"]
-            if trained:  # a duplicate has the model of the trial that it equals
-                models[f"{name} (trial {trained[0].number})"] = books.model_dir(trained[0].number)
-            else:
+            if not trained:
                 notes.append(f"trial {best.number} against {name}: that was not trained whole")
+            elif trained[0].number == best.number:
+                notes.append(f"trial {best.number} is that of {name}")
+            else:
+                models[f"{name} (trial {trained[0].number})"] = books.model_dir(trained[0].number)
     return held_out_gains(base, models) + notes
 
 
