@@ -24,6 +24,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import ray
 from ray._private.state import state as ray_state
 from ray.exceptions import RayActorError
 from ray.train import (
@@ -41,6 +42,7 @@ from ray.train.torch import TorchConfig, TorchTrainer
 
 # Ray's own, as is `ray_state`: no other door leads to what is drained, to the cause of a failure,
 # and to elastic workers that wait for ever for room
+from ray.train.v2._internal.constants import ENV_VARS_TO_PROPAGATE
 from ray.train.v2._internal.exceptions import (
     WorkerGroupStartupTimeoutError,
     WorkerHealthCheckFailedError,
@@ -112,7 +114,7 @@ def fit(
     step, in_a_row = _last_step(run_dir), 0
     while True:
         try:
-            with _signals():
+            with _signals(), _address():
                 values = _trainer(recipe, run_id, config, carried, watch).fit().return_value
             if "preempted" not in values:
                 return Outcome(values, tuple(restarts))
@@ -256,6 +258,22 @@ def _signals() -> Iterator[None]:
     finally:
         for number, handler in kept.items():
             signal.signal(number, handler)
+
+
+@contextmanager
+def _address() -> Iterator[None]:
+    """Ray's cleaner of placement groups outlives a controller that is killed, as a stopped trial's
+    is, and looks for its cluster among all on the machine: where there are several, it is told."""
+    kept = os.environ.get("RAY_ADDRESS")
+    ENV_VARS_TO_PROPAGATE.add("RAY_ADDRESS")
+    os.environ["RAY_ADDRESS"] = ray.get_runtime_context().gcs_address
+    try:
+        yield
+    finally:
+        if kept is None:
+            del os.environ["RAY_ADDRESS"]
+        else:
+            os.environ["RAY_ADDRESS"] = kept
 
 
 def _trainer(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -63,7 +64,7 @@ class Drain(WorkerGroupCallback):
 
     def after_worker_group_start(self, worker_group: Any) -> None:
         if not self.told.exists():
-            self.told.touch()
+            self.told.write_text(os.environ["RAY_ADDRESS"])  # of the controller
             info = PreemptionInfo(None, {"0123456789abcdef": [1]})
             ray.get([w.actor.mark_preempt.remote(info) for w in worker_group.get_workers()])
 
@@ -80,6 +81,8 @@ def test_a_drained_node_costs_no_step(
     saved, resumed = map(int, re.search(text, out).groups())
     assert saved == resumed < 12
     assert len(started) == 2
+    assert (tmp_path / "told").read_text() == ray.get_runtime_context().gcs_address
+    assert "RAY_ADDRESS" not in os.environ
     assert "restarts: 1; the last: node 01234567" in out
     lines = [line for line in read_log(result.run_dir / "log.jsonl") if "loss" in line]
     assert [line["step"] for line in lines] == list(range(1, 13))
