@@ -172,6 +172,8 @@ def _open(uri: str) -> tuple[fs.FileSystem, str]:
         allow_delayed_open=True,  # one request for a small file
         **options,
     )
+    if store.get_file_info(parts.netloc).type == fs.FileType.NotFound:
+        raise FileNotFoundError(f"there is no bucket {parts.netloc}")
     return store, (parts.netloc + parts.path).rstrip("/")
 
 

@@ -11,10 +11,10 @@ never gets past it. And all limits and all lines are in one place.
 
 from __future__ import annotations
 
-import logging
 import os
 import re
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -24,6 +24,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from ray._private.state import state as ray_state
 from ray.exceptions import RayActorError
 from ray.train import (
     ControllerError,
@@ -38,7 +39,8 @@ from ray.train import (
 )
 from ray.train.torch import TorchConfig, TorchTrainer
 
-# Ray's own: elastic workers that find no room wait for ever, and there is no other door to that
+# Ray's own, as is `ray_state`: no other door leads to what is drained, to the cause of a failure,
+# and to elastic workers that wait for ever for room
 from ray.train.v2._internal.exceptions import (
     UserExceptionWithTraceback,
     WorkerGroupStartupTimeoutError,
@@ -57,6 +59,7 @@ from fmray.train.progress import event
 
 PAUSE_SECONDS = 5.0  # before the second restart in a row without a new checkpoint; then 10, 15, ...
 LONGEST_PAUSE = 60.0
+DRAIN_SECONDS = 30.0  # a drained node leaves when it is idle
 REASON_LENGTH = 300
 
 Loop = Callable[[dict[str, Any]], dict[str, Any]]
@@ -118,9 +121,12 @@ def fit(
             if "preempted" not in values:
                 return Outcome(values, tuple(restarts))
             reason, lost = values["preempted"], False
+            _wait_for_drained(time.monotonic() + DRAIN_SECONDS)
         except (TrainingFailedError, RayActorError) as error:
             _raise_mistake(error)
             reason, lost = why(error), True
+            if isinstance(error, WorkerGroupError) and not _died(_first(error)[1]):
+                print(_first(error)[1], file=sys.stderr)  # the worker's traceback
         restarts.append(reason)
         run.tag("fmray.restarts", str(len(restarts)))
         run.tag("fmray.last_failure", reason)
@@ -143,10 +149,9 @@ def fit(
 def why(error: Exception) -> str:
     """One line for a failure of Ray Train: what happened, to which rank, on which node."""
     if isinstance(error, WorkerGroupError):
-        # when one rank dies, the others fail too, for want of it
-        found = sorted(error.worker_failures.items())
-        rank, failure = next((item for item in found if _died(item[1])), found[0])
-        more = f" (and {len(found) - 1} more failed)" if len(found) > 1 else ""
+        rank, failure = _first(error)
+        others = len(error.worker_failures) - 1
+        more = f" (and {others} more failed)" if others else ""
         return f"worker {rank} {_what(failure)}{more}"
     if isinstance(error, PreemptionError):
         ranks = ", ".join(map(str, error.preemption_info.preempted_ranks))
@@ -157,6 +162,12 @@ def why(error: Exception) -> str:
             return f"{cause.num_workers} workers found no room within cluster.timeout_s"
         return f"the workers did not start: {_short(cause)}"
     return f"Ray's training controller died: {_short(error)}"
+
+
+def _first(error: WorkerGroupError) -> tuple[int, Exception]:
+    """The rank that failed and how: when one dies, the others fail too, for want of it."""
+    found = sorted(error.worker_failures.items())
+    return next((item for item in found if _died(item[1])), found[0])
 
 
 def _died(failure: Exception) -> bool:
@@ -180,6 +191,12 @@ def _short(error: BaseException) -> str:
     return f"{type(error).__name__}: {text}"[:REASON_LENGTH]
 
 
+def _wait_for_drained(end: float) -> None:
+    """Until no node is being drained: an elastic group would be made for its place too."""
+    while ray_state.get_draining_nodes() and time.monotonic() < end:
+        time.sleep(0.5)
+
+
 def _last_step(run_dir: Path, mirror: Mirror | None) -> int:
     newest = last_state(run_dir, mirror)
     return 0 if newest is None else newest[1].step
@@ -197,7 +214,6 @@ def _carry(loop: Loop, config: dict[str, Any]) -> dict[str, Any]:
     except ValueError as error:
         if not raised_by_fmray(error):
             raise
-        logging.getLogger("ray.train").setLevel(logging.CRITICAL)  # no traceback: one line is said
         raise _Mistake(str(error)) from None
 
 
@@ -277,6 +293,6 @@ def _trainer(
                 max_failures=0, controller_failure_limit=0, max_preemption_failures=0
             ),
             worker_runtime_env={"env_vars": {} if gpu else {"DS_ACCELERATOR": "cpu"}},
-            logging_config=LoggingConfig(log_level="ERROR"),  # the supervisor's lines say it
+            logging_config=LoggingConfig(log_level="CRITICAL"),  # the supervisor says it
         ),
     )

@@ -55,7 +55,8 @@ def play(
                 return type("Result", (), {"return_value": result})
 
         monkeypatch.setattr(supervise, "_trainer", lambda *_: Trainer())
-        monkeypatch.setattr(supervise, "_last_step", lambda _: step[0])
+        monkeypatch.setattr(supervise, "_last_step", lambda *_: step[0])
+        monkeypatch.setattr(supervise, "_wait_for_drained", lambda _: None)
         monkeypatch.setattr(supervise.time, "sleep", lambda _: None)
         try:
             return supervise.fit(recipe, "run", {}, lambda _: {}, tags), tags, len(left)
@@ -95,7 +96,10 @@ def test_no_restart_at_all(play: Callable[..., Any]) -> None:
 def test_giving_up_is_one_line_and_1(play: Callable[..., Any], capsys: Any) -> None:
     script = [(0, raised(OSError("disk")))] * 3
     assert exit_code(lambda: play(script)) == 1
-    assert capsys.readouterr().err.count("\n") == 1
+    # each failure's traceback, and why it gave up
+    *traces, last = capsys.readouterr().err.splitlines()
+    assert traces == ["traceback"] * 3
+    assert last.startswith("fmray: run run gave up: worker 1 raised OSError: disk; that was")
 
 
 def test_a_mistake_of_the_users_is_not_tried_again(play: Callable[..., Any], capsys: Any) -> None:
