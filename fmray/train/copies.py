@@ -84,7 +84,7 @@ class Copies:
                 path = self._run_dir / name
                 wrong = self._first(self._fault(path), group)
                 if wrong is not None and name in self._there:
-                    self._say(f"{name}: {wrong}; fetched from {self._mirror.uri}")
+                    self._say(f"{name}: {wrong}; fetched from {self._mirror}")
                     wrong = self._fetch(path, group)
                 if wrong is None:
                     self._newest = path
@@ -126,7 +126,7 @@ class Copies:
         if self._newest is not None and self._newest.name not in self._there:
             self._copy(self._mirror, self._newest, {*self._there, self._newest.name})
             if self._newest.name not in self._there:
-                raise OSError(f"{self._newest.name} could not be copied to {self._mirror.uri}")
+                raise OSError(f"{self._newest.name} could not be copied to {self._mirror}")
         if self._rank == 0:
             put_folder(self._mirror, self._run_dir / "model")
 
@@ -147,12 +147,12 @@ class Copies:
             or self._all(lambda: close() if self._rank == 0 else None)
         )
         if wrong is not None:
-            self._say(f"{name} was not copied to {mirror.uri}: {wrong}")
+            self._say(f"{name} was not copied to {mirror}: {wrong}")
             return
         self._there = {*(self._there & kept), name}
         size = sum(entry["bytes"] for entry in files.values()) / 1e6
         seconds = time.monotonic() - began
-        self._say(f"{name} is in {mirror.uri} ({size:.1f} MB in {seconds:.1f} s)")
+        self._say(f"{name} is in {mirror} ({size:.1f} MB in {seconds:.1f} s)")
 
     def _all(self, work: Callable[[], None]) -> str | None:
         """Do `work` on every rank; what went wrong on the first of those that failed."""
@@ -170,7 +170,7 @@ class Copies:
 
     def _fault(self, path: Path) -> str | None:
         place = self.here.index(self._rank)
-        return manifest.fault(path, True, place, len(self.here), self._needed(path))
+        return manifest.fault(path, True, place, len(self.here), self._needed)
 
     def _needed(self, files: dict[str, Entry]) -> dict[str, Entry]:
         """The files that this rank's folder must have: the shards of the ranks here, and what all
@@ -255,7 +255,7 @@ def last_state(run_dir: Path, mirror: Mirror | None) -> tuple[str, TrainState] |
             return str(local), read_state(local)
         if copied is None:
             return None
-        where = f"{mirror.uri}: {copied}"
+        where = f"{mirror}/{copied}"
         return where, parse_state(mirror.read(f"{copied}/{STATE_FILE}"), where)
 
 

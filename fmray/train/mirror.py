@@ -38,6 +38,9 @@ class Mirror:
         self._store, path = _open(uri)
         self._root = f"{path}/{run_dir.name}"
 
+    def __str__(self) -> str:
+        return f"{self.uri.partition('?')[0]}/{self._run_dir.name}"
+
     def is_folder(self, folder: Path) -> bool:
         """Whether the copies would lie in `folder`."""
         return self._store.type_name == "local" and Path(self._root).resolve() == folder.resolve()
@@ -79,13 +82,13 @@ class Mirror:
                 shutil.copyfileobj(stream, file, CHUNK)
                 os.fsync(file.fileno())
         except FileNotFoundError:
-            return f"{name} is missing in {self.uri}"
+            return f"{name} is missing in {self}"
         if entry is not None and not _is(partial, entry):
             size = partial.stat().st_size
             partial.unlink()
             if size != entry["bytes"]:
-                return f"{name} has {size} bytes instead of {entry['bytes']} in {self.uri}"
-            return f"{name} was altered in {self.uri}: its SHA-256 is not the manifest's"
+                return f"{name} has {size} bytes instead of {entry['bytes']} in {self}"
+            return f"{name} was altered in {self}: its SHA-256 is not the manifest's"
         os.replace(partial, target)
         return None
 

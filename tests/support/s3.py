@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
+import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 from pyarrow import fs
 
+from fmray.train.mirror import Mirror
+
 BUCKET = "checkpoints"
+CLONE_NEWNS = 0x00020000  # linux/sched.h; os.unshare comes with Python 3.12
 SERVER = """
 from moto.server import ThreadedMotoServer
 server = ThreadedMotoServer("127.0.0.1", 0, verbose=False)
@@ -69,3 +75,31 @@ def s3_server() -> Iterator[S3]:
         server.wait()
         for name, value in before.items():
             os.environ.pop(name) if value is None else os.environ.update({name: value})
+
+
+def own_folder(folder: Path, rank: int) -> None:
+    """Give this process a `folder` of its own, as on a machine of its own: a mount that others do
+    not see, of `<folder>-<rank>`. Needs root."""
+    own = folder.with_name(f"{folder.name}-{rank}")
+    for path in (folder, own):
+        path.mkdir(parents=True, exist_ok=True)
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.unshare(CLONE_NEWNS) != 0:
+        raise OSError(ctypes.get_errno(), "unshare")
+    subprocess.run(["mount", "--make-rprivate", "/"], check=True)
+    subprocess.run(["mount", "--bind", own, folder], check=True)
+
+
+def die_while_copying(name: str, rank: int) -> None:
+    """Rank 1 is killed when it has begun to copy its files of the checkpoint `name`."""
+    put = Mirror.put
+
+    def put_and_die(mirror: Mirror, names: Iterable[str]) -> None:
+        names = list(names)
+        if names[0].startswith(name):
+            put(mirror, names[:1])
+            os.kill(os.getpid(), signal.SIGKILL)
+        put(mirror, names)
+
+    if rank == 1:
+        Mirror.put = put_and_die

@@ -101,11 +101,11 @@ def test_a_cut_off_object_is_refused_with_its_name(
     s3.write(f"{tmp_path.name}/run/{NAME}/a.pt", data)
     there = Mirror(mirror.uri, tmp_path / "other" / "run")
     wrong = there.get(f"{NAME}/a.pt", files["a.pt"])
-    assert wrong.startswith(f"{NAME}/a.pt {words}") and s3.address in wrong
+    assert wrong.startswith(f"{NAME}/a.pt {words}") and "in s3://checkpoints/" in wrong
     assert list((tmp_path / "other" / "run" / NAME).iterdir()) == []
     assert there.get(f"{NAME}/c.pt", files["a.pt"]).startswith(f"{NAME}/c.pt is missing in s3://")
     s3.write(f"{tmp_path.name}/run/{NAME}/{MANIFEST}", json.dumps({"files": 3}).encode())
-    with pytest.raises(ValueError, match="manifest.json is not what was written"):
+    with pytest.raises(ValueError, match=r"manifest\.json is not what was written"):
         there.manifest(NAME)
 
 
