@@ -42,7 +42,6 @@ from ray.train.torch import TorchConfig, TorchTrainer
 # Ray's own, as is `ray_state`: no other door leads to what is drained, to the cause of a failure,
 # and to elastic workers that wait for ever for room
 from ray.train.v2._internal.exceptions import (
-    UserExceptionWithTraceback,
     WorkerGroupStartupTimeoutError,
     WorkerHealthCheckFailedError,
 )
@@ -126,7 +125,7 @@ def fit(
             _raise_mistake(error)
             reason, lost = why(error), True
             if isinstance(error, WorkerGroupError) and not _died(_first(error)[1]):
-                print(_first(error)[1], file=sys.stderr)  # the worker's traceback
+                print(error, file=sys.stderr)  # with the workers' tracebacks
         restarts.append(reason)
         run.tag("fmray.restarts", str(len(restarts)))
         run.tag("fmray.last_failure", reason)
@@ -181,9 +180,7 @@ def _what(failure: Exception) -> str:
         if node and process:
             return f"died (node {node[1]}, process {process[1]})"
         return f"died: {_short(cause)}"
-    if isinstance(failure, UserExceptionWithTraceback):
-        return f"raised {_short(failure._base_exc)}"
-    return f"failed: {_short(failure)}"
+    return f"raised {_short(failure)}"
 
 
 def _short(error: BaseException) -> str:
@@ -219,10 +216,8 @@ def _carry(loop: Loop, config: dict[str, Any]) -> dict[str, Any]:
 
 def _raise_mistake(error: Exception) -> None:
     for failure in error.worker_failures.values() if isinstance(error, WorkerGroupError) else ():
-        if isinstance(failure, UserExceptionWithTraceback):
-            mistake = failure._base_exc
-            if isinstance(mistake, _Mistake):
-                raise ValueError(str(mistake)) from None
+        if isinstance(failure, _Mistake):
+            raise ValueError(str(failure)) from None
 
 
 class _StartLimit(ControllerCallback):
