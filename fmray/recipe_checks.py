@@ -123,12 +123,15 @@ def _adaptive_conflicts(recipe: Recipe, adaptive: AdaptiveConfig) -> Iterator[tu
 def check_mirror(value: str) -> str:
     """The URI, if it is one of a store and holds no credentials."""
     parts = urlsplit(value)
-    if "@" in parts.netloc:
+    secret = parts.password or (parts.scheme == "s3" and parts.username)
+    if secret or re.search("key|secret|token", parts.query, re.IGNORECASE):
         text = (
             "credentials do not belong in a recipe: set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
             " on the nodes, or use the instance's role"
         )
-        raise PydanticCustomError("mirror", text)
+        # as a clash of settings is said: without the value
+        context = {"key": "cluster.mirror", "text": text}
+        raise PydanticCustomError("conflict", "{key}: {text}", context)
     if parts.scheme == "s3":
         unknown = [name for name, _ in parse_qsl(parts.query) if name not in S3_OPTIONS]
         if parts.netloc and not unknown:

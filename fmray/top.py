@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import json
 import multiprocessing
+import os
 import socket
 import sys
 import time
@@ -33,6 +34,7 @@ REFRESH_SECONDS = 1.0
 LINE_SECONDS = 10.0
 ASK_SECONDS = 3.0  # Ray, between one answer and the next question
 ANSWER_SECONDS = 20.0  # to `--once`, the start of a process included
+GONE_SECONDS = 600.0  # after which nobody waits for a run that has failed or died
 OVER = {"finished", "stopped"}
 COLORS = {"running": "green", "finished": "green", "stopped": "yellow", "unknown": "yellow"}
 
@@ -57,12 +59,12 @@ def run(arguments: argparse.Namespace) -> None:
             print(json.dumps(asdict(view)) if arguments.json else "\n".join(lines(view)))
         elif sys.stdout.isatty():
             with Live(picture(reader.read()), auto_refresh=False) as live:
-                while (view := reader.read(asked.latest())).state not in OVER:
+                while not over(view := reader.read(asked.latest())):
                     live.update(picture(view), refresh=True)
                     time.sleep(REFRESH_SECONDS)
                 live.update(picture(view), refresh=True)
         else:
-            while (view := reader.read(asked.latest())).state not in OVER:
+            while not over(view := reader.read(asked.latest())):
                 print("  ".join(f"{name} {text}" for name, text in facts(view)), flush=True)
                 time.sleep(LINE_SECONDS)
             print("\n".join(lines(view)))
@@ -76,6 +78,12 @@ def find_run(name: Path, storage: Path) -> Path:
     raise ValueError(
         f"there is no run at {name} or {storage / name}; name its folder, or its id and --storage"
     )
+
+
+def over(view: View) -> bool:
+    """Whether there is nothing to wait for. What has failed or died may be started again, by the
+    job's supervisor."""
+    return view.state in OVER or (view.state != "running" and (view.quiet or 0.0) > GONE_SECONDS)
 
 
 def facts(view: View) -> list[tuple[str, str]]:
@@ -213,6 +221,8 @@ def _answers(address: str | None) -> bool:
 
 
 def _ask(address: str, answers: Connection) -> None:
+    # what Ray says of a head that goes would run through the picture
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())
     from ray.util.state import list_actors
 
     filters = [("class_name", "=", "RayTrainWorker"), ("state", "=", "ALIVE")]

@@ -34,7 +34,7 @@ from fmray.train.checkpoint import (
     refuse_all,
 )
 from fmray.train.manifest import Entry
-from fmray.train.mirror import Mirror, open_mirror, user_mistakes
+from fmray.train.mirror import Mirror, user_mistakes
 from fmray.train.progress import event
 
 LOG = "log.jsonl"
@@ -47,7 +47,9 @@ class Copies:
     """
 
     def __init__(self, cluster: ClusterConfig, run_dir: Path) -> None:
-        self._run_dir, self._mirror = run_dir, open_mirror(cluster, run_dir)
+        self._run_dir = run_dir
+        # the driver has opened it before: what fails here may pass, and is tried again
+        self._mirror = Mirror(cluster.mirror, run_dir) if cluster.mirror is not None else None
         self._rank, self._ranks = dist.get_rank(), dist.get_world_size()
         # of the thread that copies; the loop's own groups are busy with other things
         self._group = dist.new_group(backend="gloo", timeout=timedelta(hours=STORAGE_HOURS))
@@ -164,6 +166,8 @@ class Copies:
         return self._first(wrong, self._group)
 
     def _first(self, wrong: str | None, group: dist.ProcessGroup) -> str | None:
+        if self._ranks == 1:
+            return wrong
         found: list[str | None] = [None] * self._ranks
         dist.all_gather_object(found, wrong, group=group)
         return next((text for text in found if text is not None), None)
