@@ -57,11 +57,7 @@ class Copies:
         self._newest: Path | None = None
         self._there: set[str] = set()  # names of complete ones in the mirror, the same on all ranks
         self.here = list(range(self._ranks)) if self._mirror is None else self._who_is_here()
-
-    @property
-    def leads(self) -> bool:
-        """Whether this rank does what is done once a folder."""
-        return self._rank == self.here[0]
+        self._leads = self._rank == self.here[0]  # does what is done once a folder
 
     def find(self) -> Path | None:
         """The newest checkpoint that is whole, by the contents of the files; each rank reads its
@@ -103,7 +99,7 @@ class Copies:
         Waits first until the copy of the one before is finished.
         """
         self.wait()
-        if self.leads:
+        if self._leads:
             prune_checkpoints(self._run_dir, step, keep, best_step)
         self._newest = checkpoint
         if self._mirror is not None:
@@ -136,7 +132,8 @@ class Copies:
         """In a thread: all ranks' files, then the manifest; then old copies go."""
         name, began = checkpoint.name, time.monotonic()
         files = manifest.files_of((checkpoint / manifest.MANIFEST).read_text(encoding="utf-8"))
-        mine = [f"{name}/{file}" for file in files if (owner(file) or 0) == self._rank]
+        # one made by more ranks is copied by those that are left
+        mine = [f"{name}/{k}" for k in files if (owner(k) or 0) % self._ranks == self._rank]
 
         def close() -> None:
             mirror.put([LOG])
@@ -197,7 +194,7 @@ class Copies:
         [files] = found
         if isinstance(files, str):
             return files
-        if self.leads:
+        if self._leads:
             begin_folder(path, files)
         dist.barrier(group=group)
         place = self.here.index(self._rank)
@@ -205,7 +202,7 @@ class Copies:
         for name, entry in list(self._needed(files).items())[place :: len(self.here)]:
             wrong = wrong or self._mirror.get(f"{path.name}/{name}", entry)
         wrong = self._first(wrong, group)
-        if wrong is None and self.leads:
+        if wrong is None and self._leads:
             manifest.write_manifest(path, files)
         dist.barrier(group=group)
         return wrong
