@@ -52,7 +52,7 @@ def train_on(
         ranks = [
             _context.Process(
                 target=_rank,
-                args=(rank, world_size, Path(folder), config, pipe, before),
+                args=(rank, world_size, Path(folder), config, pipe, dict(os.environ), before),
                 daemon=True,
             )
             for rank, (_, pipe) in enumerate(pipes)
@@ -80,8 +80,10 @@ def _rank(
     folder: Path,
     config: dict[str, Any],
     answer: Connection,
+    environment: dict[str, str],
     before: Callable[[int], None] | None,
 ) -> None:
+    os.environ.update(environment)  # the server may be older than what a test has set
     if before is not None:
         before(rank)
     os.environ["LOCAL_RANK"] = str(rank)

@@ -9,12 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from support.fewshot import fewshot_recipe
 from support.fewshot import losses as losses_of
 from support.s3 import S3, s3_server
 from support.selection import color_store
 from support.training import ADAPTIVE, load_recipe, make_store
 
+from fmray.fewshot import create_encoder
 from fmray.run_view import RunReader
 from fmray.train.copies import Copies
 from fmray.train.fewshot.job import train_fewshot
@@ -142,12 +144,16 @@ def test_finetuning_goes_through_the_same_door(
     s3: S3, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     images = color_store(tmp_path)
+    torch.manual_seed(1)
+    create_encoder("small/conv", pretrained=False, image_size=16).save_pretrained(tmp_path / "from")
+    encoder = {"checkpoint": tmp_path / "from"}
     train = {"steps": 6, "episodes_per_step": 2, "lr": 0.02, "checkpoint_every": 2}
-    alone = train_fewshot(fewshot_recipe(images, tmp_path / "alone", train=train), "run")
+    sections = {"train": train, "encoder": encoder}
+    alone = train_fewshot(fewshot_recipe(images, tmp_path / "alone", **sections), "run")
 
     def mirrored(storage: Path) -> Any:
         cluster = {"workers": 0, "storage": str(storage), "mirror": s3.uri("fewshot")}
-        return fewshot_recipe(images, storage, train=train, cluster=cluster)
+        return fewshot_recipe(images, storage, cluster=cluster, **sections)
 
     with monkeypatch.context() as patch:
         stop_after(patch, 4)
