@@ -24,6 +24,7 @@ COMMANDS = {
     "ask": ("fmray.ask", "ask a trained model a question about an image, under a budget"),
     "serve": ("fmray.serve.command", "an OpenAI-style endpoint for a trained model, on Ray Serve"),
     "cost": ("fmray.adallava.cost_table", "what a budget buys: layers, operations, roofline time"),
+    "top": ("fmray.top", "what a run is doing: workers, step, speed, checkpoints, what happened"),
     "doctor": ("fmray.doctor", "what is installed, what Ray sees, and whether a recipe fits"),
     "config": (
         "fmray.config",

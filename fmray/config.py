@@ -31,7 +31,7 @@ from pydantic import (
 from pydantic_core import PydanticCustomError
 from typing_extensions import TypeVar
 
-from fmray.recipe_checks import conflicts
+from fmray.recipe_checks import check_mirror, conflicts
 from fmray.recipe_file import ConfigError, Entry, dump_value, explain, read
 
 __all__ = [
@@ -65,6 +65,9 @@ def _number_or_range(value: Any) -> Any:
 
 
 Workers = Annotated[int | tuple[int, int], BeforeValidator(_number_or_range)]
+
+
+MirrorUri = Annotated[str, AfterValidator(check_mirror)]
 
 
 class Section(BaseModel):
@@ -211,7 +214,14 @@ class ClusterConfig(Section):
         None, description="Ray address; default: RAY_ADDRESS, a running one, or a new one"
     )
     storage: Location = Field(
-        Path("runs"), description="checkpoints and results; visible from every node"
+        Path("runs"),
+        description="checkpoints and results; visible from every node, or with `mirror` each node's"
+        " own",
+    )
+    mirror: MirrorUri | None = Field(
+        None,
+        description="where checkpoints and the model are copied, and fetched from:"
+        " s3://BUCKET/PREFIX?endpoint_override=HOST:PORT, or any URI that pyarrow opens",
     )
     workers: Workers = Field(
         1,

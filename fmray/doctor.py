@@ -29,6 +29,7 @@ from fmray.memory import GIB, Sizes, estimate, measure
 from fmray.preflight import Finding, Machine, machines_of_cluster, preflight
 from fmray.recipe_checks import conflicts
 from fmray.recipe_file import dump_value
+from fmray.train.mirror import open_mirror
 
 JOIN_SECONDS = 60  # to ask a cluster what it has, the start of a process included
 
@@ -165,11 +166,18 @@ def _seen(machines: list[Machine], connected: bool) -> Iterator[Finding]:
 
 
 def _folders(recipe: Recipe, several_nodes: bool) -> Iterator[Finding]:
-    for key, path in (
-        ("cluster.storage", recipe.cluster.storage),
-        ("data.store", recipe.data.store),
+    mirror, storage = recipe.cluster.mirror, recipe.cluster.storage
+    if mirror is not None:
+        try:
+            open_mirror(recipe.cluster, storage / recipe.name)
+            yield Finding("ok", f"cluster.mirror: {mirror} can be read")
+        except ValueError as error:
+            yield Finding("FAIL", str(error))
+    for key, path, shared in (
+        ("cluster.storage", storage, several_nodes and mirror is None),
+        ("data.store", recipe.data.store, several_nodes),
     ):
-        if several_nodes and not path.is_absolute():
+        if shared and not path.is_absolute():
             yield Finding(
                 "FAIL",
                 f"{key}: {path} is relative: every node has its own; name a folder that all share",
@@ -179,7 +187,7 @@ def _folders(recipe: Recipe, several_nodes: bool) -> Iterator[Finding]:
         if not os.access(folder, os.W_OK):
             yield Finding("FAIL", f"{key}: {path} cannot be written ({folder} is read-only for us)")
             continue
-        blind = _nodes_that_do_not_see(folder) if several_nodes else []
+        blind = _nodes_that_do_not_see(folder) if shared else []
         if blind:
             yield Finding(
                 "FAIL",

@@ -11,9 +11,14 @@ import math
 import re
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
+from urllib.parse import parse_qsl, urlsplit
+
+from pydantic_core import PydanticCustomError
 
 if TYPE_CHECKING:
     from fmray.config import AdaptiveConfig, ClusterConfig, Recipe, ScratchConfig
+
+S3_OPTIONS = {"endpoint_override", "region", "scheme"}
 
 
 def conflicts(recipe: Recipe) -> Iterator[tuple[str, str]]:
@@ -113,3 +118,28 @@ def _adaptive_conflicts(recipe: Recipe, adaptive: AdaptiveConfig) -> Iterator[tu
             f"{adaptive.min_budget} is below what the first {first} of {layers} layers cost; at"
             f" least {first / layers:.3g}, or null",
         )
+
+
+def check_mirror(value: str) -> str:
+    """The URI, if it is one of a store and holds no credentials."""
+    parts = urlsplit(value)
+    secret = parts.password or (parts.scheme == "s3" and parts.username)
+    if secret or re.search("key|secret|token", parts.query, re.IGNORECASE):
+        text = (
+            "credentials do not belong in a recipe: set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
+            " on the nodes, or use the instance's role"
+        )
+        # as a clash of settings is said: without the value
+        context = {"key": "cluster.mirror", "text": text}
+        raise PydanticCustomError("conflict", "{key}: {text}", context)
+    if parts.scheme == "s3":
+        unknown = [name for name, _ in parse_qsl(parts.query) if name not in S3_OPTIONS]
+        if parts.netloc and not unknown:
+            return value
+    elif parts.scheme or value.startswith("/"):
+        return value
+    raise PydanticCustomError(
+        "mirror",
+        "should be s3://BUCKET/PREFIX, with ?region=, endpoint_override= or scheme=;"
+        " another URI that pyarrow opens; or an absolute path",
+    )

@@ -17,7 +17,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from datetime import timedelta
@@ -107,19 +107,24 @@ def settings_hash(settings: dict[str, Any]) -> str:
 def read_state(checkpoint: Path) -> TrainState:
     """The `state.json` of a whole checkpoint. Raises ValueError when it is of another fmray."""
     path = checkpoint / STATE_FILE
-    values = json.loads(path.read_text(encoding="utf-8"))
+    return parse_state(path.read_text(encoding="utf-8"), str(path))
+
+
+def parse_state(text: str, where: str) -> TrainState:
+    """See `read_state`."""
+    values = json.loads(text)
     names = {field.name for field in fields(TrainState)}
     if set(values) != names:
-        raise ValueError(f"{path}: should hold {sorted(names)}, holds {sorted(values)}")
+        raise ValueError(f"{where}: should hold {sorted(names)}, holds {sorted(values)}")
     return TrainState(**values)
 
 
-def check_state(state: TrainState, recipe: Recipe, checkpoint: Path) -> None:
+def check_state(state: TrainState, recipe: Recipe, checkpoint: Path | str) -> None:
     """Raises ValueError, naming the settings, when recipe and checkpoint do not go together."""
     check_settings(state, training_settings(recipe), checkpoint)
 
 
-def check_settings(state: TrainState, now: dict[str, Any], checkpoint: Path) -> None:
+def check_settings(state: TrainState, now: dict[str, Any], checkpoint: Path | str) -> None:
     """Raises ValueError, naming the settings, when they are others than the checkpoint's."""
     if state.config_hash == settings_hash(now):
         return
@@ -143,46 +148,22 @@ def find_checkpoint(run_dir: Path) -> Path | None:
     begin again from step 0 is for the user to decide.
     """
     passed: list[str] = []
-    for path in _newest_first(run_dir):
+    for path in newest_first(run_dir):
         wrong = manifest.fault(path, hashes=False)
         if wrong is None:
             return path
         passed.append(f"{path.name}: {wrong}")
-    _refuse_all(run_dir, passed)
+    refuse_all(run_dir, passed)
     return None
 
 
-def find_verified(run_dir: Path) -> Path | None:
-    """As `find_checkpoint`, by the contents of the files; every rank must call this, and reads its
-    share of them.
-
-    One line for each newer checkpoint that is passed over.
-    """
-    rank, world_size = dist.get_rank(), dist.get_world_size()
-    passed: list[str] = []
-    with _patient_group() as group:
-        # rank 0 looks: other nodes may see a shared folder a moment later
-        found = [_newest_first(run_dir) if rank == 0 else None]
-        dist.broadcast_object_list(found, group=group)
-        for path in found[0]:
-            faults: list[str | None] = [None] * world_size
-            mine = manifest.fault(path, hashes=True, share=rank, shares=world_size)
-            dist.all_gather_object(faults, mine, group=group)
-            wrong = next((fault for fault in faults if fault is not None), None)
-            if wrong is None:
-                return path
-            passed.append(f"{path.name}: {wrong}")
-            if rank == 0:
-                event(run_dir.name, f"{passed[-1]}; passed over for the one before")
-    _refuse_all(run_dir, passed)
-    return None
-
-
-def _newest_first(run_dir: Path) -> list[Path]:
+def newest_first(run_dir: Path) -> list[Path]:
+    """All checkpoints, whole or not."""
     return sorted((p for p in run_dir.glob("checkpoint-*") if p.is_dir()), reverse=True)
 
 
-def _refuse_all(run_dir: Path, passed: list[str]) -> None:
+def refuse_all(run_dir: Path, passed: list[str]) -> None:
+    """Raises ValueError when there are checkpoints, and something is wrong with each."""
     if passed:
         raise ValueError(
             f"{run_dir}: no checkpoint is whole ({'; '.join(passed)}); restore one, or remove them"
@@ -191,7 +172,7 @@ def _refuse_all(run_dir: Path, passed: list[str]) -> None:
 
 
 @contextmanager
-def _patient_group() -> Iterator[dist.ProcessGroup]:
+def patient_group() -> Iterator[dist.ProcessGroup]:
     """A process group of all ranks that waits for slow storage longer than for a slow step."""
     group = dist.new_group(timeout=timedelta(hours=STORAGE_HOURS))
     try:
@@ -205,16 +186,21 @@ def checkpoint_path(run_dir: Path, step: int) -> Path:
     return run_dir / f"checkpoint-{step:08d}"
 
 
-def save_checkpoint(engine: Any, run_dir: Path, state: TrainState, recipe_text: str) -> Path:
+def save_checkpoint(
+    engine: Any, run_dir: Path, state: TrainState, recipe_text: str, here: Sequence[int]
+) -> Path:
     """Write a checkpoint; every rank must call this.
+
+    here: the ranks that see this rank's `run_dir`. Where that is not all of them, each node's
+    folder gets the files of its ranks and the manifest of all.
 
     Returns its folder, complete on every rank's return.
     """
     final = checkpoint_path(run_dir, state.step)
     partial = run_dir / f".{final.name}.partial"
-    first = engine.global_rank == 0
-    with _patient_group() as group:
-        if first:
+    first, leads = engine.global_rank == 0, engine.global_rank == here[0]
+    with patient_group() as group:
+        if leads:
             for left in run_dir.glob(".checkpoint-*.partial"):  # by a worker group that died
                 shutil.rmtree(left)
             partial.mkdir(parents=True)
@@ -229,39 +215,47 @@ def save_checkpoint(engine: Any, run_dir: Path, state: TrainState, recipe_text: 
         mine = manifest.describe_files(partial, _files_of(partial, engine.global_rank))
         assert mine or state.zero_stage == 0, f"rank {engine.global_rank} wrote no shard"
         parts: list[Any] = [None] * state.world_size
-        dist.gather_object(mine, parts if first else None, group=group)
-        if first:
+        dist.all_gather_object(parts, mine, group=group)
+        if leads:
             manifest.write_manifest(partial, {k: v for part in parts for k, v in part.items()})
+            for folder in [partial, *(path for path in partial.rglob("*") if path.is_dir())]:
+                manifest.sync(folder)
             if final.exists():  # of a lost future, or not whole
                 shutil.rmtree(final)
             os.replace(partial, final)
+            manifest.sync(run_dir)
         dist.barrier(group=group)
     return final
+
+
+def owner(name: str) -> int | None:
+    """The rank whose shard a file of DeepSpeed's is; None for what is not a shard."""
+    found = re.search(r"zero_pp_rank_(\d+)_", name)
+    return int(found[1]) if found else None
 
 
 def _files_of(checkpoint: Path, rank: int) -> list[Path]:
     """The files that DeepSpeed's `rank` has written; what is not a rank's shard is rank 0's."""
     files = [path for path in checkpoint.rglob("*") if path.is_file()]
-    owners = [re.search(r"zero_pp_rank_(\d+)_", path.name) for path in files]
-    return [
-        path
-        for path, owner in zip(files, owners, strict=True)
-        if (int(owner[1]) if owner else 0) == rank
-    ]
+    return [path for path in files if (owner(path.name) or 0) == rank]
+
+
+def kept_checkpoints(names: Iterable[str], step: int, keep: int, best_step: int | None) -> set[str]:
+    """Which of the checkpoints stay: the one just made (of `step`), the best, and the newest before
+    it. Later ones are of a future that was lost."""
+    found = sorted(names, reverse=True)
+    newest = checkpoint_path(Path(), step).name
+    best = [name for name in found if best_step and name == checkpoint_path(Path(), best_step).name]
+    before = [name for name in found if name < newest]
+    return set(list(dict.fromkeys([newest, *best, *before]))[:keep])
 
 
 def prune_checkpoints(run_dir: Path, step: int, keep: int, best_step: int | None) -> None:
-    """Remove all but the one just made (of `step`), the best, and the newest before it.
-
-    Later ones, of a future that was lost, go too. Rank 0 only.
-    """
-    found = _newest_first(run_dir)
-    newest = checkpoint_path(run_dir, step)
-    best = [path for path in found if best_step and path == checkpoint_path(run_dir, best_step)]
-    before = [path for path in found if path < newest]
-    kept = list(dict.fromkeys([newest, *best, *before]))[:keep]
+    """Remove the checkpoints that do not stay. One rank a folder."""
+    found = newest_first(run_dir)
+    kept = kept_checkpoints((path.name for path in found), step, keep, best_step)
     for path in found:
-        if path not in kept:
+        if path.name not in kept:
             shutil.rmtree(path)
 
 
@@ -270,13 +264,14 @@ def needs_universal(state: TrainState, world_size: int) -> bool:
     return state.zero_stage > 0 and state.world_size != world_size
 
 
-def make_universal(checkpoint: Path, stage: int) -> None:
+def make_universal(checkpoint: Path, stage: int, here: Sequence[int]) -> None:
     """Convert DeepSpeed's files to its universal format, which any number of workers can load.
 
-    Once, verified before it is used again, complete or not at all. Every rank must call this.
+    Once a folder, verified before it is used again, complete or not at all. Every rank must call
+    this. here: the ranks that see this rank's folder.
     """
-    with _patient_group() as group:
-        if dist.get_rank() == 0:
+    with patient_group() as group:
+        if dist.get_rank() == here[0]:
             _convert(checkpoint, stage)
         dist.barrier(group=group)
 
@@ -289,7 +284,7 @@ def _convert(checkpoint: Path, stage: int) -> None:
         wrong = manifest.fault(final, hashes=True)
         if wrong is None:
             return
-        event(checkpoint.parent.name, f"{checkpoint.name}/{UNIVERSAL}: {wrong}; converted again")
+        event(checkpoint.parent, f"{checkpoint.name}/{UNIVERSAL}: {wrong}; converted again")
         shutil.rmtree(final)
     partial = checkpoint / f".{UNIVERSAL}.partial"
     shutil.rmtree(partial, ignore_errors=True)

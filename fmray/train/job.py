@@ -21,6 +21,8 @@ from fmray.cluster import start_or_join
 from fmray.config import Job, LoadedRecipe, Recipe
 from fmray.preflight import machines_of_cluster, preflight
 from fmray.train import checkpoint as checkpoints
+from fmray.train.copies import get_folder, last_state, put_files
+from fmray.train.mirror import open_mirror
 from fmray.train.supervise import fit
 
 POLL_SECONDS = "0.5"  # how often Ray's controller collects reports; a report waits for it
@@ -53,12 +55,15 @@ def train(
     recipe = absolute_paths(loaded.recipe)
     run_dir = recipe.cluster.storage / run_id
     _check_store(recipe)
-    newest = checkpoints.find_checkpoint(run_dir)
+    mirror = open_mirror(recipe.cluster, run_dir)
+    newest = last_state(run_dir, mirror)
     if newest is not None:
-        checkpoints.check_state(checkpoints.read_state(newest), recipe, newest)
-        print(f"run {run_id} goes on from {newest}", flush=True)
+        where, state = newest
+        checkpoints.check_state(state, recipe, where)
+        print(f"run {run_id} goes on from {where}", flush=True)
     run_dir.mkdir(parents=True, exist_ok=True)
     (run_dir / "recipe.yaml").write_text(loaded.dump(), encoding="utf-8")
+    put_files(mirror, "recipe.yaml")
     print(loaded.dump(), flush=True)
     config = {
         "recipe": recipe.model_dump_json(),
@@ -81,6 +86,7 @@ def train(
         else:
             with session(recipe):
                 outcome = fit(recipe, run_id, config, _train_worker, run, callbacks)
+    get_folder(mirror, run_dir / "model")
     values = outcome.values
     best = values["best_step"]
     best_checkpoint = checkpoints.checkpoint_path(run_dir, best) if best is not None else None

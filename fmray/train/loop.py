@@ -29,6 +29,7 @@ from fmray.data.loader import Batch, InstructionLoader, evaluation_batches
 from fmray.data.processor import load_processor
 from fmray.train import checkpoint as checkpoints
 from fmray.train.checkpoint import TrainState
+from fmray.train.copies import Copies
 from fmray.train.models import DTYPES, build_model, merge_lora
 from fmray.train.notice import Notice
 from fmray.train.progress import Progress, StepLog, event
@@ -40,6 +41,7 @@ from fmray.train.samples import (
     score_answers,
     with_picture,
 )
+from fmray.train.status import StatusFile
 from fmray.train.zero import (
     accumulation_steps,
     engine_config,
@@ -92,10 +94,11 @@ def train_worker(config: dict[str, Any]) -> dict[str, Any] | None:
     total = recipe.train.steps or max(1, round(recipe.train.epochs * loader.steps_per_epoch))
     blank = blank_row(processor)
 
-    resumed, state = _find_state(recipe, run_dir)
+    copies = Copies(recipe.cluster, run_dir)
+    resumed, state = _find_state(recipe, copies)
     universal = state is not None and checkpoints.needs_universal(state, world_size)
     if universal:
-        checkpoints.make_universal(resumed, recipe.zero.stage)
+        checkpoints.make_universal(resumed, recipe.zero.stage, copies.here)
     engine, _, _, _ = deepspeed.initialize(
         model=model,
         optimizer=make_optimizer(model, recipe),
@@ -109,7 +112,7 @@ def train_worker(config: dict[str, Any]) -> dict[str, Any] | None:
     best, best_step = (state.best, state.best_step) if state is not None else (None, None)
     if first:
         share = f"{passes} passes of {recipe.train.micro_batch} samples"
-        event(config["run_id"], f"step {step} of {total}; {world_size} ranks, each {share} a step")
+        event(run_dir, f"step {step} of {total}; {world_size} ranks, each {share} a step")
 
     with (
         tracking.open_run(
@@ -122,6 +125,7 @@ def train_worker(config: dict[str, Any]) -> dict[str, Any] | None:
         StepLog(run_dir / "log.jsonl", keep_until=step, enabled=first) as log,
         Progress(total, step, enabled=first) as progress,
         Notice(rank) as notice,
+        StatusFile(run_dir, "train", step, total, recipe.cluster.cpus_per_worker, device),
     ):
         metrics: dict[str, float] = {}
         found: dict[str, float] = {}
@@ -194,11 +198,12 @@ def train_worker(config: dict[str, Any]) -> dict[str, Any] | None:
                     best_step=best_step,
                 )
                 run.flush()
-                checkpoints.save_checkpoint(engine, run_dir, saved, config["recipe_text"])
-                if first:
-                    keep = recipe.train.keep_checkpoints
-                    checkpoints.prune_checkpoints(run_dir, step, keep, best_step)
+                path = checkpoints.save_checkpoint(
+                    engine, run_dir, saved, config["recipe_text"], copies.here
+                )
+                copies.keep(path, step, recipe.train.keep_checkpoints, best_step)
             if stop is not None:
+                copies.wait()
                 return {"preempted": f"{stop}: checkpoint at step {step}"}
             if evaluate_now:  # of checkpoints Ray is not told: its notes of a lost one end a run
                 ray.train.report({"step": step, "score": score, **metrics, **found})
@@ -212,6 +217,7 @@ def train_worker(config: dict[str, Any]) -> dict[str, Any] | None:
                 weights = merge_lora(weights, recipe.model.lora.alpha, recipe.model.lora.rank)
             plain = build_model(recipe, processor, lora=False)
             checkpoints.export_model(plain, weights, processor, run_dir / "model")
+        copies.finish()
     return {
         "metrics": {"step": step, **metrics, **found, **_operations(recipe, model)},
         "best_step": best_step,
@@ -288,9 +294,9 @@ def evaluate_budgets(
     return results
 
 
-def _find_state(recipe: Recipe, run_dir: Path) -> tuple[Path, TrainState] | tuple[None, None]:
+def _find_state(recipe: Recipe, copies: Copies) -> tuple[Path, TrainState] | tuple[None, None]:
     """The run's newest whole checkpoint, checked against the recipe."""
-    newest = checkpoints.find_verified(run_dir)
+    newest = copies.find()
     if newest is None:
         return None, None
     state = checkpoints.read_state(newest)

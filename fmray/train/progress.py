@@ -2,7 +2,7 @@
 
 In: metrics by step. Out: a bar (a moving one on a terminal, a line every few seconds in the log of
 a job), and a JSON-lines file in the run's folder that stays right when a run resumes from an
-earlier step.
+earlier step; beside it `events.jsonl`, for what happens to the run.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from types import TracebackType
 
 from tqdm import tqdm
 
+EVENTS = "events.jsonl"
 LINE_SECONDS = 10.0
 BAR_WIDTH = 24
 
@@ -114,9 +115,14 @@ class StepLog:
             self._file.write(json.dumps({"step": step, **metrics}) + "\n")
 
 
-def event(run_id: str, text: str) -> None:
-    """One line for what happens to a run beside its steps."""
-    print(f"{datetime.now():%H:%M:%S} {run_id}: {text}", flush=True)
+def event(run_dir: Path, text: str) -> None:
+    """One line for what happens to a run beside its steps; printed, and kept in `events.jsonl`."""
+    print(f"{datetime.now():%H:%M:%S} {run_dir.name}: {text}", flush=True)
+    try:
+        with (run_dir / EVENTS).open("a", encoding="utf-8") as file:
+            file.write(json.dumps({"time": time.time(), "text": text}) + "\n")
+    except OSError as error:  # a full disk, which may be what the line is about
+        print(f"{run_dir.name}: {EVENTS} cannot be written: {error}", flush=True)
 
 
 def read_log(path: Path) -> list[dict[str, float]]:

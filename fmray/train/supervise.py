@@ -53,7 +53,9 @@ from ray.train.v2._internal.execution.controller.state import InitializingState
 from fmray.cli import GaveUp, raised_by_fmray
 from fmray.config import Job
 from fmray.tracking import Run
-from fmray.train.checkpoint import STORAGE_HOURS, find_checkpoint, read_state
+from fmray.train.checkpoint import STORAGE_HOURS
+from fmray.train.copies import last_state
+from fmray.train.mirror import Mirror, open_mirror
 from fmray.train.progress import event
 
 PAUSE_SECONDS = 5.0  # before the second restart in a row without a new checkpoint; then 10, 15, ...
@@ -102,7 +104,7 @@ def fit(
     if cluster.workers == 0:
         values = _trainer(recipe, run_id, config, loop, callbacks).fit().return_value
         if "preempted" in values:
-            event(run_id, f"{values['preempted']}; the same --run-id goes on from there")
+            event(run_dir, f"{values['preempted']}; the same --run-id goes on from there")
             raise SystemExit(128 + signal.SIGTERM)
         return Outcome(values, ())
     os.environ["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = str(cluster.timeout_s)
@@ -111,7 +113,8 @@ def fit(
     carried = partial(_carry, loop)
     watch = [*callbacks, _StartLimit(cluster.fewest_workers, cluster.timeout_s)]
     restarts: list[str] = []
-    step, in_a_row = _last_step(run_dir), 0
+    mirror = open_mirror(cluster, run_dir)
+    step, in_a_row = _last_step(run_dir, mirror), 0
     while True:
         try:
             with _signals(), _address():
@@ -128,7 +131,7 @@ def fit(
         restarts.append(reason)
         run.tag("fmray.restarts", str(len(restarts)))
         run.tag("fmray.last_failure", reason)
-        before, step = step, _last_step(run_dir)
+        before, step = step, _last_step(run_dir, mirror)
         in_a_row = int(lost) if step != before else in_a_row + 1
         goes_on = f"from step {step}" if step else "from the start"
         if in_a_row > cluster.max_failures:
@@ -138,7 +141,7 @@ def fit(
                 f" --run-id goes on {goes_on}"
             )
         event(
-            run_id,
+            run_dir,
             f"{reason}; goes on {goes_on}, try {in_a_row + 1} of {cluster.max_failures + 1}",
         )
         time.sleep(min(PAUSE_SECONDS * max(in_a_row - 1, 0), LONGEST_PAUSE))
@@ -193,9 +196,9 @@ def _wait_for_drained(end: float) -> None:
         time.sleep(0.5)
 
 
-def _last_step(run_dir: Path) -> int:
-    newest = find_checkpoint(run_dir)
-    return 0 if newest is None else read_state(newest).step
+def _last_step(run_dir: Path, mirror: Mirror | None) -> int:
+    newest = last_state(run_dir, mirror)
+    return 0 if newest is None else newest[1].step
 
 
 class _Mistake(Exception):

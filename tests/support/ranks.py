@@ -9,6 +9,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import traceback
+from collections.abc import Callable
 from multiprocessing.connection import Connection
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -29,8 +30,15 @@ _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload([__name__])
 
 
-def train_on(world_size: int, loaded: LoadedRecipe, run_id: str) -> dict[str, Any]:
+def train_on(
+    world_size: int,
+    loaded: LoadedRecipe,
+    run_id: str,
+    before: Callable[[int], None] | None = None,
+) -> dict[str, Any]:
     """`fmray.train.loop.train_worker` on so many ranks; what rank 0 returned.
+
+    before: called on each rank at the start, with its number.
 
     Raises RuntimeError with the traceback of a rank that failed.
     """
@@ -43,7 +51,9 @@ def train_on(world_size: int, loaded: LoadedRecipe, run_id: str) -> dict[str, An
         pipes = [_context.Pipe(duplex=False) for _ in range(world_size)]
         ranks = [
             _context.Process(
-                target=_rank, args=(rank, world_size, Path(folder), config, pipe), daemon=True
+                target=_rank,
+                args=(rank, world_size, Path(folder), config, pipe, dict(os.environ), before),
+                daemon=True,
             )
             for rank, (_, pipe) in enumerate(pipes)
         ]
@@ -65,8 +75,17 @@ def train_on(world_size: int, loaded: LoadedRecipe, run_id: str) -> dict[str, An
 
 
 def _rank(
-    rank: int, world_size: int, folder: Path, config: dict[str, Any], answer: Connection
+    rank: int,
+    world_size: int,
+    folder: Path,
+    config: dict[str, Any],
+    answer: Connection,
+    environment: dict[str, str],
+    before: Callable[[int], None] | None,
 ) -> None:
+    os.environ.update(environment)  # the server may be older than what a test has set
+    if before is not None:
+        before(rank)
     os.environ["LOCAL_RANK"] = str(rank)
     context = SimpleNamespace(get_world_rank=lambda: rank, get_world_size=lambda: world_size)
     ray.train.get_context = lambda: context

@@ -386,6 +386,28 @@ def test_conflicts_are_refused_without_a_file_too() -> None:
         Recipe.model_validate({"name": "a", "train": {"global_batch": 100}})
 
 
+@pytest.mark.parametrize(
+    ("uri", "words"),
+    [
+        ("s3://AKIA:hidden@bucket/prefix", "credentials do not belong in a recipe"),
+        ("s3://bucket/prefix?secret_key=hidden", "credentials do not belong in a recipe"),
+        ("abfs://box:hidden@account.dfs.core.windows.net/x", "credentials do not belong"),
+        ("s3:///prefix", "should be s3://BUCKET/PREFIX"),
+        ("s3://bucket?endpoint=host", "should be s3://BUCKET/PREFIX"),
+        ("runs", "or an absolute path, not runs"),
+    ],
+)
+def test_a_mirror_is_a_store_without_credentials(tmp_path: Path, uri: str, words: str) -> None:
+    path = write(tmp_path, f"name: a\ncluster:\n  mirror: {uri}\n")
+    with pytest.raises(ConfigError) as error:
+        load(path)
+    assert str(error.value).startswith(f"{path}:3: cluster.mirror: ")
+    assert words in str(error.value) and "hidden" not in str(error.value)
+    for right in ("s3://b/p?region=eu-west-1", "gs://b/p", "/mnt/x"):
+        path = write(tmp_path, f"name: a\ncluster:\n  mirror: {right}\n")
+        assert load(path).recipe.cluster.mirror == right
+
+
 def test_job_arguments(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = write(tmp_path, "name: a\n")
     loaded, run_id = job_arguments(

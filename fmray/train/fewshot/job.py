@@ -21,7 +21,9 @@ from fmray import tracking
 from fmray.config import LoadedRecipe
 from fmray.data.image_store import ImageStore
 from fmray.fewshot_config import FewshotRecipe
+from fmray.train.copies import get_folder, put_files
 from fmray.train.job import session
+from fmray.train.mirror import open_mirror
 from fmray.train.supervise import fit
 
 
@@ -54,6 +56,8 @@ def train_fewshot(
     run_dir = recipe.cluster.storage / run_id
     run_dir.mkdir(parents=True, exist_ok=True)
     (run_dir / "recipe.yaml").write_text(loaded.dump(), encoding="utf-8")
+    mirror = open_mirror(recipe.cluster, run_dir)
+    put_files(mirror, "recipe.yaml")
     print(loaded.dump(), flush=True)
     with tracking.open_run(
         recipe.tracking,
@@ -66,7 +70,10 @@ def train_fewshot(
         mlflow_run_id = run.mlflow_run_id
         alone = recipe.cluster.workers == 0
         with nullcontext() if alone else session(recipe):
+            if mirror is not None and not (run_dir / "selection.json").exists():
+                mirror.get("selection.json")  # where the run began elsewhere
             tasks = _tasks(recipe, run_dir / "selection.json")
+            put_files(mirror, "selection.json")
             config = {
                 "recipe": recipe.model_dump_json(),
                 "recipe_text": loaded.dump(),
@@ -76,6 +83,7 @@ def train_fewshot(
             loop = _train_here if alone else _train_worker
             outcome = fit(recipe, run_id, config, loop, run, callbacks)
         run.artifact(run_dir / "selection.json")
+    get_folder(mirror, run_dir / "model")
     metrics = outcome.values["metrics"]
     result = Result(run_dir / "model", metrics, tasks, mlflow_run_id, run_dir)
     print("\n".join([*_table(recipe, run_id, result), *outcome.lines()]), flush=True)

@@ -28,6 +28,7 @@ from fmray.fewshot import Encoder, finetuning_mode
 from fmray.fewshot_config import FewshotRecipe, FewshotTrainConfig
 from fmray.train import checkpoint as checkpoints
 from fmray.train.checkpoint import TrainState
+from fmray.train.copies import Copies
 from fmray.train.fewshot.encoder import export_encoder, load_encoder
 from fmray.train.fewshot.engine import ZERO_STAGE, TorchEngine, make_engine
 from fmray.train.fewshot.evaluate import measure, shots_name, task_samplers
@@ -37,6 +38,7 @@ from fmray.train.fewshot.select import candidate_tasks
 from fmray.train.fewshot.tasks import TrainingSet, read_ahead
 from fmray.train.notice import Notice
 from fmray.train.progress import Progress, StepLog, event
+from fmray.train.status import StatusFile
 from fmray.train.zero import import_deepspeed
 
 if TYPE_CHECKING:
@@ -76,7 +78,8 @@ def train_worker(config: dict[str, Any]) -> dict[str, Any]:
     pictures = Pictures(store, encoder.preprocess)
     learner = make_learner(encoder, training, pictures, train, recipe.seed, device)
     settings = training_settings(recipe, config["tasks"])
-    resumed, state = _find_state(run_dir, settings)
+    copies = Copies(recipe.cluster, run_dir)
+    resumed, state = _find_state(copies, settings)
     evaluate = _evaluation(recipe, store, pictures) if train.eval_every is not None else None
 
     universal = state is not None and checkpoints.needs_universal(state, world_size)
@@ -86,7 +89,7 @@ def train_worker(config: dict[str, Any]) -> dict[str, Any]:
             f" resumed by as many, not by {world_size}; set cluster.workers back"
         )
     if universal:
-        checkpoints.make_universal(resumed, ZERO_STAGE)
+        checkpoints.make_universal(resumed, ZERO_STAGE, copies.here)
     engine = make_engine(learner, train, world_size, universal)
     if state is not None:
         checkpoints.load_checkpoint(engine, resumed, universal)
@@ -94,7 +97,7 @@ def train_worker(config: dict[str, Any]) -> dict[str, Any]:
     if first:
         share = f"{train.episodes_per_step // world_size} episodes"
         text = f"{world_size} ranks, each {share} a step"
-        event(config["run_id"], f"step {start} of {train.steps}; {text}")
+        event(run_dir, f"step {start} of {train.steps}; {text}")
 
     with (
         tracking.open_run(
@@ -107,6 +110,9 @@ def train_worker(config: dict[str, Any]) -> dict[str, Any]:
         StepLog(run_dir / "log.jsonl", keep_until=start, enabled=first) as log,
         Progress(train.steps, start, enabled=first) as progress,
         Notice(rank) as notice,
+        StatusFile(
+            run_dir, "train_fewshot", start, train.steps, recipe.cluster.cpus_per_worker, device
+        ),
     ):
         metrics: dict[str, float] = {}
         found: dict[str, float] = {}
@@ -140,10 +146,12 @@ def train_worker(config: dict[str, Any]) -> dict[str, Any]:
                     best_step=None,
                 )
                 run.flush()
-                checkpoints.save_checkpoint(engine, run_dir, saved, config["recipe_text"])
-                if first:
-                    checkpoints.prune_checkpoints(run_dir, step, train.keep_checkpoints, None)
+                path = checkpoints.save_checkpoint(
+                    engine, run_dir, saved, config["recipe_text"], copies.here
+                )
+                copies.keep(path, step, train.keep_checkpoints, None)
             if stop is not None:
+                copies.wait()
                 return {"preempted": f"{stop}: checkpoint at step {step}"}
             if evaluate_now:  # of checkpoints Ray is not told: its notes of a lost one end a run
                 ray.train.report({"step": step, "score": step, **metrics, **found})
@@ -151,6 +159,7 @@ def train_worker(config: dict[str, Any]) -> dict[str, Any]:
             found = evaluate(encoder)
         if first:
             export_encoder(encoder, run_dir / "model")
+        copies.finish()
     return {"metrics": {"step": train.steps, **metrics, **found}}
 
 
@@ -253,10 +262,10 @@ def training_settings(recipe: FewshotRecipe, tasks: Sequence[str]) -> dict[str, 
 
 
 def _find_state(
-    run_dir: Path, settings: dict[str, Any]
+    copies: Copies, settings: dict[str, Any]
 ) -> tuple[Path, TrainState] | tuple[None, None]:
     """The run's newest whole checkpoint, checked against the settings."""
-    newest = checkpoints.find_verified(run_dir)
+    newest = copies.find()
     if newest is None:
         return None, None
     state = checkpoints.read_state(newest)

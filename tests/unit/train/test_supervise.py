@@ -54,7 +54,7 @@ def play(
                 return type("Result", (), {"return_value": result})
 
         monkeypatch.setattr(supervise, "_trainer", lambda *_: Trainer())
-        monkeypatch.setattr(supervise, "_last_step", lambda _: step[0])
+        monkeypatch.setattr(supervise, "_last_step", lambda *_: step[0])
         monkeypatch.setattr(supervise, "_wait_for_drained", lambda _: None)
         monkeypatch.setattr(supervise.time, "sleep", lambda _: None)
         try:

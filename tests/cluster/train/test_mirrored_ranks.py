@@ -1,0 +1,103 @@
+"""Two ranks and an S3 store: a rank that is killed while it copies, and nodes without a folder in
+common."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+
+import pytest
+from support.ranks import train_on
+from support.s3 import S3, die_while_copying, own_folder, s3_server
+from support.training import ADAPTIVE, load_recipe, make_store
+
+from fmray.config import LoadedRecipe
+from fmray.train.progress import read_log
+from fmray.train.status import read_status
+
+TRAIN = {"lr": 2e-3, "steps": 8, "global_batch": 16, "micro_batch": 4, "eval_rows": 8}
+TRAIN |= {"checkpoint_every": 3, "keep_checkpoints": 2}
+NAMES = [f"checkpoint-0000000{step}" for step in (3, 6, 8)]
+
+
+@pytest.fixture(scope="module")
+def s3() -> Iterator[S3]:
+    with s3_server() as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_store(tmp_path_factory.mktemp("data"))
+
+
+def recipe(store: Path, storage: Path, mirror: str | None, stage: int) -> LoadedRecipe:
+    cluster = {"storage": str(storage), "workers": 2, "data_cpus": 0, "mirror": mirror}
+    zero = {"stage": stage, "parameter_persistence": 0}
+    return load_recipe(store, storage, adaptive=ADAPTIVE, train=TRAIN, zero=zero, cluster=cluster)
+
+
+def losses(run_dir: Path) -> list[float]:
+    return [line["loss"] for line in read_log(run_dir / "log.jsonl") if "loss" in line]
+
+
+@pytest.fixture(scope="module")
+def wanted(store: Path, tmp_path_factory: pytest.TempPathFactory) -> list[float]:
+    """Of the run without a mirror."""
+    storage = tmp_path_factory.mktemp("alone")
+    train_on(2, recipe(store, storage, None, 3), "run")
+    return losses(storage / "run")
+
+
+def test_a_rank_killed_while_it_copies_costs_one_checkpoint(
+    s3: S3, store: Path, tmp_path: Path, wanted: list[float]
+) -> None:
+    first = recipe(store, tmp_path / "first", s3.uri("killed"), 3)
+    with pytest.raises(RuntimeError):
+        train_on(2, first, "run", partial(die_while_copying, NAMES[1]))
+    names = s3.names("killed/run")
+    assert f"{NAMES[0]}/manifest.json" in names and f"{NAMES[1]}/manifest.json" not in names
+    assert any("zero_pp_rank_1_" in name for name in names if name.startswith(NAMES[1]))
+    shutil.rmtree(tmp_path / "first")
+
+    # another machine, and one rank less: from step 3, and what was left of step 6 goes
+    train_on(1, recipe(store, tmp_path / "second", s3.uri("killed"), 3), "run")
+    assert losses(tmp_path / "second" / "run") == pytest.approx(wanted, rel=1e-4)
+    status = read_status(tmp_path / "second" / "run")
+    assert (status.start, status.total, len(status.workers)) == (3, 8, 1)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="folders of one's own are mounts, which need root")
+@pytest.mark.parametrize("stage", [2, 3])
+def test_nodes_without_a_folder_in_common(
+    s3: S3, store: Path, tmp_path: Path, wanted: list[float], stage: int
+) -> None:
+    """Each rank has a folder of its own at the same path; what is lost of one comes from the
+    mirror, and no more than its rank reads."""
+    storage, prefix = tmp_path / "runs", f"apart-{stage}"
+    loaded = recipe(store, storage, s3.uri(prefix), stage)
+    before = partial(own_folder, storage)
+    train_on(2, loaded, "run", before)
+    assert losses(tmp_path / "runs-0" / "run") == pytest.approx(wanted, rel=1e-4)
+    shard = "zero_pp_rank_0_mp_rank_00_optim_states.pt"
+    files = [path.relative_to(tmp_path) for path in tmp_path.glob(f"runs-1/run/{NAMES[2]}/**/*")]
+    assert files and not [path for path in files if shard in path.name]
+
+    # the last checkpoint never was; rank 1's machine is a new one
+    for name in s3.names(f"{prefix}/run"):
+        if name.startswith((NAMES[2], "model")):
+            s3.store.delete_file(f"checkpoints/{prefix}/run/{name}")
+    for rank in (0, 1):
+        shutil.rmtree(tmp_path / f"runs-{rank}" / "run" / NAMES[2])
+    kept = tmp_path / "runs-0" / "run" / NAMES[1] / "deepspeed"
+    times = {path.name: path.stat().st_mtime_ns for path in kept.iterdir()}
+    shutil.rmtree(tmp_path / "runs-1")
+    train_on(2, loaded, "run", before)
+    assert losses(tmp_path / "runs-0" / "run") == pytest.approx(wanted, rel=1e-4)
+    assert {path.name: path.stat().st_mtime_ns for path in kept.iterdir()} == times
+    names = {path.name for path in tmp_path.glob(f"runs-1/run/{NAMES[1]}/**/*")}
+    assert "zero_pp_rank_1_mp_rank_00_optim_states.pt" in names
+    assert shard not in names and not any(name.endswith(".partial") for name in names)

@@ -1,0 +1,166 @@
+"""Runs that go on from a copy in an S3 store: the losses, what is passed over, what fails."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from support.fewshot import fewshot_recipe
+from support.fewshot import losses as losses_of
+from support.s3 import S3, s3_server
+from support.selection import color_store
+from support.training import ADAPTIVE, load_recipe, make_store
+
+from fmray.fewshot import create_encoder
+from fmray.run_view import RunReader
+from fmray.train.copies import Copies
+from fmray.train.fewshot.job import train_fewshot
+from fmray.train.job import Result, train
+from fmray.train.mirror import Mirror
+
+TRAIN = {"lr": 2e-3, "steps": 8, "global_batch": 16, "micro_batch": 8, "eval_rows": 8}
+TRAIN |= {"checkpoint_every": 3, "keep_checkpoints": 2}
+NAMES = [f"checkpoint-0000000{step}" for step in (3, 6, 8)]
+
+
+@pytest.fixture(scope="module")
+def s3() -> Iterator[S3]:
+    with s3_server() as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_store(tmp_path_factory.mktemp("data"))
+
+
+def run(store: Path, storage: Path, mirror: str | None) -> Result:
+    cluster = {"storage": str(storage), "workers": 0, "data_cpus": 0, "mirror": mirror}
+    sections = {"train": TRAIN, "adaptive": ADAPTIVE, "zero": {"stage": 2}, "cluster": cluster}
+    return train(load_recipe(store, storage, **sections), "run")
+
+
+def complete(s3: S3, prefix: str) -> list[str]:
+    names = s3.names(f"{prefix}/run")
+    return sorted(name.partition("/")[0] for name in names if name.endswith("manifest.json"))
+
+
+@pytest.fixture(scope="module")
+def wanted(store: Path, tmp_path_factory: pytest.TempPathFactory) -> Result:
+    """The run without a mirror."""
+    return run(store, tmp_path_factory.mktemp("alone"), None)
+
+
+def stop_after(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
+    """End the process, so to speak, once the checkpoint of `step` is copied."""
+    keep = Copies.keep
+
+    def keep_and_stop(copies: Copies, path: Path, now: int, *rest: Any) -> None:
+        keep(copies, path, now, *rest)
+        if now == step:
+            copies.wait()
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(Copies, "keep", keep_and_stop)
+
+
+def test_a_run_goes_on_elsewhere_as_it_would_here(
+    s3: S3, store: Path, tmp_path: Path, wanted: Result, monkeypatch: pytest.MonkeyPatch, capsys
+) -> None:
+    """The machine is lost after step 6, with all it had."""
+    with monkeypatch.context() as patch:
+        stop_after(patch, 6)
+        with pytest.raises(KeyboardInterrupt):
+            run(store, tmp_path / "first", s3.uri("lost"))
+    found = {name.partition("/")[0] for name in s3.names("lost/run")}
+    assert found == {*NAMES[:2], "log.jsonl", "recipe.yaml"}
+    view = RunReader(tmp_path / "first" / "run").read()
+    assert (view.state, view.step, view.total, view.checkpoint[0]) == ("failed", 6, 8, 6)
+    shutil.rmtree(tmp_path / "first")
+
+    result = run(store, tmp_path / "second", s3.uri("lost"))
+    assert losses_of(result.run_dir) == losses_of(wanted.run_dir)
+    assert result.metrics["loss/0.5"] == wanted.metrics["loss/0.5"]
+    assert complete(s3, "lost") == [*NAMES[1:], "model"]  # as many as stay here
+    for name in ("model/config.json", "recipe.yaml", "log.jsonl"):
+        assert s3.read(f"lost/run/{name}") == (result.run_dir / name).read_bytes()
+    view = RunReader(result.run_dir).read()
+    assert (view.state, view.job, view.step, view.workers[0].alive) == (
+        "finished",
+        "train",
+        8,
+        True,
+    )
+    assert "checkpoint-00000008 is in s3://" in view.event[1]
+
+    # a file of the newest one is cut off: it is named, and the one before is used
+    name = next(n for n in s3.names("lost/run") if n.startswith(NAMES[2]) and "optim" in n)
+    s3.write(f"lost/run/{name}", s3.read(f"lost/run/{name}")[:-100])
+    capsys.readouterr()
+    again = run(store, tmp_path / "third", s3.uri("lost"))
+    said = capsys.readouterr().out
+    assert f"{name} has" in said and "passed over for the one before" in said
+    assert losses_of(again.run_dir) == losses_of(wanted.run_dir)
+    # the altered copy was made again
+    size = json.loads(s3.read(f"lost/run/{NAMES[2]}/manifest.json"))["files"][name[20:]]["bytes"]
+    assert len(s3.read(f"lost/run/{name}")) == size
+
+
+def test_a_copy_that_fails_is_said_and_the_last_one_must_not(
+    s3: S3, store: Path, tmp_path: Path, wanted: Result, monkeypatch: pytest.MonkeyPatch, capsys
+) -> None:
+    put = Mirror.put
+    failing = {NAMES[1], NAMES[2]}
+
+    def fail(mirror: Mirror, names: Any) -> None:
+        names = list(names)
+        put(mirror, names[:1])
+        if names[0].partition("/")[0] in failing:
+            raise OSError("the cable was cut")
+        put(mirror, names[1:])
+
+    monkeypatch.setattr(Mirror, "put", fail)
+    with pytest.raises(OSError, match=r"checkpoint-00000008 could not be copied to s3://"):
+        run(store, tmp_path / "first", s3.uri("cable"))
+    said = capsys.readouterr().out
+    line = "checkpoint-00000006 was not copied to s3://"
+    assert line in said and "rank 0: the cable was cut" in said
+    assert complete(s3, "cable") == NAMES[:1]
+    assert {name.partition("/")[0] for name in s3.names("cable/run")} >= set(NAMES)
+    # elsewhere the one before is used
+    failing.clear()
+    shutil.rmtree(tmp_path / "first")
+    first = run(store, tmp_path / "second", s3.uri("cable"))
+    assert losses_of(first.run_dir) == losses_of(wanted.run_dir)
+    assert complete(s3, "cable") == [NAMES[1], NAMES[2], "model"]
+
+
+def test_finetuning_goes_through_the_same_door(
+    s3: S3, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    images = color_store(tmp_path)
+    torch.manual_seed(1)
+    create_encoder("small/conv", pretrained=False, image_size=16).save_pretrained(tmp_path / "from")
+    encoder = {"checkpoint": tmp_path / "from"}
+    train = {"steps": 6, "episodes_per_step": 2, "lr": 0.02, "checkpoint_every": 2}
+    sections = {"train": train, "encoder": encoder}
+    alone = train_fewshot(fewshot_recipe(images, tmp_path / "alone", **sections), "run")
+
+    def mirrored(storage: Path) -> Any:
+        cluster = {"workers": 0, "storage": str(storage), "mirror": s3.uri("fewshot")}
+        return fewshot_recipe(images, storage, cluster=cluster, **sections)
+
+    with monkeypatch.context() as patch:
+        stop_after(patch, 4)
+        with pytest.raises(KeyboardInterrupt):
+            train_fewshot(mirrored(tmp_path / "first"), "run")
+    shutil.rmtree(tmp_path / "first")
+    result = train_fewshot(mirrored(tmp_path / "second"), "run")
+    assert losses_of(result.run_dir) == losses_of(alone.run_dir)
+    assert result.tasks == alone.tasks
+    assert "selection.json" in s3.names("fewshot/run")

@@ -1,0 +1,175 @@
+"""`fmray top` on runs that are made up: what it reads, what it takes them for, what it prints."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import subprocess
+import sys
+import time
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from fmray.cli import main
+from fmray.run_view import RunReader, judge
+from fmray.top import duration, picture
+from fmray.train.status import STATUS_FILE, Status, Worker, birth, read_status
+
+HERE = Worker(0, platform.node(), None, os.getpid(), birth(os.getpid()), 0.5, None)
+FAR = Worker(1, "another.machine", "ab12cd34ef", 4242, 17, 1.0, "cuda:3")
+RUNNING = Status("train", "running", 1, 1000.0, 0, 100, None, (HERE,))
+
+
+def step(number: int, **metrics: float) -> str:
+    values = {"step": number, "loss": 9.0 / number, "tokens_per_s": 100.0 * number} | metrics
+    return json.dumps(values | {"waiting_share": 0.25}) + "\n"
+
+
+def write(folder: Path, status: Status | None, log: str) -> Path:
+    folder.mkdir(exist_ok=True)
+    (folder / "log.jsonl").write_text(log)
+    if status is not None:
+        (folder / STATUS_FILE).write_text(json.dumps(asdict(status)))
+    return folder
+
+
+@pytest.fixture
+def run_dir(tmp_path: Path) -> Path:
+    """Forty steps of a hundred in 80 seconds, of which the last was 10 seconds ago."""
+    now = time.time()
+    status = replace(RUNNING, started=now - 90, workers=(HERE, FAR), groups=3)
+    lines = "".join(step(n, budget=0.6) for n in range(1, 41))
+    evaluation = json.dumps({"step": 40, "accuracy/0.5": 0.75, "loss/0.5": 1.5}) + "\n"
+    folder = write(tmp_path / "mine", status, lines + evaluation)
+    for number in (20, 40, 60):
+        (folder / f"checkpoint-000000{number}").mkdir()
+        if number != 60:  # is still being made
+            made = folder / f"checkpoint-000000{number}" / "manifest.json"
+            made.write_text("{}")
+            os.utime(made, (now - 3600 / number, now - 3600 / number))
+    event = {"time": now - 7, "text": "worker 1 died; goes on from step 20"}
+    (folder / "events.jsonl").write_text(json.dumps({"time": 1.0, "text": "old"}) + "\n")
+    with (folder / "events.jsonl").open("a") as file:
+        file.write(json.dumps(event) + "\n")
+    for name in ("log.jsonl", STATUS_FILE, "events.jsonl"):
+        os.utime(folder / name, (now - 10, now - 10))
+    return folder
+
+
+def test_what_is_shown_is_what_the_run_has_written(run_dir: Path) -> None:
+    view = RunReader(run_dir).read()
+    assert (view.run, view.job, view.state, view.step, view.total) == (
+        "mine", "train", "running", 40, 100,
+    )  # fmt: skip
+    assert view.metrics == {"loss": 9 / 40, "budget": 0.6}
+    assert view.speed == ("tokens", 3050.0)  # the median of steps 21 to 40
+    assert view.waiting_share == 0.25
+    assert view.left == pytest.approx(60 * 80 / 40, abs=2)
+    assert view.checkpoint == (40, pytest.approx(90, abs=5))
+    assert view.evaluation == (40, {"accuracy/0.5": 0.75, "loss/0.5": 1.5})
+    assert (view.restarts, view.event[1]) == (2, "worker 1 died; goes on from step 20")
+    assert view.quiet == pytest.approx(10, abs=5)
+    assert [seen.alive for seen in view.workers] == [True, None]
+
+
+def test_a_log_that_grows_or_is_begun_again_is_followed(run_dir: Path) -> None:
+    reader, log = RunReader(run_dir), run_dir / "log.jsonl"
+    assert reader.read().step == 40
+    with log.open("a") as file:
+        file.write(step(41) + step(42)[:-20])
+    assert reader.read().step == 41  # the last line is not yet whole
+    with log.open("a") as file:
+        file.write(step(42)[-20:])
+    assert reader.read().step == 42
+    other = run_dir / "other"  # as a run that goes on from step 20 does
+    other.write_text("".join(step(n) for n in range(1, 21)))
+    other.replace(log)
+    view = reader.read()
+    assert (view.step, view.evaluation) == (20, None)
+
+
+@pytest.mark.parametrize(
+    ("state", "done", "alive", "quiet", "pace", "wanted"),
+    [
+        ("running", 5, [True, True], 9e9, 1.0, "running"),  # a long evaluation
+        ("running", 5, [True, False], 0.0, 1.0, "dead"),
+        ("running", 5, [True, None], 60.0, 1.0, "running"),
+        ("running", 5, [True, None], 121.0, 1.0, "silent"),
+        ("running", 5, [None], 121.0, 30.0, "running"),  # steps of half a minute
+        ("running", 5, [None], 601.0, 30.0, "silent"),
+        ("ended", 100, [False], 9e9, None, "finished"),
+        ("ended", 99, [False], 9e9, None, "stopped"),
+        ("failed", 99, [True], 0.0, 1.0, "failed"),
+    ],
+)
+def test_what_a_run_is_taken_for(state, done, alive, quiet, pace, wanted: str) -> None:
+    assert judge(replace(RUNNING, state=state), done, alive, quiet, pace) == wanted
+
+
+def test_ray_knows_better_who_lives(run_dir: Path) -> None:
+    assert RunReader(run_dir).read([("ab12cd34ef", 4242)]).state == "running"
+    view = RunReader(run_dir).read([("ab12cd34ef", 4243)])
+    assert (view.state, [seen.alive for seen in view.workers]) == ("dead", [True, False])
+
+
+def test_a_dead_process_is_seen_even_if_its_number_is_used_again(tmp_path: Path) -> None:
+    child = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+    worker = replace(HERE, pid=child.pid, born=birth(child.pid))
+    folder = write(tmp_path / "run", replace(RUNNING, workers=(worker,)), step(5))
+    assert RunReader(folder).read().state == "running"
+    child.kill()
+    while birth(child.pid) is not None:  # a process that nobody has waited for is dead too
+        time.sleep(0.01)
+    assert RunReader(folder).read().state == "dead"
+    child.wait()
+    later = replace(RUNNING, workers=(replace(HERE, born=HERE.born - 1),))
+    assert RunReader(write(folder, later, step(5))).read().state == "dead"
+
+
+def test_the_command(run_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["top", "mine", "--storage", str(run_dir.parent), "--once"]) == 0
+    text = capsys.readouterr().out
+    for words in ("40 of 100 (40%)", "tokens/s         3050", "25.00%", "step 40, 1 min 3"):
+        assert words in text
+    assert text.splitlines()[-1].split() == [
+        "1", "another.machine", "(ab12cd34)", "4242", "1", "cuda:3", "unknown",
+    ]  # fmt: skip
+    assert main(["top", str(run_dir), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert (found["step"], found["workers"][1]["worker"]["gpu"]) == (40, "cuda:3")
+    assert main(["top", "none", "--storage", str(run_dir)]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("fmray: there is no run at none or ") and error.count("\n") == 1
+
+
+def test_without_a_terminal_it_ends_with_the_run(tmp_path: Path, capsys) -> None:
+    ended = replace(RUNNING, state="ended", total=5)
+    assert main(["top", str(write(tmp_path / "run", ended, step(5)))]) == 0
+    assert "state            finished" in capsys.readouterr().out
+    # a run without a status, of an older fmray, and one without anything
+    assert main(["top", str(write(tmp_path / "old", None, step(5))), "--once"]) == 0
+    assert "state            unknown" in capsys.readouterr().out
+    assert main(["top", str(write(tmp_path / "new", RUNNING, "")), "--once"]) == 0
+    assert "0 of 100" in capsys.readouterr().out
+    (tmp_path / "new" / STATUS_FILE).write_text('{"state": "running"}')
+    assert main(["top", str(tmp_path / "new"), "--once"]) == 2
+    assert "another version of fmray" in capsys.readouterr().err
+
+
+def test_the_picture_for_a_terminal(run_dir: Path) -> None:
+    console = Console(width=100, record=True, file=open(os.devnull, "w"))  # noqa: SIM115
+    console.print(picture(RunReader(run_dir).read()))
+    text = console.export_text()
+    assert "40 of 100" in text and "another.machine (ab12cd34)" in text and "━" in text
+
+
+def test_durations_and_status_round_trip(tmp_path: Path) -> None:
+    assert [duration(s) for s in (0, 59.9, 61, 3600, 86399)] == [
+        "0 s", "59 s", "1 min 01 s", "1 h 00 min", "23 h 59 min",
+    ]  # fmt: skip
+    assert read_status(write(tmp_path / "run", RUNNING, "")) == RUNNING
+    assert birth(2**30) is None
