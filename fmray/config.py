@@ -19,7 +19,15 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated, Any, Generic, Literal, Self
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    model_validator,
+)
 from pydantic_core import PydanticCustomError
 from typing_extensions import TypeVar
 
@@ -42,6 +50,21 @@ NAME = r"^[A-Za-z0-9][A-Za-z0-9_.-]*$"
 Location = Annotated[Path, AfterValidator(Path.expanduser)]
 Decay = Annotated[float, Field(ge=0, lt=1)]
 Share = Annotated[float, Field(gt=0, le=1)]
+
+
+def _number_or_range(value: Any) -> Any:
+    """Pydantic would name the members of the union, not what is right."""
+    match value:
+        case [fewest, most] if type(fewest) is type(most) is int and 1 <= fewest <= most:
+            return fewest, most
+        case _ if type(value) is int and value >= 0:
+            return value
+    raise PydanticCustomError(
+        "workers", "should be a number such as 2, or [fewest, most] such as [2, 4]"
+    )
+
+
+Workers = Annotated[int | tuple[int, int], BeforeValidator(_number_or_range)]
 
 
 class Section(BaseModel):
@@ -190,13 +213,36 @@ class ClusterConfig(Section):
     storage: Location = Field(
         Path("runs"), description="checkpoints and results; visible from every node"
     )
-    workers: int = Field(1, ge=0, description="0: in this process (Ray Train local mode)")
+    workers: Workers = Field(
+        1,
+        description="0: in this process (Ray Train local mode); [FEWEST, MOST]: as many as there is"
+        " room for, changed while it runs as nodes come and go",
+    )
     cpus_per_worker: float = Field(1.0, gt=0)
     gpus_per_worker: float = Field(0.0, ge=0)
     data_cpus: float = Field(1.0, ge=0, description="CPUs left for Ray Data and the driver")
     gpu_memory_gib: float | None = Field(None, gt=0, description="per GPU, for `fmray doctor`")
-    timeout_s: int = Field(300, ge=10, description="process-group start-up")
-    max_failures: int = Field(3, ge=0)
+    timeout_s: int = Field(
+        300, ge=10, description="how long workers may take to be placed, and wait for one another"
+    )
+    max_failures: int = Field(
+        3, ge=0, description="restarts in a row without a new checkpoint; then the job gives up"
+    )
+
+    @property
+    def fewest_workers(self) -> int:
+        """Below this number the job does not run. 0: in this process."""
+        return self.workers if isinstance(self.workers, int) else self.workers[0]
+
+    @property
+    def most_workers(self) -> int:
+        """As many as it takes when there is room. 0: in this process."""
+        return self.workers if isinstance(self.workers, int) else self.workers[1]
+
+    @property
+    def world_sizes(self) -> range:
+        """The numbers of ranks that a training may have."""
+        return range(max(self.fewest_workers, 1), max(self.most_workers, 1) + 1)
 
 
 class EvaluateConfig(Section):

@@ -270,7 +270,7 @@ def _memory(recipe: Recipe, several_nodes: bool) -> Iterator[Finding]:
         where, have = "GPU", _gpu_memory(recipe)
     else:
         # Without GPUs the workers of a machine share its memory.
-        where, have = "worker", _host_memory() / max(cluster.workers, 1)
+        where, have = "worker", _host_memory() / cluster.world_sizes[-1]
     if have is None:
         yield Finding("note", f"memory per {where}: {need}; set cluster.gpu_memory_gib to compare")
     elif not cluster.gpus_per_worker and several_nodes:

@@ -13,6 +13,7 @@ from typing import Annotated, Literal, get_args
 from pydantic import AfterValidator, Field
 
 from fmray.config import Job, Location, Section
+from fmray.recipe_checks import batch_conflicts
 
 Method = Literal["direct", "standard", "lp_ft", "maml", "multitask"]
 Selection = Literal[
@@ -205,13 +206,15 @@ class FewshotRecipe(Job):
 
     def conflicts(self) -> Iterator[tuple[str, str]]:
         """Settings that clash, as in `Job.conflicts`."""
-        workers = max(self.cluster.workers, 1)
-        per_step = self.train.episodes_per_step
-        if per_step % workers:
+        yield from batch_conflicts(
+            self.cluster, "train.episodes_per_step", self.train.episodes_per_step, 1, "one episode"
+        )
+        elastic = len(self.cluster.world_sizes) > 1
+        if elastic and self.train.strategy == "zero" and self.train.optimizer == "sgd":
             yield (
-                "train.episodes_per_step",
-                f"{per_step} episodes do not divide over {workers} workers;"
-                f" {-(-per_step // workers) * workers} would",
+                "cluster.workers",
+                "ZeRO's states of sgd are for one number of workers; use train.optimizer: adamw,"
+                " train.strategy: ddp, or one number",
             )
         if self.train.eval_every is not None and self.target is None:
             yield "train.eval_every", "evaluations need a target: set target.collection"

@@ -83,7 +83,7 @@ class Memory:
 
 def estimate(sizes: Sizes, recipe: Recipe) -> Memory:
     """Memory of one worker at the peak of a step, with samples as long as `data.max_length`."""
-    world, zero = max(recipe.cluster.workers, 1), recipe.zero
+    world, zero = recipe.cluster.world_sizes[0], recipe.zero
     width = 2 if recipe.model.dtype == "bfloat16" else 4
     parameters = float(width * sizes.parameters)
     gradients = float(width * sizes.trainable)

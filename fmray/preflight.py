@@ -59,11 +59,12 @@ def preflight(recipe: Job, machines: Sequence[Machine]) -> list[Finding]:
         return [
             Finding("ok", "cluster.workers: 0 trains in one process; there is nothing to place")
         ]
-    wanted = f"{count_of(cluster.workers, 'worker')} of {resources(cluster)}"
+    fewest = cluster.fewest_workers
+    wanted = f"{count_of(fewest, 'worker')} of {resources(cluster)}"
     cpus, gpus = sum(m.cpus for m in machines), sum(m.gpus for m in machines)
     have = f"{count_of(len(machines), 'node')} with {cpus:g} CPUs and {gpus:g} GPUs"
     room, left = place(cluster, machines)
-    if room < cluster.workers:
+    if room < fewest:
         text = f"{wanted} cannot be placed on {have}: there is room for {room}"
         return [Finding("FAIL", text + _what_would_do(recipe, machines))]
     findings = [Finding("ok", f"{wanted} can be placed on {have}")]
@@ -79,13 +80,13 @@ def preflight(recipe: Job, machines: Sequence[Machine]) -> list[Finding]:
 
 
 def place(cluster: ClusterConfig, machines: Sequence[Machine]) -> tuple[int, float]:
-    """(how many workers there is room for, CPUs that `cluster.workers` of them leave for tasks).
+    """(how many workers there is room for, CPUs that the fewest of them leave for tasks).
 
     A worker sits on one machine whole, and machines are filled one after another, as Ray Train's
     default strategy (PACK) does. A task needs its CPU on one machine too: two halves do not make
     one.
     """
-    room, remaining, left = 0, cluster.workers, 0.0
+    room, remaining, left = 0, cluster.fewest_workers, 0.0
     for machine in machines:
         here = math.floor(machine.cpus / cluster.cpus_per_worker + EPSILON)
         if cluster.gpus_per_worker:
@@ -102,7 +103,7 @@ def place(cluster: ClusterConfig, machines: Sequence[Machine]) -> tuple[int, flo
 def _what_would_do(recipe: Job, machines: Sequence[Machine]) -> str:
     """The setting with which the job can be placed: fewer CPUs a worker, else fewer workers."""
     cluster = recipe.cluster
-    share = (sum(m.cpus for m in machines) - cluster.data_cpus) / cluster.workers
+    share = (sum(m.cpus for m in machines) - cluster.data_cpus) / cluster.fewest_workers
     changes: list[dict[str, float]] = [
         {"cpus_per_worker": cpus}
         for cpus in (math.floor(share * 20) / 20, 0.5, 0.25)
@@ -110,13 +111,13 @@ def _what_would_do(recipe: Job, machines: Sequence[Machine]) -> str:
     ]
     changes += [
         {"workers": workers}
-        for workers in range(cluster.workers - 1, 0, -1)
+        for workers in range(cluster.fewest_workers - 1, 0, -1)
         if _divides(recipe, workers)
     ]
     for change in changes:
         changed = cluster.model_copy(update=change)
         room, left = place(changed, machines)
-        if room >= changed.workers and left >= cluster.data_cpus - EPSILON:
+        if room >= changed.fewest_workers and left >= cluster.data_cpus - EPSILON:
             [(key, value)] = change.items()
             return f"; cluster.{key}: {value:g} would do"
     return ""

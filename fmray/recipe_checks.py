@@ -7,12 +7,13 @@ into an error.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from fmray.config import AdaptiveConfig, Recipe, ScratchConfig
+    from fmray.config import AdaptiveConfig, ClusterConfig, Recipe, ScratchConfig
 
 
 def conflicts(recipe: Recipe) -> Iterator[tuple[str, str]]:
@@ -33,17 +34,10 @@ def conflicts(recipe: Recipe) -> Iterator[tuple[str, str]]:
         yield "zero.offload_parameters", f"needs zero.stage: 3, not {zero.stage} (or use none)"
     if zero.offload_optimizer == "cpu" and zero.stage == 0:
         yield "zero.offload_optimizer", "needs zero.stage: 1, 2 or 3, not 0 (or use none)"
-    workers = max(recipe.cluster.workers, 1)
-    step = workers * train.micro_batch
-    if train.global_batch % step:
-        right = " or ".join(
-            str(n * step) for n in (train.global_batch // step, -(-train.global_batch // step)) if n
-        )
-        yield (
-            "train.global_batch",
-            f"{train.global_batch} is not a multiple of {workers} workers x micro_batch"
-            f" {train.micro_batch} = {step}; {right} would be right",
-        )
+    micro = f"micro_batch {train.micro_batch}"
+    yield from batch_conflicts(
+        recipe.cluster, "train.global_batch", train.global_batch, train.micro_batch, micro
+    )
     uri = recipe.tracking.uri
     if uri is not None and not re.match(r"https?://.|sqlite:///.", uri):
         yield (
@@ -52,6 +46,23 @@ def conflicts(recipe: Recipe) -> Iterator[tuple[str, str]]:
         )
     if recipe.tracking.register_as and not recipe.tracking.enabled:
         yield "tracking.register_as", "the model registry needs tracking.enabled: true"
+
+
+def batch_conflicts(
+    cluster: ClusterConfig, key: str, batch: int, unit: int, unit_name: str
+) -> Iterator[tuple[str, str]]:
+    """Whether a step's `batch` divides into whole passes of `unit` for every number of workers."""
+    wrong = [size for size in cluster.world_sizes if batch % (size * unit)]
+    if not wrong:
+        return
+    step = math.lcm(*cluster.world_sizes) * unit
+    right = " or ".join(str(n * step) for n in (batch // step, -(-batch // step)) if n)
+    yield (
+        key,
+        f"{batch} is not a multiple of {' or '.join(map(str, wrong))} workers x {unit_name}"
+        + (f" = {step}" if len(cluster.world_sizes) == 1 else "")
+        + f"; {right} would be right",
+    )
 
 
 def _scratch_conflicts(scratch: ScratchConfig) -> Iterator[tuple[str, str]]:

@@ -20,7 +20,8 @@ def concurrency(cluster: ClusterConfig, machines: Sequence[Machine]) -> tuple[in
 
     Raises ValueError where there is no room for a trial.
     """
-    workers, beside = max(cluster.workers, 1), cluster.data_cpus if cluster.workers else 0.0
+    workers = max(cluster.fewest_workers, 1)
+    beside = cluster.data_cpus if cluster.workers else 0.0
     taken = f"{count_of(workers, 'worker')} of {resources(cluster)}"
     if beside:
         taken += f" and {beside:g} CPU beside"

@@ -1,9 +1,10 @@
 """Checkpoints of a run: where they lie, what they hold, and which one is resumed.
 
 In: the run's folder `<storage>/<run id>`, visible from every node. A checkpoint is
-`checkpoint-<step>/` with `deepspeed/` (all ranks), `recipe.yaml` and `state.json`; it is written
-under another name and moved when complete. DeepSpeed reads its files with pickle: storage must be
-trusted. `model/` beside them is safetensors.
+`checkpoint-<step>/` with `deepspeed/` (all ranks), `recipe.yaml`, `state.json` and the manifest of
+them; it is written under another name and moved when complete, and compared with its manifest
+before it is used. DeepSpeed reads its files with pickle: storage must be trusted. `model/` beside
+them is safetensors.
 """
 
 from __future__ import annotations
@@ -14,8 +15,12 @@ import hashlib
 import io
 import json
 import os
+import re
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -24,10 +29,13 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from fmray.config import Recipe
+from fmray.train import manifest
+from fmray.train.progress import event
 
 STATE_FILE = "state.json"
 TAG = "deepspeed"
 UNIVERSAL = "universal"
+STORAGE_HOURS = 3  # how long ranks wait for one another while files are written, read or converted
 
 # settings that change how a run is carried out, not what it computes
 FREE_SETTINGS = {
@@ -97,35 +105,18 @@ def settings_hash(settings: dict[str, Any]) -> str:
 
 
 def read_state(checkpoint: Path) -> TrainState:
-    """The `state.json` of a checkpoint. Raises ValueError when it is missing or not one of ours."""
+    """The `state.json` of a whole checkpoint. Raises ValueError when it is of another fmray."""
     path = checkpoint / STATE_FILE
-    if not path.is_file():
-        raise ValueError(
-            f"{checkpoint}: no {STATE_FILE}, so this checkpoint is not complete; "
-            "remove the folder to resume from an older one"
-        )
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(
-            f"{path}: not JSON ({error}); remove {checkpoint.name}/ to resume from an older one"
-        ) from error
+    values = json.loads(path.read_text(encoding="utf-8"))
     names = {field.name for field in fields(TrainState)}
-    if not isinstance(values, dict) or set(values) != names:
-        found = sorted(values) if isinstance(values, dict) else type(values).__name__
-        raise ValueError(f"{path}: should hold {sorted(names)}, holds {found}")
+    if set(values) != names:
+        raise ValueError(f"{path}: should hold {sorted(names)}, holds {sorted(values)}")
     return TrainState(**values)
 
 
 def check_state(state: TrainState, recipe: Recipe, checkpoint: Path) -> None:
     """Raises ValueError, naming the settings, when recipe and checkpoint do not go together."""
     check_settings(state, training_settings(recipe), checkpoint)
-    workers = max(1, recipe.cluster.workers)
-    if state.zero_stage == 0 and state.world_size != workers:
-        raise ValueError(
-            f"{checkpoint} was made by {state.world_size} workers with zero.stage 0, which can "
-            f"only be resumed by as many, not by {workers}; set cluster.workers back"
-        )
 
 
 def check_settings(state: TrainState, now: dict[str, Any], checkpoint: Path) -> None:
@@ -145,9 +136,68 @@ def check_settings(state: TrainState, now: dict[str, Any], checkpoint: Path) -> 
 
 
 def find_checkpoint(run_dir: Path) -> Path | None:
-    """The newest checkpoint of a run, or None."""
-    found = sorted(path for path in run_dir.glob("checkpoint-*") if path.is_dir())
-    return found[-1] if found else None
+    """The newest checkpoint whose files are there in full, by their sizes; None where there is no
+    checkpoint.
+
+    Raises ValueError, naming what is wrong with each, when there are some and none is whole: to
+    begin again from step 0 is for the user to decide.
+    """
+    passed: list[str] = []
+    for path in _newest_first(run_dir):
+        wrong = manifest.fault(path, hashes=False)
+        if wrong is None:
+            return path
+        passed.append(f"{path.name}: {wrong}")
+    _refuse_all(run_dir, passed)
+    return None
+
+
+def find_verified(run_dir: Path) -> Path | None:
+    """As `find_checkpoint`, by the contents of the files; every rank must call this, and reads its
+    share of them.
+
+    One line for each newer checkpoint that is passed over.
+    """
+    rank, world_size = dist.get_rank(), dist.get_world_size()
+    passed: list[str] = []
+    with _patient_group() as group:
+        # rank 0 looks: other nodes may see a shared folder a moment later
+        found = [_newest_first(run_dir) if rank == 0 else None]
+        dist.broadcast_object_list(found, group=group)
+        for path in found[0]:
+            faults: list[str | None] = [None] * world_size
+            mine = manifest.fault(path, hashes=True, share=rank, shares=world_size)
+            dist.all_gather_object(faults, mine, group=group)
+            wrong = next((fault for fault in faults if fault is not None), None)
+            if wrong is None:
+                return path
+            passed.append(f"{path.name}: {wrong}")
+            if rank == 0:
+                event(run_dir.name, f"{passed[-1]}; passed over for the one before")
+    _refuse_all(run_dir, passed)
+    return None
+
+
+def _newest_first(run_dir: Path) -> list[Path]:
+    return sorted((p for p in run_dir.glob("checkpoint-*") if p.is_dir()), reverse=True)
+
+
+def _refuse_all(run_dir: Path, passed: list[str]) -> None:
+    if passed:
+        raise ValueError(
+            f"{run_dir}: no checkpoint is whole ({'; '.join(passed)}); restore one, or remove them"
+            " to begin from step 0"
+        )
+
+
+@contextmanager
+def _patient_group() -> Iterator[dist.ProcessGroup]:
+    """A process group of all ranks that waits for slow storage longer than for a slow step."""
+    group = dist.new_group(backend="gloo", timeout=timedelta(hours=STORAGE_HOURS))
+    try:
+        yield group
+    finally:
+        dist.destroy_process_group(group)
 
 
 def checkpoint_path(run_dir: Path, step: int) -> Path:
@@ -163,39 +213,53 @@ def save_checkpoint(engine: Any, run_dir: Path, state: TrainState, recipe_text: 
     final = checkpoint_path(run_dir, state.step)
     partial = run_dir / f".{final.name}.partial"
     first = engine.global_rank == 0
-    if first:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-    dist.barrier()
-    engine.save_checkpoint(str(partial), tag=TAG, save_latest=False)
-    dist.barrier()
-    if first:
-        (partial / "recipe.yaml").write_text(recipe_text, encoding="utf-8")
-        (partial / STATE_FILE).write_text(
-            json.dumps(asdict(state), indent=1) + "\n", encoding="utf-8"
-        )
-        if final.exists():  # written by a worker group that died before it could report it
-            shutil.rmtree(final)
-        os.replace(partial, final)
-    dist.barrier()
+    with _patient_group() as group:
+        if first:
+            for left in run_dir.glob(".checkpoint-*.partial"):  # by a worker group that died
+                shutil.rmtree(left)
+            partial.mkdir(parents=True)
+        dist.barrier(group=group)
+        engine.save_checkpoint(str(partial), tag=TAG, save_latest=False)
+        dist.barrier(group=group)
+        if first:
+            (partial / "recipe.yaml").write_text(recipe_text, encoding="utf-8")
+            text = json.dumps(asdict(state), indent=1) + "\n"
+            (partial / STATE_FILE).write_text(text, encoding="utf-8")
+        # each rank hashes what it has just written, which its node still has in memory
+        mine = manifest.describe_files(partial, _files_of(partial, engine.global_rank))
+        assert mine or state.zero_stage == 0, f"rank {engine.global_rank} wrote no shard"
+        parts: list[Any] = [None] * state.world_size
+        dist.gather_object(mine, parts if first else None, group=group)
+        if first:
+            manifest.write_manifest(partial, {k: v for part in parts for k, v in part.items()})
+            if final.exists():  # of a lost future, or not whole
+                shutil.rmtree(final)
+            os.replace(partial, final)
+        dist.barrier(group=group)
     return final
 
 
-def prune_checkpoints(run_dir: Path, keep: int, best_step: int | None) -> None:
-    """Remove all but the newest and the best.
-
-    What Ray does by score where it knows of the checkpoints.
-    """
-    found = sorted(run_dir.glob("checkpoint-*"))
-    best = [
+def _files_of(checkpoint: Path, rank: int) -> list[Path]:
+    """The files that DeepSpeed's `rank` has written; what is not a rank's shard is rank 0's."""
+    files = [path for path in checkpoint.rglob("*") if path.is_file()]
+    owners = [re.search(r"zero_pp_rank_(\d+)_", path.name) for path in files]
+    return [
         path
-        for path in found
-        if best_step is not None and path == checkpoint_path(run_dir, best_step)
+        for path, owner in zip(files, owners, strict=True)
+        if (int(owner[1]) if owner else 0) == rank
     ]
-    kept = {found[-1], *best[: keep - 1]} if found else set()
-    for path in reversed(found):
-        if len(kept) < keep:
-            kept.add(path)
+
+
+def prune_checkpoints(run_dir: Path, step: int, keep: int, best_step: int | None) -> None:
+    """Remove all but the one just made (of `step`), the best, and the newest before it.
+
+    Later ones, of a future that was lost, go too. Rank 0 only.
+    """
+    found = _newest_first(run_dir)
+    newest = checkpoint_path(run_dir, step)
+    best = [path for path in found if best_step and path == checkpoint_path(run_dir, best_step)]
+    before = [path for path in found if path < newest]
+    kept = list(dict.fromkeys([newest, *best, *before]))[:keep]
     for path in found:
         if path not in kept:
             shutil.rmtree(path)
@@ -204,13 +268,24 @@ def prune_checkpoints(run_dir: Path, keep: int, best_step: int | None) -> None:
 def make_universal(checkpoint: Path, stage: int) -> None:
     """Convert DeepSpeed's files to its universal format, which any number of workers can load.
 
-    Rank 0 only.
+    Once, verified before it is used again, complete or not at all. Every rank must call this.
     """
+    with _patient_group() as group:
+        if dist.get_rank() == 0:
+            _convert(checkpoint, stage)
+        dist.barrier(group=group)
+
+
+def _convert(checkpoint: Path, stage: int) -> None:
     from deepspeed.checkpoint import ds_to_universal
 
     final = checkpoint / UNIVERSAL
     if final.is_dir():
-        return
+        wrong = manifest.fault(final, hashes=True)
+        if wrong is None:
+            return
+        event(checkpoint.parent.name, f"{checkpoint.name}/{UNIVERSAL}: {wrong}; converted again")
+        shutil.rmtree(final)
     partial = checkpoint / f".{UNIVERSAL}.partial"
     shutil.rmtree(partial, ignore_errors=True)
     with contextlib.redirect_stdout(io.StringIO()):  # it prints every tensor
@@ -226,6 +301,8 @@ def make_universal(checkpoint: Path, stage: int) -> None:
             )
         )
     (checkpoint / "latest_universal").unlink(missing_ok=True)
+    files = manifest.describe_files(partial, [p for p in partial.rglob("*") if p.is_file()])
+    manifest.write_manifest(partial, files)
     os.replace(partial, final)
 
 

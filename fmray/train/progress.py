@@ -11,6 +11,7 @@ import json
 import os
 import sys
 import time
+from datetime import datetime
 from pathlib import Path
 from types import TracebackType
 
@@ -111,6 +112,11 @@ class StepLog:
         """Append one line; it is on disk when this returns."""
         if self._file is not None:
             self._file.write(json.dumps({"step": step, **metrics}) + "\n")
+
+
+def event(run_id: str, text: str) -> None:
+    """One line for what happens to a run beside its steps."""
+    print(f"{datetime.now():%H:%M:%S} {run_id}: {text}", flush=True)
 
 
 def read_log(path: Path) -> list[dict[str, float]]:

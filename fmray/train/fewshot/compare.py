@@ -220,7 +220,7 @@ def _as_ray_tasks(
     waiting = list(reversed(groups))
     running: dict[ray.ObjectRef, list[Cell]] = {}
     while waiting or running:
-        while waiting and len(running) < cluster.workers:
+        while waiting and len(running) < cluster.most_workers:
             group = waiting.pop()
             running[remote.remote(recipe, group, shared)] = group
         [ready], _ = ray.wait(list(running), num_returns=1)

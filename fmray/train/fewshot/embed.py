@@ -141,7 +141,7 @@ def open_pool(
     )
     # Weights on the CPU: what they are pickled to must load where there is no GPU.
     shared = ray.put(encoder.cpu())
-    count = _room(cluster.workers, {"CPU": cluster.cpus_per_worker, "GPU": gpus})
+    count = _room(cluster.most_workers, {"CPU": cluster.cpus_per_worker, "GPU": gpus})
     actors = [remote.remote(store.path.absolute(), cache, shared) for _ in range(count)]
 
     def call(method: str, calls: Sequence[tuple[Any, ...]]) -> Iterator[Any]:

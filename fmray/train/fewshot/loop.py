@@ -59,7 +59,7 @@ def train_worker(config: dict[str, Any]) -> dict[str, Any]:
     rank, world_size = context.get_world_rank(), context.get_world_size()
     first = rank == 0
     device = ray.train.torch.get_device() if torch.cuda.is_available() else torch.device("cpu")
-    if device.type == "cpu" and recipe.cluster.workers > 0:
+    if device.type == "cpu" and recipe.cluster.workers != 0:
         torch.set_num_threads(max(1, int(recipe.cluster.cpus_per_worker)))
 
     try:
