@@ -51,6 +51,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     return exit_code(arguments.run, arguments)
 
 
+class GaveUp(RuntimeError):
+    """A job has failed as often as it may; its text says why, and how it goes on."""
+
+
 def exit_code(function: Callable[..., int | None], *arguments: object) -> int:
     """Call `function` and turn its outcome into an exit code; what a job script ends with.
 
@@ -65,20 +69,24 @@ def exit_code(function: Callable[..., int | None], *arguments: object) -> int:
     except (FileNotFoundError, PermissionError, NotADirectoryError, IsADirectoryError) as error:
         print(f"fmray: {error}", file=sys.stderr)
     except ValueError as error:
-        if not _raised_by_fmray(error):
+        if not raised_by_fmray(error):
             raise
         print(f"fmray: {error}", file=sys.stderr)
     except BrokenPipeError:
         # The reader (`| head`) has seen enough. Nothing is left to flush into the closed pipe.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141  # as a shell reports a process that SIGPIPE ended
+    except GaveUp as error:
+        print(f"fmray: {error}", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         print("fmray: interrupted", file=sys.stderr)
         return 130
     return 2
 
 
-def _raised_by_fmray(error: BaseException) -> bool:
+def raised_by_fmray(error: BaseException) -> bool:
+    """Whether the error comes from fmray's own code, not from a library's."""
     trace = error.__traceback__
     assert trace is not None, "only raised errors come here"
     while trace.tb_next is not None:

@@ -106,6 +106,7 @@ class Run:
         self._parameters, self._tags = parameters, tags
         self._metrics: deque[_Point] = deque()
         self._files: deque[tuple[Path, str | None]] = deque()
+        self._late_tags: deque[tuple[str, str]] = deque()
         self._lock = threading.Lock()
         self._tried, self._closing = threading.Event(), threading.Event()
         self._wake = threading.Event()  # do not wait for the next round
@@ -149,6 +150,11 @@ class Run:
         if self._thread is not None and not self._closing.is_set():
             with self._lock:
                 self._files.append((Path(path).resolve(), folder))
+
+    def tag(self, name: str, value: str) -> None:
+        """Queue a tag of the run."""
+        if self._thread is not None and not self._closing.is_set():
+            self._late_tags.append((name, value))
 
     def flush(self, seconds: float = 5.0) -> None:
         """Write the queued metrics now; returns when they are, at a failure, or after `seconds`.
@@ -279,6 +285,9 @@ class Run:
                 for _ in batch:
                     self._metrics.popleft()
             self._progress = time.monotonic()
+        while self._late_tags:
+            client.set_tag(mlflow_run_id, *self._late_tags[0])
+            self._late_tags.popleft()
         while self._files:
             path, folder = self._files[0]
             if path.is_dir():

@@ -265,6 +265,11 @@ def prune_checkpoints(run_dir: Path, step: int, keep: int, best_step: int | None
             shutil.rmtree(path)
 
 
+def needs_universal(state: TrainState, world_size: int) -> bool:
+    """Whether another number of workers has divided the states; without ZeRO, rank 0 has all."""
+    return state.zero_stage > 0 and state.world_size != world_size
+
+
 def make_universal(checkpoint: Path, stage: int) -> None:
     """Convert DeepSpeed's files to its universal format, which any number of workers can load.
 

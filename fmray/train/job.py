@@ -1,4 +1,4 @@
-"""The training job: from a recipe to a trained model, with supervision around Ray Train.
+"""The training job: from a recipe to a trained model, on Ray Train.
 
 In: a `LoadedRecipe` and a run id; a running Ray, or one to start. Out: a `Result`, and in
 `<storage>/<run id>/` the resolved `recipe.yaml`, `log.jsonl`, checkpoints and `model/`. The same
@@ -7,35 +7,23 @@ run id goes on where the run stopped.
 
 from __future__ import annotations
 
-import logging
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ray.train import (
-    CheckpointConfig,
-    ControllerError,
-    FailureConfig,
-    RunConfig,
-    ScalingConfig,
-    UserCallback,
-)
-from ray.train.torch import TorchConfig, TorchTrainer
+from ray.train import UserCallback
 
 from fmray import tracking
 from fmray.cluster import start_or_join
 from fmray.config import Job, LoadedRecipe, Recipe
 from fmray.preflight import machines_of_cluster, preflight
 from fmray.train import checkpoint as checkpoints
+from fmray.train.supervise import fit
 
-CONTROLLER_FAILURES = 3  # Ray's default is to try for ever
-SUPERVISED_TRIES = 3
 POLL_SECONDS = "0.5"  # how often Ray's controller collects reports; a report waits for it
-
-_logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -59,8 +47,8 @@ def train(
 
     callbacks: of Ray's controller, told of each report. parent: MLflow run id, for a trial.
 
-    Raises ValueError for a recipe, data store or checkpoint that does not fit, and Ray's
-    TrainingFailedError when workers fail more than `cluster.max_failures` times.
+    Raises ValueError for a recipe, data store or checkpoint that does not fit, and what
+    `fmray.train.supervise.fit` raises.
     """
     recipe = absolute_paths(loaded.recipe)
     run_dir = recipe.cluster.storage / run_id
@@ -89,10 +77,11 @@ def train(
         # it; and whatever becomes of them, it is ended here
         mlflow_run_id = run.mlflow_run_id
         if recipe.cluster.workers == 0:
-            values = fit(recipe, run_id, config, _train_here, callbacks)
+            outcome = fit(recipe, run_id, config, _train_here, run, callbacks)
         else:
             with session(recipe):
-                values = fit(recipe, run_id, config, _train_worker, callbacks)
+                outcome = fit(recipe, run_id, config, _train_worker, run, callbacks)
+    values = outcome.values
     best = values["best_step"]
     best_checkpoint = checkpoints.checkpoint_path(run_dir, best) if best is not None else None
     result = Result(
@@ -102,7 +91,7 @@ def train(
         run_dir,
         best_checkpoint if best_checkpoint is not None and best_checkpoint.is_dir() else None,
     )
-    print(_table(recipe, run_id, result), flush=True)
+    print("\n".join([*_table(recipe, run_id, result), *outcome.lines()]), flush=True)
     return result
 
 
@@ -125,72 +114,6 @@ def absolute_paths(recipe: Recipe) -> Recipe:
                 update={"storage": recipe.cluster.storage.absolute()}
             ),
         }
-    )
-
-
-def fit(
-    recipe: Job,
-    run_id: str,
-    config: dict[str, Any],
-    loop: Callable[[dict[str, Any]], Any],
-    callbacks: Sequence[UserCallback] = (),
-) -> dict[str, Any]:
-    """Run `loop(config)` on every worker, and again from the last checkpoint when Ray's controller
-    gives up; returns rank 0's dict.
-
-    A node that dies while the process group starts leaves its placement group behind, and the
-    controller cannot get past it; a new controller can.
-
-    Raises ValueError for what a worker returns as `mistake`.
-    """
-    for attempt in range(1, SUPERVISED_TRIES + 1):
-        try:
-            values = _trainer(recipe, run_id, config, loop, callbacks).fit().return_value
-            break
-        except ControllerError as error:
-            if attempt == SUPERVISED_TRIES:
-                raise
-            _logger.warning(
-                "Ray's training controller failed (try %d): %s; trying again", attempt, error
-            )
-    if "mistake" in values:
-        raise ValueError(values["mistake"])
-    return values
-
-
-def _trainer(
-    recipe: Job,
-    run_id: str,
-    config: dict[str, Any],
-    loop: Callable[[dict[str, Any]], Any],
-    callbacks: Sequence[UserCallback],
-) -> TorchTrainer:
-    cluster = recipe.cluster
-    gpu = cluster.gpus_per_worker > 0
-    resources = {"CPU": cluster.cpus_per_worker}
-    if gpu:
-        resources["GPU"] = cluster.gpus_per_worker
-    return TorchTrainer(
-        loop,
-        train_loop_config=config,
-        torch_config=TorchConfig(backend="nccl" if gpu else "gloo", timeout_s=cluster.timeout_s),
-        scaling_config=ScalingConfig(
-            num_workers=cluster.workers, use_gpu=gpu, resources_per_worker=resources
-        ),
-        run_config=RunConfig(
-            name=run_id,
-            storage_path=str(cluster.storage),
-            callbacks=list(callbacks),
-            failure_config=FailureConfig(
-                max_failures=cluster.max_failures, controller_failure_limit=CONTROLLER_FAILURES
-            ),
-            checkpoint_config=CheckpointConfig(
-                num_to_keep=recipe.train.keep_checkpoints,
-                checkpoint_score_attribute="score",
-                checkpoint_score_order="max",
-            ),
-            worker_runtime_env={"env_vars": {} if gpu else {"DS_ACCELERATOR": "cpu"}},
-        ),
     )
 
 
@@ -241,7 +164,7 @@ def _check_store(recipe: Recipe) -> None:
             )
 
 
-def _table(recipe: Recipe, run_id: str, result: Result) -> str:
+def _table(recipe: Recipe, run_id: str, result: Result) -> list[str]:
     """The end of the job in a few lines."""
     metrics = result.metrics
     lines = [
@@ -259,4 +182,4 @@ def _table(recipe: Recipe, run_id: str, result: Result) -> str:
         lines.append(
             f"MLflow run: {result.mlflow_run_id} (experiment {recipe.tracking.experiment})"
         )
-    return "\n".join(lines)
+    return lines

@@ -21,7 +21,6 @@ import ray.train
 import ray.train.torch
 import torch
 import torch.distributed as dist
-from ray.train import Checkpoint, CheckpointUploadMode
 from torch import nn
 
 from fmray import tracking
@@ -31,7 +30,8 @@ from fmray.data.processor import load_processor
 from fmray.train import checkpoint as checkpoints
 from fmray.train.checkpoint import TrainState
 from fmray.train.models import DTYPES, build_model, merge_lora
-from fmray.train.progress import Progress, StepLog
+from fmray.train.notice import Notice
+from fmray.train.progress import Progress, StepLog, event
 from fmray.train.samples import (
     answer_tokens,
     blank_row,
@@ -56,7 +56,10 @@ if TYPE_CHECKING:
 def train_worker(config: dict[str, Any]) -> dict[str, Any] | None:
     """Train, evaluate, checkpoint, export. Runs on every worker.
 
-    Goes on from the run's newest checkpoint.
+    Goes on from the run's newest checkpoint, whatever the number of workers that made it. Told to
+    stop (`Notice`), it makes a checkpoint and returns with the key `preempted`.
+
+    Raises ValueError for what does not fit.
     """
     recipe = Recipe.model_validate_json(config["recipe"])
     run_dir = recipe.cluster.storage / config["run_id"]
@@ -68,36 +71,31 @@ def train_worker(config: dict[str, Any]) -> dict[str, Any] | None:
         torch.set_num_threads(max(1, int(recipe.cluster.cpus_per_worker)))
     deepspeed = import_deepspeed()
 
-    try:
-        processor = load_processor(recipe.data.store / "processor")
-        loader = InstructionLoader(
-            recipe.data.store,
-            "train",
-            processor,
-            global_batch=recipe.train.global_batch,
-            rank=rank,
-            world_size=world_size,
-            seed=recipe.seed,
-            samples=recipe.data.samples,
-            max_length=recipe.data.max_length,
-            micro_batch=recipe.train.micro_batch,
-            threads=recipe.data.loader_threads,
-            prefetch=recipe.data.prefetch_batches,
-        )
-        passes = accumulation_steps(recipe, world_size)
-        model = build_model(recipe, processor)
-        levels = _levels(recipe, model) if recipe.adaptive is not None else None
-    except ValueError as error:
-        # every worker finds the same mistake, and a restart would find it again: say it once
-        return {"mistake": str(error)}
+    processor = load_processor(recipe.data.store / "processor")
+    loader = InstructionLoader(
+        recipe.data.store,
+        "train",
+        processor,
+        global_batch=recipe.train.global_batch,
+        rank=rank,
+        world_size=world_size,
+        seed=recipe.seed,
+        samples=recipe.data.samples,
+        max_length=recipe.data.max_length,
+        micro_batch=recipe.train.micro_batch,
+        threads=recipe.data.loader_threads,
+        prefetch=recipe.data.prefetch_batches,
+    )
+    passes = accumulation_steps(recipe, world_size)
+    model = build_model(recipe, processor)
+    levels = _levels(recipe, model) if recipe.adaptive is not None else None
     total = recipe.train.steps or max(1, round(recipe.train.epochs * loader.steps_per_epoch))
     blank = blank_row(processor)
 
     resumed, state = _find_state(recipe, run_dir)
-    universal = state is not None and state.world_size != world_size
-    if universal and first:
+    universal = state is not None and checkpoints.needs_universal(state, world_size)
+    if universal:
         checkpoints.make_universal(resumed, recipe.zero.stage)
-    dist.barrier()
     engine, _, _, _ = deepspeed.initialize(
         model=model,
         optimizer=make_optimizer(model, recipe),
@@ -109,6 +107,9 @@ def train_worker(config: dict[str, Any]) -> dict[str, Any] | None:
         checkpoints.load_checkpoint(engine, resumed, universal)
     step = state.step if state is not None else 0
     best, best_step = (state.best, state.best_step) if state is not None else (None, None)
+    if first:
+        text = f"{world_size} x {passes} passes of {recipe.train.micro_batch} samples a step"
+        event(config["run_id"], f"step {step} of {total}, {text}")
 
     with (
         tracking.open_run(
@@ -120,6 +121,7 @@ def train_worker(config: dict[str, Any]) -> dict[str, Any] | None:
         ) as run,
         StepLog(run_dir / "log.jsonl", keep_until=step, enabled=first) as log,
         Progress(total, step, enabled=first) as progress,
+        Notice(rank) as notice,
     ):
         metrics: dict[str, float] = {}
         found: dict[str, float] = {}
@@ -147,7 +149,8 @@ def train_worker(config: dict[str, Any]) -> dict[str, Any] | None:
             step += 1
 
             tokens = sum(int(batch.attention_mask.sum()) for batch in micro_batches)
-            sums = _sum([float(loss_sum), share_sum, rows, tokens], device)
+            sums = _sum([float(loss_sum), share_sum, rows, tokens, notice.due()], device)
+            stop = notice.given() if sums[4] else None
             seconds, waiting = time.monotonic() - started, loader.wait_seconds - waited
             metrics = {
                 "loss": sums[0] / tokens_learned,
@@ -164,9 +167,9 @@ def train_worker(config: dict[str, Any]) -> dict[str, Any] | None:
             run.log(step, **{f"train/{name}": value for name, value in metrics.items()})
             progress.update(step, metrics)
 
-            evaluate_now = step == total or _due(step, recipe.train.eval_every)
-            save_now = step == total or _due(step, recipe.train.checkpoint_every)
-            score = -1.0  # of a checkpoint that was not evaluated: the first to be removed
+            last = step == total
+            evaluate_now = stop is None and (last or _due(step, recipe.train.eval_every))
+            save_now = stop is not None or last or _due(step, recipe.train.checkpoint_every)
             if evaluate_now:
                 found = evaluate_budgets(engine, recipe, processor, rank, world_size, device)
                 accuracies = [value for name, value in found.items() if name.startswith("accuracy")]
@@ -174,7 +177,6 @@ def train_worker(config: dict[str, Any]) -> dict[str, Any] | None:
                 log.write(step, found)
                 run.log(step, **{f"eval/{name}": value for name, value in found.items()})
                 progress.say(f"step {step}: " + ", ".join(f"{k} {v:.4f}" for k, v in found.items()))
-            path = None
             if save_now:
                 if evaluate_now and (best is None or score > best):
                     best, best_step = score, step
@@ -192,17 +194,14 @@ def train_worker(config: dict[str, Any]) -> dict[str, Any] | None:
                     best_step=best_step,
                 )
                 run.flush()
-                path = checkpoints.save_checkpoint(engine, run_dir, saved, config["recipe_text"])
-                if recipe.cluster.workers == 0:  # with workers, Ray removes old ones, by score
-                    checkpoints.prune_checkpoints(run_dir, recipe.train.keep_checkpoints, best_step)
-            if evaluate_now or save_now:
-                ray.train.report(
-                    {"step": step, "score": score, **metrics, **(found if evaluate_now else {})},
-                    checkpoint=Checkpoint.from_directory(path)
-                    if path is not None and first
-                    else None,
-                    checkpoint_upload_mode=CheckpointUploadMode.NO_UPLOAD,
-                )
+                checkpoints.save_checkpoint(engine, run_dir, saved, config["recipe_text"])
+                if first:
+                    keep = recipe.train.keep_checkpoints
+                    checkpoints.prune_checkpoints(run_dir, step, keep, best_step)
+            if stop is not None:
+                return {"preempted": f"{stop}: checkpoint at step {step}"}
+            if evaluate_now:  # checkpoints are no business of Ray's: it cannot go on without one
+                ray.train.report({"step": step, "score": score, **metrics, **found})
             started, waited = time.monotonic(), loader.wait_seconds
 
         if not found:  # resumed after the last step: there was nothing left to train
@@ -290,17 +289,13 @@ def evaluate_budgets(
 
 
 def _find_state(recipe: Recipe, run_dir: Path) -> tuple[Path, TrainState] | tuple[None, None]:
-    """The run's newest checkpoint, checked against the recipe.
-
-    Rank 0 looks: other nodes may see a shared folder a moment later.
-    """
-    newest = [checkpoints.find_checkpoint(run_dir) if dist.get_rank() == 0 else None]
-    dist.broadcast_object_list(newest)
-    if newest[0] is None:
+    """The run's newest whole checkpoint, checked against the recipe."""
+    newest = checkpoints.find_verified(run_dir)
+    if newest is None:
         return None, None
-    state = checkpoints.read_state(newest[0])
-    checkpoints.check_state(state, recipe, newest[0])
-    return newest[0], state
+    state = checkpoints.read_state(newest)
+    checkpoints.check_state(state, recipe, newest)
+    return newest, state
 
 
 def _levels(recipe: Recipe, model: nn.Module) -> range:

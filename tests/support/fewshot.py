@@ -45,10 +45,8 @@ def weights(model_dir: Path) -> dict[str, Tensor]:
 
 
 def forget_after(run_dir: Path, step: int) -> None:
-    """As if the run had died after the checkpoint of `step`; Ray's notes of the others go too."""
+    """As if the run had died after the checkpoint of `step`."""
     for path in run_dir.glob("checkpoint-*"):
         if int(path.name.rpartition("-")[2]) > step:
             shutil.rmtree(path)
-    for notes in run_dir.glob("checkpoint_manager*.json"):
-        notes.unlink()
     shutil.rmtree(run_dir / "model")

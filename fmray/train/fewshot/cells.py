@@ -148,9 +148,9 @@ def run_cells(
         learner = make_learner(encoder, training, pictures, own.train, own.seed, device)
         engine = make_engine(learner, own.train, world_size=1)
         steps = list(run_steps(engine, training, pictures, own.train, 0, 0, 1, device))
-        seconds = sum(own.train.episodes_per_step / m["episodes_per_s"] for _, m in steps)
+        seconds = sum(own.train.episodes_per_step / m["episodes_per_s"] for _, m, _ in steps)
         last = steps[-max(1, len(steps) // 10) :]
-        loss = sum(metrics["loss"] for _, metrics in last) / len(last)
+        loss = sum(metrics["loss"] for _, metrics, _ in last) / len(last)
     results: dict[str, Measured] = {}
     for cell in cells:
         if cell.key in results:

@@ -21,7 +21,8 @@ from fmray import tracking
 from fmray.config import LoadedRecipe
 from fmray.data.image_store import ImageStore
 from fmray.fewshot_config import FewshotRecipe
-from fmray.train.job import fit, session
+from fmray.train.job import session
+from fmray.train.supervise import fit
 
 
 @dataclass(frozen=True)
@@ -45,8 +46,8 @@ def train_fewshot(
 
     callbacks: of Ray's controller, told of each report. parent: MLflow run id, for a trial.
 
-    Raises ValueError for a recipe, store or checkpoint that does not fit, and Ray's
-    TrainingFailedError when workers fail more than `cluster.max_failures` times.
+    Raises ValueError for a recipe, store or checkpoint that does not fit, and what
+    `fmray.train.supervise.fit` raises.
     """
     recipe = absolute_paths(loaded.recipe)
     check_trainable(recipe)
@@ -73,10 +74,11 @@ def train_fewshot(
                 "tasks": tasks,
             }
             loop = _train_here if alone else _train_worker
-            values = fit(recipe, run_id, config, loop, callbacks)
+            outcome = fit(recipe, run_id, config, loop, run, callbacks)
         run.artifact(run_dir / "selection.json")
-    result = Result(run_dir / "model", values["metrics"], tasks, mlflow_run_id, run_dir)
-    print(_table(recipe, run_id, result), flush=True)
+    metrics = outcome.values["metrics"]
+    result = Result(run_dir / "model", metrics, tasks, mlflow_run_id, run_dir)
+    print("\n".join([*_table(recipe, run_id, result), *outcome.lines()]), flush=True)
     if recipe.tracking.register_as is not None:
         tracking.register(
             recipe.tracking,
@@ -171,7 +173,7 @@ def _train_here(config: dict[str, Any]) -> dict[str, Any]:
     return train_here(config)
 
 
-def _table(recipe: FewshotRecipe, run_id: str, result: Result) -> str:
+def _table(recipe: FewshotRecipe, run_id: str, result: Result) -> list[str]:
     """The end of the job in a few lines."""
     metrics = result.metrics
     episodes = recipe.episodes
@@ -187,4 +189,4 @@ def _table(recipe: FewshotRecipe, run_id: str, result: Result) -> str:
         lines.append(
             f"MLflow run: {result.mlflow_run_id} (experiment {recipe.tracking.experiment})"
         )
-    return "\n".join(lines)
+    return lines

@@ -21,7 +21,6 @@ import ray.train
 import ray.train.torch
 import torch
 import torch.distributed as dist
-from ray.train import Checkpoint, CheckpointUploadMode
 
 from fmray import tracking
 from fmray.data.image_store import ImageStore
@@ -36,7 +35,8 @@ from fmray.train.fewshot.learners import make_learner
 from fmray.train.fewshot.pictures import Pictures
 from fmray.train.fewshot.select import candidate_tasks
 from fmray.train.fewshot.tasks import TrainingSet, read_ahead
-from fmray.train.progress import Progress, StepLog
+from fmray.train.notice import Notice
+from fmray.train.progress import Progress, StepLog, event
 from fmray.train.zero import import_deepspeed
 
 if TYPE_CHECKING:
@@ -50,7 +50,10 @@ EVALUATION_SEED = 1_000_003  # added to the recipe's: not the tasks that jobs/ev
 def train_worker(config: dict[str, Any]) -> dict[str, Any]:
     """Finetune, checkpoint, export. Runs on every worker.
 
-    Goes on from the run's newest checkpoint.
+    Goes on from the run's newest checkpoint, whatever the number of workers that made it. Told to
+    stop (`Notice`), it makes a checkpoint and returns with the key `preempted`.
+
+    Raises ValueError for what does not fit.
     """
     recipe = FewshotRecipe.model_validate_json(config["recipe"])
     train = recipe.train
@@ -62,37 +65,35 @@ def train_worker(config: dict[str, Any]) -> dict[str, Any]:
     if device.type == "cpu" and recipe.cluster.workers != 0:
         torch.set_num_threads(max(1, int(recipe.cluster.cpus_per_worker)))
 
-    try:
-        store = ImageStore.open(recipe.images.store, recipe.images.cache)
-        encoder = load_encoder(recipe.encoder).to(device)
-        tasks = [
-            task
-            for task in candidate_tasks(store, recipe, recipe.target)
-            if task.name in set(config["tasks"])
-        ]
-        training = TrainingSet(tasks, store, recipe.episodes, recipe.seed, recipe.select.weights)
-        pictures = Pictures(store, encoder.preprocess)
-        learner = make_learner(encoder, training, pictures, train, recipe.seed, device)
-        settings = training_settings(recipe, config["tasks"])
-        resumed, state = _find_state(run_dir, settings)
-        evaluate = _evaluation(recipe, store, pictures) if train.eval_every is not None else None
-    except ValueError as error:
-        # every worker finds the same mistake, and a restart would find it again: say it once
-        return {"mistake": str(error)}
+    store = ImageStore.open(recipe.images.store, recipe.images.cache)
+    encoder = load_encoder(recipe.encoder).to(device)
+    tasks = [
+        task
+        for task in candidate_tasks(store, recipe, recipe.target)
+        if task.name in set(config["tasks"])
+    ]
+    training = TrainingSet(tasks, store, recipe.episodes, recipe.seed, recipe.select.weights)
+    pictures = Pictures(store, encoder.preprocess)
+    learner = make_learner(encoder, training, pictures, train, recipe.seed, device)
+    settings = training_settings(recipe, config["tasks"])
+    resumed, state = _find_state(run_dir, settings)
+    evaluate = _evaluation(recipe, store, pictures) if train.eval_every is not None else None
 
-    universal = state is not None and state.zero_stage > 0 and state.world_size != world_size
+    universal = state is not None and checkpoints.needs_universal(state, world_size)
     if universal and train.optimizer == "sgd":  # DeepSpeed converts Adam's states alone
-        return {
-            "mistake": f"{resumed} was made by {state.world_size} workers with ZeRO and SGD, which"
-            f" can only be resumed by as many, not by {world_size}; set cluster.workers back"
-        }
-    if universal and first:
+        raise ValueError(
+            f"{resumed} was made by {state.world_size} workers with ZeRO and SGD, which can only be"
+            f" resumed by as many, not by {world_size}; set cluster.workers back"
+        )
+    if universal:
         checkpoints.make_universal(resumed, ZERO_STAGE)
-    dist.barrier()
     engine = make_engine(learner, train, world_size, universal)
     if state is not None:
         checkpoints.load_checkpoint(engine, resumed, universal)
     start = state.step if state is not None else 0
+    if first:
+        text = f"{world_size} x {train.episodes_per_step // world_size} episodes a step"
+        event(config["run_id"], f"step {start} of {train.steps}, {text}")
 
     with (
         tracking.open_run(
@@ -104,24 +105,27 @@ def train_worker(config: dict[str, Any]) -> dict[str, Any]:
         ) as run,
         StepLog(run_dir / "log.jsonl", keep_until=start, enabled=first) as log,
         Progress(train.steps, start, enabled=first) as progress,
+        Notice(rank) as notice,
     ):
         metrics: dict[str, float] = {}
         found: dict[str, float] = {}
-        steps = run_steps(engine, training, pictures, train, start, rank, world_size, device)
-        for step, metrics in steps:
+        steps = run_steps(
+            engine, training, pictures, train, start, rank, world_size, device, notice
+        )
+        for step, metrics, stop in steps:
             log.write(step, metrics)
             run.log(step, **{f"train/{name}": value for name, value in metrics.items()})
             progress.update(step, metrics)
-            evaluate_now = evaluate is not None and _due(step, train.eval_every, train.steps)
+            evaluate_now = (
+                stop is None and evaluate is not None and _due(step, train.eval_every, train.steps)
+            )
             if evaluate_now and first:  # the others wait in the report
                 found = evaluate(encoder)
                 finetuning_mode(engine.module)
                 log.write(step, found)
                 run.log(step, **{f"eval/{name}": value for name, value in found.items()})
                 progress.say(f"step {step}: " + ", ".join(f"{k} {v:.4f}" for k, v in found.items()))
-            save_now = _due(step, train.checkpoint_every, train.steps)
-            path = None
-            if save_now:
+            if stop is not None or _due(step, train.checkpoint_every, train.steps):
                 saved = TrainState(
                     step=step,
                     epoch=step * train.episodes_per_step // recipe.episodes.tasks,
@@ -135,17 +139,13 @@ def train_worker(config: dict[str, Any]) -> dict[str, Any]:
                     best_step=None,
                 )
                 run.flush()
-                path = checkpoints.save_checkpoint(engine, run_dir, saved, config["recipe_text"])
-                if recipe.cluster.workers == 0:  # with workers, Ray removes old ones
-                    checkpoints.prune_checkpoints(run_dir, train.keep_checkpoints, None)
-            if save_now or evaluate_now:
-                ray.train.report(
-                    {"step": step, "score": step, **metrics, **(found if evaluate_now else {})},
-                    checkpoint=Checkpoint.from_directory(path)
-                    if path is not None and first
-                    else None,
-                    checkpoint_upload_mode=CheckpointUploadMode.NO_UPLOAD,
-                )
+                checkpoints.save_checkpoint(engine, run_dir, saved, config["recipe_text"])
+                if first:
+                    checkpoints.prune_checkpoints(run_dir, step, train.keep_checkpoints, None)
+            if stop is not None:
+                return {"preempted": f"{stop}: checkpoint at step {step}"}
+            if evaluate_now:  # checkpoints are no business of Ray's: it cannot go on without one
+                ray.train.report({"step": step, "score": step, **metrics, **found})
         if evaluate is not None and first and not found:  # resumed after the last step
             found = evaluate(encoder)
         if first:
@@ -181,8 +181,10 @@ def run_steps(
     rank: int,
     world_size: int,
     device: torch.device,
-) -> Iterator[tuple[int, dict[str, float]]]:
-    """Take the steps after `start`; after each, its number and its metrics over all workers."""
+    notice: Notice | None = None,
+) -> Iterator[tuple[int, dict[str, float], str | None]]:
+    """Take the steps after `start`; after each, its number, its metrics over all workers, and why
+    to stop now, if so."""
     finetuning_mode(engine.module)
     order = [
         training.order(step, train.episodes_per_step)[rank::world_size]
@@ -191,16 +193,20 @@ def run_steps(
     batches = read_ahead(training, pictures, [index for indices in order for index in indices])
     for step, indices in enumerate(order, start + 1):
         began = time.monotonic()
-        sums = torch.zeros(2, dtype=torch.float64, device=device)  # loss, accuracy
+        # loss, accuracy, whether to ask for a notice
+        sums = torch.zeros(3, dtype=torch.float64, device=device)
         for batch in islice(batches, len(indices)):
             inputs = (batch.support, batch.query, batch.labels)
             loss, accuracy = engine(*(part.to(device) for part in inputs))
             engine.backward(loss)
             engine.step()
-            sums += torch.stack([loss.detach(), accuracy.detach()])
+            sums[:2] += torch.stack([loss.detach(), accuracy.detach()])
+        if notice is not None:
+            sums[2] = notice.due()
         if world_size > 1:
             dist.all_reduce(sums)
-        loss_mean, accuracy_mean = (sums / train.episodes_per_step).tolist()
+        *means, ask = sums.tolist()
+        loss_mean, accuracy_mean = (mean / train.episodes_per_step for mean in means)
         metrics = {
             "loss": loss_mean,
             "accuracy": accuracy_mean,
@@ -209,7 +215,7 @@ def run_steps(
         norm = engine.get_global_grad_norm()
         if norm is not None:
             metrics["grad_norm"] = float(norm)
-        yield step, metrics
+        yield step, metrics, notice.given() if notice is not None and ask else None
 
 
 def _evaluation(
@@ -248,14 +254,10 @@ def training_settings(recipe: FewshotRecipe, tasks: Sequence[str]) -> dict[str, 
 def _find_state(
     run_dir: Path, settings: dict[str, Any]
 ) -> tuple[Path, TrainState] | tuple[None, None]:
-    """The run's newest checkpoint, checked against the settings.
-
-    Rank 0 looks: other nodes may see a shared folder a moment later.
-    """
-    newest = [checkpoints.find_checkpoint(run_dir) if dist.get_rank() == 0 else None]
-    dist.broadcast_object_list(newest)
-    if newest[0] is None:
+    """The run's newest whole checkpoint, checked against the settings."""
+    newest = checkpoints.find_verified(run_dir)
+    if newest is None:
         return None, None
-    state = checkpoints.read_state(newest[0])
-    checkpoints.check_settings(state, settings, newest[0])
-    return newest[0], state
+    state = checkpoints.read_state(newest)
+    checkpoints.check_settings(state, settings, newest)
+    return newest, state

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
+import signal
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -16,10 +17,10 @@ from torch.nn import functional
 from fmray.adallava import AdaptiveVLM
 from fmray.data.loader import InstructionLoader
 from fmray.data.processor import load_processor
-from fmray.train.checkpoint import find_checkpoint
+from fmray.train.checkpoint import find_checkpoint, read_state
 from fmray.train.job import Result, train
 from fmray.train.models import build_model
-from fmray.train.progress import read_log
+from fmray.train.progress import StepLog, read_log
 
 TRAIN = {"lr": 2e-3, "steps": 8, "global_batch": 16, "micro_batch": 8, "eval_rows": 8}
 
@@ -182,28 +183,73 @@ def test_a_checkpoint_of_another_recipe_is_refused(run: Callable[..., Result]) -
     run("taken", train=TRAIN | {"eval_rows": 4})  # how it is watched may change
 
 
-def test_stage_0_needs_as_many_workers_as_before(run: Callable[..., Result]) -> None:
-    run("plain", zero={"stage": 0})
-    with pytest.raises(ValueError, match=r"by 1 workers with zero.stage 0.*not by 2"):
-        run("plain", zero={"stage": 0}, cluster={"workers": 2})
+def cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-1])
 
 
-def broken(change: Callable[[Path], Any], run: Callable[..., Result], run_id: str) -> str:
-    change(find_checkpoint(run(run_id).run_dir))
-    with pytest.raises(ValueError) as error:
-        run(run_id)
-    return str(error.value)
+def flip(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
 
 
-def test_a_broken_checkpoint_is_named(run: Callable[..., Result]) -> None:
-    def state(text: str) -> Callable[[Path], Any]:
-        return lambda path: (path / "state.json").write_text(text)
+@pytest.mark.parametrize(
+    ("change", "name", "reason"),
+    [
+        (cut, "deepspeed/mp_rank_00_model_states.pt", r"has \d+ bytes instead of \d+"),
+        (flip, "deepspeed/zero_pp_rank_0_mp_rank_00_optim_states.pt", "was altered"),
+        (Path.unlink, "manifest.json", "never complete"),
+        (flip, "state.json", "was altered"),
+    ],
+)
+def test_a_broken_checkpoint_is_passed_over(
+    run: Callable[..., Result],
+    capsys: pytest.CaptureFixture[str],
+    change: Callable[[Path], None],
+    name: str,
+    reason: str,
+) -> None:
+    sections = {"train": TRAIN | {"steps": 4, "checkpoint_every": 2}}
+    whole = run("run", **sections)
+    wanted, weights_wanted = losses(whole), weights(whole)
+    change(whole.run_dir / "checkpoint-00000004" / name)
+    shutil.rmtree(whole.model_dir)
+    capsys.readouterr()
+    again = run("run", **sections)
+    out = capsys.readouterr().out
+    assert re.search(rf"run: checkpoint-00000004: .*{reason}.*; passed over", out)
+    assert "run: step 2 of 4" in out
+    assert losses(again) == wanted
+    for key, tensor in weights(again).items():
+        torch.testing.assert_close(tensor, weights_wanted[key], rtol=0, atol=0)
 
-    message = broken(lambda path: (path / "state.json").unlink(), run, "a")
-    assert "checkpoint-00000008: no state.json, so this checkpoint is not complete" in message
-    assert "not JSON" in broken(state("{"), run, "b")
-    assert "should hold" in broken(state("[]"), run, "c")
-    assert "holds ['step']" in broken(state('{"step": 8}'), run, "d")
+
+def test_without_a_whole_checkpoint_nothing_begins_again(run: Callable[..., Result]) -> None:
+    result = run("run", train=TRAIN | {"steps": 1})
+    cut(result.run_dir / "checkpoint-00000001" / "state.json")
+    with pytest.raises(ValueError, match=r"no checkpoint is whole \(checkpoint-00000001: state"):
+        run("run", train=TRAIN | {"steps": 1})
+
+
+def test_sigterm_makes_a_checkpoint_and_the_run_goes_on(
+    run: Callable[..., Result], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    whole = run("whole", train=TRAIN)
+    real = StepLog.write
+
+    def write(log: StepLog, step: int, metrics: dict[str, float]) -> None:
+        real(log, step, metrics)
+        if step == 2 and "loss" in metrics:
+            signal.raise_signal(signal.SIGTERM)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(StepLog, "write", write)
+        with pytest.raises(SystemExit) as stopped:
+            run("stopped", train=TRAIN)
+    assert stopped.value.code == 143
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    assert read_state(find_checkpoint(tmp_path / "stopped")).step == 3  # the step it came in
+    assert losses(run("stopped", train=TRAIN)) == losses(whole)
 
 
 def test_a_mistake_found_by_the_workers_is_the_jobs(run: Callable[..., Result]) -> None:

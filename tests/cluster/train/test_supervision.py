@@ -1,0 +1,104 @@
+"""The supervisor on real workers: notices, mistakes, and workers that find no room."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import ray
+from ray.train import PreemptionInfo
+from ray.train.v2._internal.execution.callback import WorkerGroupCallback
+from support.training import ADAPTIVE, load_recipe, make_store
+
+from fmray.cli import GaveUp
+from fmray.train import supervise
+from fmray.train.job import train
+from fmray.train.progress import read_log
+
+TESTS = Path(__file__).parents[2]
+TRAIN = {"lr": 2e-3, "steps": 12, "global_batch": 16, "micro_batch": 4, "eval_rows": 4}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def session() -> Iterator[None]:
+    paths = f"{TESTS.parent}:{TESTS}:{Path(__file__).parent}"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S", "0.2")
+        ray.init(
+            address="local",
+            num_cpus=2,
+            include_dashboard=False,
+            runtime_env={"env_vars": {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}},
+        )
+        yield
+        ray.shutdown()
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_store(tmp_path_factory.mktemp("data"))
+
+
+@pytest.fixture
+def started(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """The `callbacks` of each trainer that is started."""
+    real, calls = supervise._trainer, []
+
+    def count(*arguments: Any) -> Any:
+        calls.append(arguments[-1])
+        return real(*arguments)
+
+    monkeypatch.setattr(supervise, "_trainer", count)
+    return calls
+
+
+class Drain(WorkerGroupCallback):
+    """Tells the first group of workers what Ray's watcher tells them when a node is drained."""
+
+    def __init__(self, told: Path) -> None:
+        self.told = told
+
+    def after_worker_group_start(self, worker_group: Any) -> None:
+        if not self.told.exists():
+            self.told.touch()
+            info = PreemptionInfo(None, {"0123456789abcdef": [1]})
+            ray.get([w.actor.mark_preempt.remote(info) for w in worker_group.get_workers()])
+
+
+def test_a_drained_node_costs_no_step(
+    store: Path, tmp_path: Path, started: list[Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    sections = {"adaptive": ADAPTIVE, "train": TRAIN, "zero": {"stage": 2}}
+    elastic = {"workers": (1, 2), "max_failures": 0}
+    loaded = load_recipe(store, tmp_path, cluster=elastic, **sections)
+    result = train(loaded, "drained", [Drain(tmp_path / "told")])
+    out = capsys.readouterr().out
+    text = r"node 01234567 \(rank 1\) is drained: checkpoint at step (\d+); goes on from step (\d+)"
+    saved, resumed = map(int, re.search(text, out).groups())
+    assert saved == resumed < 12
+    assert len(started) == 2
+    assert "restarts: 1; the last: node 01234567" in out
+    lines = [line for line in read_log(result.run_dir / "log.jsonl") if "loss" in line]
+    assert [line["step"] for line in lines] == list(range(1, 13))
+    alone = train(load_recipe(store, tmp_path, **sections), "alone")
+    wanted = [line["loss"] for line in read_log(alone.run_dir / "log.jsonl") if "loss" in line]
+    assert [line["loss"] for line in lines] == pytest.approx(wanted, rel=1e-3)
+
+
+def test_a_mistake_is_not_tried_again(store: Path, tmp_path: Path, started: list[Any]) -> None:
+    sections = {"adaptive": ADAPTIVE, "train": TRAIN | {"eval_budgets": (0.1, 1.0)}}
+    loaded = load_recipe(store, tmp_path, cluster={"workers": 2}, **sections)
+    with pytest.raises(ValueError, match=r"budget is 0\.1, less than .* smallest budget here is"):
+        train(loaded, "mistake")
+    assert len(started) == 1
+
+
+def test_elastic_workers_that_find_no_room_do_not_wait_for_ever(tmp_path: Path) -> None:
+    cluster = {"workers": (1, 2), "cpus_per_worker": 3, "timeout_s": 10, "max_failures": 0}
+    recipe = load_recipe(tmp_path, tmp_path, train=TRAIN, cluster=cluster).recipe
+    run: Any = type("Run", (), {"tag": lambda *_: None})()
+    with pytest.raises(GaveUp, match=r"1 workers found no room within cluster\.timeout_s"):
+        supervise.fit(recipe, "waiting", {}, dict, run)

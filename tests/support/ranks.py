@@ -1,0 +1,80 @@
+"""The training loop on several ranks without Ray: one process a rank, gloo between them.
+
+A process is forked from a server that has imported everything, so that a run takes seconds. Ray is
+replaced by what the loop asks it: rank, world size, and no notice.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import traceback
+from multiprocessing.connection import Connection
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from types import SimpleNamespace
+from typing import Any
+
+import ray.train
+import torch.distributed as dist
+
+import fmray.train.loop
+from fmray.config import LoadedRecipe
+from fmray.train.zero import import_deepspeed
+
+import_deepspeed()
+SECONDS = 300
+
+_context = multiprocessing.get_context("forkserver")
+_context.set_forkserver_preload([__name__])
+
+
+def train_on(world_size: int, loaded: LoadedRecipe, run_id: str) -> dict[str, Any]:
+    """`fmray.train.loop.train_worker` on so many ranks; what rank 0 returned.
+
+    Raises RuntimeError with the traceback of a rank that failed.
+    """
+    config = {
+        "recipe": loaded.recipe.model_dump_json(),
+        "recipe_text": loaded.dump(),
+        "run_id": run_id,
+    }
+    with TemporaryDirectory() as folder:
+        pipes = [_context.Pipe(duplex=False) for _ in range(world_size)]
+        ranks = [
+            _context.Process(
+                target=_rank, args=(rank, world_size, Path(folder), config, pipe), daemon=True
+            )
+            for rank, (_, pipe) in enumerate(pipes)
+        ]
+        for process in ranks:
+            process.start()
+        try:
+            answers = []
+            for rank, (pipe, _) in enumerate(pipes):
+                if not pipe.poll(SECONDS):
+                    raise RuntimeError(f"rank {rank} of {world_size} does not answer")
+                answers.append(pipe.recv())
+                if isinstance(answers[-1], str):
+                    raise RuntimeError(f"rank {rank} of {world_size}: {answers[-1]}")
+        finally:
+            for process in ranks:
+                process.kill()
+                process.join()
+    return answers[0]
+
+
+def _rank(
+    rank: int, world_size: int, folder: Path, config: dict[str, Any], answer: Connection
+) -> None:
+    os.environ["LOCAL_RANK"] = str(rank)
+    context = SimpleNamespace(get_world_rank=lambda: rank, get_world_size=lambda: world_size)
+    ray.train.get_context = lambda: context
+    ray.train.get_preemption_info = lambda: None
+    ray.train.report = lambda metrics: None
+    store = dist.FileStore(str(folder / "store"), world_size)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size)
+    try:
+        answer.send(fmray.train.loop.train_worker(config))
+    except Exception:  # noqa: BLE001 -- a rank's failure is for the test to see
+        answer.send(traceback.format_exc())

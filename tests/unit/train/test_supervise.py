@@ -1,0 +1,147 @@
+"""What the supervisor does after each kind of failure, with Ray replaced by a script."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from ray.exceptions import ActorDiedError
+from ray.train import ControllerError, PreemptionError, PreemptionInfo, WorkerGroupError
+from ray.train.v2._internal.exceptions import (
+    UserExceptionWithTraceback,
+    WorkerGroupStartupTimeoutError,
+    WorkerHealthCheckFailedError,
+)
+
+from fmray.cli import GaveUp, exit_code
+from fmray.config import Recipe, load
+from fmray.train import supervise
+
+DIED = WorkerHealthCheckFailedError("failed", ActorDiedError())
+DONE = {"metrics": {}}
+
+
+def raised(error: Exception) -> WorkerGroupError:
+    return WorkerGroupError("worker errors", {1: UserExceptionWithTraceback(error, "traceback")})
+
+
+class Tags(dict):
+    def tag(self, name: str, value: str) -> None:
+        self[name] = value
+
+
+@pytest.fixture
+def play(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Callable[..., tuple[supervise.Outcome, Tags, int]]:
+    """Run `fit` on a script of (step of the newest checkpoint, what `fit()` raises or returns)."""
+
+    def play(script: list[tuple[int, Any]], max_failures: int = 2) -> Any:
+        recipe = Recipe.model_validate(
+            {
+                "name": "a",
+                "cluster": {"storage": tmp_path, "workers": 2, "max_failures": max_failures},
+            }
+        )
+        left, step, tags = list(script), [0], Tags()
+
+        class Trainer:
+            def fit(self) -> Any:
+                step[0], result = left.pop(0)
+                if isinstance(result, BaseException):
+                    raise result
+                return type("Result", (), {"return_value": result})
+
+        monkeypatch.setattr(supervise, "_trainer", lambda *_: Trainer())
+        monkeypatch.setattr(supervise, "_last_step", lambda _: step[0])
+        monkeypatch.setattr(supervise.time, "sleep", lambda _: None)
+        try:
+            return supervise.fit(recipe, "run", {}, lambda _: {}, tags), tags, len(left)
+        except BaseException as error:
+            error.left, error.tags = len(left), tags
+            raise
+
+    return play
+
+
+def test_a_failure_goes_on_and_is_told(play: Callable[..., Any], capsys: Any) -> None:
+    failure = WorkerGroupError("", {0: RuntimeError("Connection closed by peer"), 1: DIED})
+    outcome, tags, _ = play([(40, failure), (40, raised(OSError("disk"))), (90, DONE)])
+    assert outcome.values == DONE
+    first, second = capsys.readouterr().out.splitlines()
+    assert "run: worker 1 died" in first
+    assert first.endswith("(and 1 more failed); goes on from step 40, try 2 of 3")
+    assert second.endswith("worker 1 raised OSError: disk; goes on from step 40, try 3 of 3")
+    assert tags == {"fmray.restarts": "2", "fmray.last_failure": "worker 1 raised OSError: disk"}
+    assert outcome.lines() == ["restarts: 2; the last: worker 1 raised OSError: disk"]
+
+
+def test_only_failures_without_a_new_checkpoint_count(play: Callable[..., Any]) -> None:
+    each = [(step, raised(OSError("disk"))) for step in range(1, 30)]
+    assert play([*each, (30, DONE)], max_failures=1)[2] == 0
+    with pytest.raises(GaveUp, match=r"gave up: .*disk; that was failure 3 in a row") as error:
+        play([*each[:5], *[each[4]] * 9], max_failures=2)
+    assert error.value.left == 7  # of nine, two were tried again
+    assert error.value.tags["fmray.restarts"] == "7"
+
+
+def test_no_restart_at_all(play: Callable[..., Any]) -> None:
+    with pytest.raises(GaveUp, match=r"failure 1 in a row.*goes on from step 8"):
+        play([(8, raised(OSError("disk"))), (8, DONE)], max_failures=0)
+
+
+def test_giving_up_is_one_line_and_1(play: Callable[..., Any], capsys: Any) -> None:
+    script = [(0, raised(OSError("disk")))] * 3
+    assert exit_code(lambda: play(script)) == 1
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_a_mistake_of_the_users_is_not_tried_again(play: Callable[..., Any], capsys: Any) -> None:
+    mistake = supervise._Mistake("train.lr: should be smaller")
+    with pytest.raises(ValueError, match=r"^train\.lr: should be smaller$") as error:
+        play([(0, raised(mistake)), (0, DONE)])
+    assert error.value.left == 1
+    assert exit_code(lambda: play([(0, raised(mistake))])) == 2
+    assert capsys.readouterr().err == "fmray: train.lr: should be smaller\n"
+
+
+def test_only_fmrays_own_value_errors_are_mistakes() -> None:
+    with pytest.raises(ValueError, match="invalid literal"):
+        supervise._carry(lambda _: int("x"), {})
+    with pytest.raises(supervise._Mistake, match="no such recipe file"):
+        supervise._carry(lambda _: load(Path("nowhere.yaml")), {})
+
+
+def test_a_preemption_is_no_failure(play: Callable[..., Any], capsys: Any) -> None:
+    gone = {"preempted": "node 1234 is drained: checkpoint at step 7"}
+    outcome, tags, _ = play([(7, gone), (9, gone), (20, DONE)], max_failures=0)
+    assert tags["fmray.restarts"] == "2"
+    assert "checkpoint at step 7; goes on from step 7, try 1 of 1" in capsys.readouterr().out
+    assert len(outcome.restarts) == 2
+    with pytest.raises(GaveUp):  # but one that gets nowhere is
+        play([(7, gone), (7, gone), (7, DONE)], max_failures=0)
+
+
+@pytest.mark.parametrize(
+    ("error", "text"),
+    [
+        (
+            ControllerError(WorkerGroupStartupTimeoutError(4)),
+            "4 workers found no room within cluster.timeout_s",
+        ),
+        (
+            ControllerError(OSError("leaked\nplacement group")),
+            "the workers did not start: OSError: leaked placement group",
+        ),
+        (
+            PreemptionError(PreemptionInfo(None, {"abc": [1, 2]})),
+            "the node of rank 1, 2 was taken away before a checkpoint was made",
+        ),
+        (ActorDiedError(), "Ray's training controller died: ActorDiedError: The actor died"),
+    ],
+)
+def test_every_failure_is_one_line(error: Exception, text: str) -> None:
+    assert supervise.why(error).startswith(text)
+    assert "\n" not in supervise.why(error)
