@@ -193,7 +193,7 @@ def _refuse_all(run_dir: Path, passed: list[str]) -> None:
 @contextmanager
 def _patient_group() -> Iterator[dist.ProcessGroup]:
     """A process group of all ranks that waits for slow storage longer than for a slow step."""
-    group = dist.new_group(backend="gloo", timeout=timedelta(hours=STORAGE_HOURS))
+    group = dist.new_group(timeout=timedelta(hours=STORAGE_HOURS))
     try:
         yield group
     finally:

@@ -217,10 +217,11 @@ class _StartLimit(ControllerCallback):
         """Called after each round of the controller."""
         if not isinstance(current_state, InitializingState):
             self._since = None
-        elif self._since is None:
-            self._since = time.monotonic()
-        elif time.monotonic() - self._since > self._seconds:
+            return
+        self._since = self._since or time.monotonic()
+        if time.monotonic() - self._since > self._seconds:
             raise WorkerGroupStartupTimeoutError(self._workers)
+        time.sleep(0.1)  # Ray asks again without a pause
 
 
 @contextmanager
