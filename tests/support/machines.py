@@ -103,11 +103,6 @@ class Machine:
         inside = ["ip", "netns", "exec", self.name]
         _run(*inside, "tc", "qdisc", "replace", "dev", "eth0", "root", *limit)
 
-    def uncap(self) -> None:
-        """As before `cap`."""
-        _run("tc", "qdisc", "del", "dev", self.name, "root")
-        _run("ip", "netns", "exec", self.name, "tc", "qdisc", "del", "dev", "eth0", "root")
-
 
 @dataclass
 class Job:
@@ -156,14 +151,20 @@ class Machines:
             for name, value in os.environ.items()
             if not name.startswith(("RAY_", "PYTEST_"))
         }
-        return kept | ENVIRONMENT | {
-            "RAY_AUTH_TOKEN_PATH": str(self.folder / "token"),
-            "RAY_TMPDIR": str(self.folder),
-            "RAY_ADDRESS": self.address,
-            "PYTHONPATH": str(ROOT),
-        }
+        return (
+            kept
+            | ENVIRONMENT
+            | {
+                "RAY_AUTH_TOKEN_PATH": str(self.folder / "token"),
+                "RAY_TMPDIR": str(self.folder),
+                "RAY_ADDRESS": self.address,
+                "PYTHONPATH": str(ROOT),
+            }
+        )
 
-    def run(self, command: Sequence[str], output: str, on: Machine | None = None, **env: str) -> Job:
+    def run(
+        self, command: Sequence[str], output: str, on: Machine | None = None, **env: str
+    ) -> Job:
         """Start a command on a machine, the head by default."""
         path = self.folder / f"{output}.log"
         with path.open("wb") as file:
@@ -201,6 +202,11 @@ class Machines:
             "all nodes to join",
         )
 
+    def cap(self, megabits: float) -> None:
+        """Limit every link."""
+        for machine in self.machines:
+            machine.cap(megabits)
+
     def mend(self) -> None:
         """All links up and all machines with Ray, whatever a test has done to them."""
         for machine in self.machines:
@@ -219,14 +225,8 @@ class Machines:
     def drain(self, machine: Machine, seconds: int) -> None:
         """Announce that the machine is taken away in so many seconds, as for a spot machine."""
         [node] = [node["id"] for node in self.nodes() if node["address"] == machine.address]
-        command = [
-            *(sys.executable, "-m", "ray.scripts.scripts", "drain-node"),
-            *("--address", self.address, "--node-id", node),
-            *("--reason", "DRAIN_NODE_REASON_PREEMPTION", "--reason-message", "taken back"),
-            *("--deadline-remaining-seconds", str(seconds)),
-        ]
-        job = self.run(command, "drain")
-        assert job.wait(60) == 0, job.text()
+        refused = self._ask(f"drain {node} {seconds}")
+        assert not refused, refused
 
     def _listens(self) -> bool:
         with contextlib.suppress(OSError):
@@ -271,7 +271,7 @@ class Machines:
 
 @contextlib.contextmanager
 def made(folder: Path, cpus: Sequence[int] = (1, 1, 1)) -> Iterator[Machines]:
-    """Machines with so many CPUs each for Ray, up and joined; gone afterwards.
+    """Machines with so many CPUs each for Ray, up and joined; gone afterwards, with all processes.
 
     folder: short, for Ray's sockets lie below it (107 bytes).
     """
