@@ -1,4 +1,4 @@
-"""Three machines for all tests of faults, storage that can fill up or hang, and what faults cost."""
+"""Three machines for all tests of faults, storage that fills up or hangs, and what faults cost."""
 
 from __future__ import annotations
 

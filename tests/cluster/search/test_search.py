@@ -215,9 +215,7 @@ def test_asha_stops_trials_and_one_that_raises_is_told(base, address: str, tmp_p
         assert statuses[number] == ("FAILED" if trial.status == "failed" else "FINISHED")
 
 
-def test_an_adaptive_model_is_judged_at_each_budget(
-    address: str, tmp_path: Path
-) -> None:
+def test_an_adaptive_model_is_judged_at_each_budget(address: str, tmp_path: Path) -> None:
     (tmp_path / "data").mkdir()
     train_settings = {"steps": 2, "eval_budgets": [0.5, 1.0]}
     cluster = {"workers": 1, "cpus_per_worker": 1.0}
@@ -253,9 +251,10 @@ def test_an_adaptive_model_is_judged_at_each_budget(
     assert result.recommended.metrics["budget"] == 0.5
     best = max(trial.metrics["accuracy/0.5"] for trial in result.finished)
     assert result.recommended.metrics["accuracy"] == best
-    assert f"trial {result.recommended.number} at budget 0.5 (accuracy" in (
-        result.run_dir / "report.html"
-    ).read_text()
+    assert (
+        f"trial {result.recommended.number} at budget 0.5 (accuracy"
+        in (result.run_dir / "report.html").read_text()
+    )
     assert nothing_left()
 
 
