@@ -80,6 +80,7 @@ class Training:
     storage: Path
     recipe: Path
     database: Path
+    steps: int = STEPS
     jobs: list[Job] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -106,7 +107,7 @@ class Training:
     def until_step(self, step: int, seconds: float = 180) -> None:
         """Wait for it; what follows is the fault."""
         until(lambda: self.watch.step >= step or self._ended(), seconds, f"step {step}")
-        assert self.watch.step < STEPS, "too late for a fault"
+        assert self.watch.step < self.steps, "too late for a fault"
         self.fault = time.monotonic()
 
     def until_said(self, text: str, seconds: float = 120) -> None:
@@ -132,13 +133,13 @@ class Training:
         """One that trains and is not the head."""
         return next(m for m, _ in self.trainers() if m is not self.machines.head)
 
-    def finish(self) -> list[float]:
+    def finish(self, seconds: float = FINISH_SECONDS) -> list[float]:
         """Wait for a good end; the losses, one a step."""
-        code = self.job.wait(FINISH_SECONDS)
+        code = self.job.wait(seconds)
         assert code == 0, f"it ended with {code}: ...{self.job.text()[-6000:]}"
         self.watch.close()
         lines = [line for line in read_log(self.log) if "loss" in line]
-        assert [line["step"] for line in lines] == list(range(1, STEPS + 1))
+        assert [line["step"] for line in lines] == list(range(1, self.steps + 1))
         return [line["loss"] for line in lines]
 
     def leaves_nothing(self) -> None:
@@ -156,11 +157,13 @@ class Training:
         [run] = client.search_runs(experiments, f"tags.`{RUN_ID_TAG}` = '{self.run_id}'")
         assert run.info.status == "FINISHED"
         history = client.get_metric_history(run.info.run_id, "train/loss")
-        assert {point.step for point in history} == set(range(1, STEPS + 1))
+        assert {point.step for point in history} == set(range(1, self.steps + 1))
 
 
-def write_recipe(path: Path, store: Path, storage: Path, database: Path, **changes: Any) -> Path:
-    """A YAML file of a tiny training on two workers: 24 steps, a checkpoint every four."""
+def write_recipe(
+    path: Path, store: Path, storage: Path, database: Path, steps: int = STEPS, **changes: Any
+) -> Path:
+    """A YAML file of a tiny training on two workers, with a checkpoint every four steps."""
     cluster = {"workers": 2, "cpus_per_worker": 1, "timeout_s": 60} | changes.pop("cluster", {})
     tracking = {"enabled": True, "uri": f"sqlite:///{database}"} | changes.pop("tracking", {})
     loaded = load_recipe(
@@ -169,7 +172,7 @@ def write_recipe(path: Path, store: Path, storage: Path, database: Path, **chang
         adaptive=ADAPTIVE,
         zero={"stage": 2},
         train={
-            "steps": STEPS,
+            "steps": steps,
             "global_batch": 24,
             "micro_batch": 4,
             "eval_rows": 4,
