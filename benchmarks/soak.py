@@ -141,7 +141,7 @@ def summary(faults: list[Fault], training: Training) -> list[str]:
     ]
     if faults:
         lines.append(
-            f"recovered in {statistics.median(seconds):.1f} s (median), {max(seconds):.1f} s (worst)"
+            f"recovered in {statistics.median(seconds):.1f} s (median), {max(seconds):.1f} (worst)"
         )
         for kind in kinds:
             own = [fault.recovered for fault in faults if fault.kind == kind]

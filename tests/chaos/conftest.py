@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
 import tempfile
@@ -11,7 +12,7 @@ from typing import Any
 
 import pytest
 from support.chaos import MEGABITS, Training, write_recipe
-from support.machines import Machines, made
+from support.machines import PREFIX, Machines, made
 from support.training import make_store
 
 FIGURES = pytest.StashKey[list[str]]()
@@ -20,8 +21,8 @@ SMALL_BYTES = 48 * 2**20
 
 @pytest.fixture(scope="session")
 def folder() -> Iterator[Path]:
-    """Short: Ray's sockets lie below it."""
-    path = Path(tempfile.mkdtemp(prefix="fmray-"))
+    """Short: Ray's sockets lie below it. Its name tells a later run whose it was."""
+    path = Path(tempfile.mkdtemp(prefix=f"{PREFIX}{os.getpid()}-"))
     yield path
     shutil.rmtree(path)
 

@@ -89,7 +89,7 @@ def test_the_mlflow_server_goes_and_comes_back(
     serve(1)
     try:
         until(listens, 180, "the MLflow server")
-        training = train("mlflow", tracking={"uri": uri, "experiment": "served"})
+        training = train("tracked", tracking={"uri": uri, "experiment": "served"})
         training.until_step(INTERVAL + 2)
         kill()
         until(lambda: not listens(), 30, "the MLflow server to be gone")
@@ -104,4 +104,4 @@ def test_the_mlflow_server_goes_and_comes_back(
         kill()
     training.leaves_nothing()
     assert training.watch.repeated == []
-    assert "tracking of run mlflow fails, training goes on" in training.job.text()
+    assert "tracking of run tracked fails, training goes on" in training.job.text()

@@ -105,10 +105,10 @@ class Training:
         self.jobs.append(self.machines.run(command, f"{self.run_id}-{len(self.jobs)}"))
 
     def until_step(self, step: int, seconds: float = 180) -> None:
-        """Wait for it; what follows is the fault."""
+        """Wait for it; what follows, the first time, is the fault."""
         until(lambda: self.watch.step >= step or self._ended(), seconds, f"step {step}")
         assert self.watch.step < self.steps, "too late for a fault"
-        self.fault = time.monotonic()
+        self.fault = self.fault or time.monotonic()
 
     def until_said(self, text: str, seconds: float = 120) -> None:
         """Wait for a line of the job."""

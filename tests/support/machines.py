@@ -28,6 +28,7 @@ from typing import Any
 
 PREFIX = "fmray"
 PORT = 6379
+RAYLET = "/raylet/raylet "
 ROOT = Path(__file__).parents[2]
 START_SECONDS = 120
 OBJECT_STORE_BYTES = 80 * 2**20
@@ -81,7 +82,7 @@ class Machine:
 
     def kill_raylet(self) -> None:
         """As if the machine's Ray had crashed; its workers end by themselves."""
-        [raylet] = self.find("raylet/raylet ")
+        [raylet] = self.find(RAYLET)
         os.kill(raylet, signal.SIGKILL)
 
     def kill_all(self) -> None:
@@ -180,6 +181,8 @@ class Machines:
     def start_ray(self, *machines: Machine) -> None:
         """Start a raylet on each of them, GCS too on the head; returns when all have joined."""
         jobs = []
+        if self.head in machines:  # what an observer knows is of the one before
+            self._close_observer()
         for machine in machines:
             command = [
                 *(sys.executable, "-m", "ray.scripts.scripts", "start", "--disable-usage-stats"),
@@ -217,7 +220,11 @@ class Machines:
             self.start_ray(*self.machines)
             return
         alive = {node["address"] for node in self.nodes() if not node["draining"]}
-        broken = [machine for machine in self.machines if machine.address not in alive]
+        broken = [
+            machine
+            for machine in self.machines
+            if machine.address not in alive or not machine.find(RAYLET)
+        ]
         for machine in broken:
             machine.kill_all()
         self.start_ray(*broken)
@@ -258,11 +265,15 @@ class Machines:
         assert line, f"Ray's GCS at {self.address} does not answer"
         return json.loads(line)
 
-    def close(self) -> None:
-        """Everything on the machines ends, and they are gone."""
+    def _close_observer(self) -> None:
         if self._observer is not None:
             self._observer.kill()
             self._observer.wait()
+            self._observer = None
+
+    def close(self) -> None:
+        """Everything on the machines ends, and they are gone."""
+        self._close_observer()
         for machine in self.machines:
             machine.kill_all()
             _run("ip", "netns", "del", machine.name)
@@ -273,7 +284,8 @@ class Machines:
 def made(folder: Path, cpus: Sequence[int] = (1, 1, 1)) -> Iterator[Machines]:
     """Machines with so many CPUs each for Ray, up and joined; gone afterwards, with all processes.
 
-    folder: short, for Ray's sockets lie below it (107 bytes).
+    folder: short, for Ray's sockets lie below it (107 bytes); file systems below one that is called
+    `PREFIX`, process id, `-...` are unmounted too when a killed run has left them.
     """
     _remove_left()
     network = _free_network()
@@ -328,6 +340,11 @@ def _remove_left() -> None:
         owner = re.fullmatch(rf"{PREFIX}(\d+)", path.name)
         if owner and not Path(f"/proc/{owner[1]}").exists():
             _run("ip", "link", "del", path.name)
+    for line in Path("/proc/mounts").read_text(encoding="utf-8").splitlines():
+        path = line.split()[1]
+        owner = re.search(rf"/{PREFIX}(\d+)-", path)
+        if owner and not Path(f"/proc/{owner[1]}").exists():
+            _run("umount", "--lazy", path)
 
 
 def _free_network() -> ipaddress.IPv4Network:
