@@ -108,8 +108,8 @@ def train_worker(config: dict[str, Any]) -> dict[str, Any] | None:
     step = state.step if state is not None else 0
     best, best_step = (state.best, state.best_step) if state is not None else (None, None)
     if first:
-        text = f"{world_size} x {passes} passes of {recipe.train.micro_batch} samples a step"
-        event(config["run_id"], f"step {step} of {total}, {text}")
+        share = f"{passes} passes of {recipe.train.micro_batch} samples"
+        event(config["run_id"], f"step {step} of {total}; {world_size} ranks, each {share} a step")
 
     with (
         tracking.open_run(
@@ -200,7 +200,7 @@ def train_worker(config: dict[str, Any]) -> dict[str, Any] | None:
                     checkpoints.prune_checkpoints(run_dir, step, keep, best_step)
             if stop is not None:
                 return {"preempted": f"{stop}: checkpoint at step {step}"}
-            if evaluate_now:  # checkpoints are no business of Ray's: it cannot go on without one
+            if evaluate_now:  # of checkpoints Ray is not told: its notes of a lost one end a run
                 ray.train.report({"step": step, "score": score, **metrics, **found})
             started, waited = time.monotonic(), loader.wait_seconds
 

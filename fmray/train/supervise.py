@@ -24,6 +24,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from ray._private.state import state as ray_state
 from ray.exceptions import RayActorError
 from ray.train import (
     ControllerError,
@@ -38,7 +39,8 @@ from ray.train import (
 )
 from ray.train.torch import TorchConfig, TorchTrainer
 
-# Ray's own: elastic workers that find no room wait for ever, and there is no other door to that
+# Ray's own, as is `ray_state`: there is no other door to what is drained, to the cause of a failure,
+# and to elastic workers that wait for ever for room
 from ray.train.v2._internal.exceptions import (
     UserExceptionWithTraceback,
     WorkerGroupStartupTimeoutError,
@@ -55,6 +57,7 @@ from fmray.train.progress import event
 
 PAUSE_SECONDS = 5.0  # before the second restart in a row without a new checkpoint; then 10, 15, ...
 LONGEST_PAUSE = 60.0
+DRAIN_SECONDS = 30.0  # a drained node leaves when it is idle
 REASON_LENGTH = 300
 
 Loop = Callable[[dict[str, Any]], dict[str, Any]]
@@ -115,6 +118,7 @@ def fit(
             if "preempted" not in values:
                 return Outcome(values, tuple(restarts))
             reason, lost = values["preempted"], False
+            _wait_for_drained(time.monotonic() + DRAIN_SECONDS)
         except (TrainingFailedError, RayActorError) as error:
             _raise_mistake(error)
             reason, lost = why(error), True
@@ -175,6 +179,12 @@ def _what(failure: Exception) -> str:
 def _short(error: BaseException) -> str:
     text = " ".join(str(error).split())
     return f"{type(error).__name__}: {text}"[:REASON_LENGTH]
+
+
+def _wait_for_drained(end: float) -> None:
+    """Until no node is being drained: an elastic group would be made for its place too."""
+    while ray_state.get_draining_nodes() and time.monotonic() < end:
+        time.sleep(0.5)
 
 
 def _last_step(run_dir: Path) -> int:

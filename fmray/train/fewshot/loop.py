@@ -92,8 +92,9 @@ def train_worker(config: dict[str, Any]) -> dict[str, Any]:
         checkpoints.load_checkpoint(engine, resumed, universal)
     start = state.step if state is not None else 0
     if first:
-        text = f"{world_size} x {train.episodes_per_step // world_size} episodes a step"
-        event(config["run_id"], f"step {start} of {train.steps}, {text}")
+        share = f"{train.episodes_per_step // world_size} episodes"
+        text = f"{world_size} ranks, each {share} a step"
+        event(config["run_id"], f"step {start} of {train.steps}; {text}")
 
     with (
         tracking.open_run(
@@ -144,7 +145,7 @@ def train_worker(config: dict[str, Any]) -> dict[str, Any]:
                     checkpoints.prune_checkpoints(run_dir, step, train.keep_checkpoints, None)
             if stop is not None:
                 return {"preempted": f"{stop}: checkpoint at step {step}"}
-            if evaluate_now:  # checkpoints are no business of Ray's: it cannot go on without one
+            if evaluate_now:  # of checkpoints Ray is not told: its notes of a lost one end a run
                 ray.train.report({"step": step, "score": step, **metrics, **found})
         if evaluate is not None and first and not found:  # resumed after the last step
             found = evaluate(encoder)

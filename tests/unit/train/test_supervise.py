@@ -56,6 +56,7 @@ def play(
 
         monkeypatch.setattr(supervise, "_trainer", lambda *_: Trainer())
         monkeypatch.setattr(supervise, "_last_step", lambda _: step[0])
+        monkeypatch.setattr(supervise, "_wait_for_drained", lambda _: None)
         monkeypatch.setattr(supervise.time, "sleep", lambda _: None)
         try:
             return supervise.fit(recipe, "run", {}, lambda _: {}, tags), tags, len(left)
