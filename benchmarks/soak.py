@@ -20,6 +20,7 @@ import argparse
 import json
 import os
 import random
+import re
 import signal
 import statistics
 import sys
@@ -44,7 +45,8 @@ KINDS = ("worker", "worker", "controller", "raylet", "machine", "link", "drain",
 
 @dataclass(frozen=True)
 class Fault:
-    """One, and what it cost. at: seconds since the start; step: the last one before it."""
+    """One, and what it cost. at: seconds since the start; step: the last one before it; workers:
+    how many went on."""
 
     kind: str
     machine: int
@@ -52,7 +54,7 @@ class Fault:
     step: int
     recovered: float
     repeated: int
-    workers: str
+    workers: int
 
 
 def break_something(kind: str, training: Training, draw: random.Random) -> Machine:
@@ -122,7 +124,7 @@ def soak(training: Training, seconds: float, every: float, draw: random.Random) 
                 step,
                 round(training.watch.recovered(fault), 1),
                 sum(training.watch.repeated[before:]),
-                training.job.text().rpartition(" passes of ")[0].rpartition(", ")[2],
+                int(re.findall(r"; (\d+) ranks, each", training.job.text())[-1]),
             )
         )
         print(json.dumps(asdict(faults[-1])), flush=True)

@@ -94,7 +94,7 @@ def test_a_node_is_added(
     training.until_step(INTERVAL + 2)
     machines.cap(1)
     machines.start_ray(late)
-    training.until_said("3 x 2 passes", 240)
+    training.until_said("3 ranks, each 2 passes", 240)
     machines.cap(MEGABITS)
     survived(training, calm, figure)
 
