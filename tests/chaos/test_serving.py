@@ -139,8 +139,8 @@ def endpoint(folder: Path, machines: Machines) -> Iterator[Machines]:
     path.write_text(yaml.safe_dump(config), encoding="utf-8")
     command = [sys.executable, "-m", "ray.serve.scripts", "run", "--non-blocking", str(path)]
     job = machines.run(command, "serve")
-    assert job.wait(300) == 0, job.text()
-    until(lambda: ready(machines.machines), 300, "the endpoint")
+    assert job.wait(600) == 0, job.text()
+    until(lambda: ready(machines.machines), 600, "the endpoint")
     yield machines
     # `serve shutdown` asks the dashboard, which there is none of
     stop = "import ray, ray.serve; ray.init(); ray.serve.shutdown()"

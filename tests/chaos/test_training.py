@@ -77,7 +77,7 @@ def test_a_node_is_killed_while_the_workers_start(
     machines: Machines, train: Train, calm: list[float], figure: Figure
 ) -> None:
     training = train("startup")
-    until(lambda: len(training.trainers()) == 2, 180, "two workers")
+    until(lambda: len(training.trainers()) == 2, 600, "two workers")
     training.fault = time.monotonic()
     training.far_machine().kill_raylet()
     survived(training, calm, figure, most=0)
@@ -89,12 +89,12 @@ def test_a_node_is_added(
 ) -> None:
     late = machines.machines[-1]
     late.kill_all()
-    until(lambda: len(machines.nodes()) == 2, 60, "the node to be missed")
+    until(lambda: len(machines.nodes()) == 2, 180, "the node to be missed")
     training = train("added", cluster={"workers": [2, 3]})
     training.until_step(INTERVAL + 2)
     machines.cap(1)
     machines.start_ray(late)
-    training.until_said("3 ranks, each 2 passes", 240)
+    training.until_said("3 ranks, each 2 passes")
     machines.cap(MEGABITS)
     survived(training, calm, figure)
 

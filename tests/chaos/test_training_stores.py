@@ -50,7 +50,7 @@ def test_the_storage_hangs_for_longer_than_workers_wait_for_one_another(
     patience = 30
     training = train("slow", storage=slow_storage, cluster={"timeout_s": patience})
     folder = training.storage / "slow"
-    until(lambda: any(folder.glob(".checkpoint-*.partial")), 180, "a checkpoint to be written")
+    until(lambda: any(folder.glob(".checkpoint-*.partial")), 600, "a checkpoint to be written")
     training.fault = time.monotonic()
     subprocess.run(["fsfreeze", "--freeze", slow_storage], check=True)
     try:
@@ -88,7 +88,7 @@ def test_the_mlflow_server_goes_and_comes_back(
 
     serve(1)
     try:
-        until(listens, 180, "the MLflow server")
+        until(listens, 600, "the MLflow server")
         training = train("tracked", tracking={"uri": uri, "experiment": "served"})
         training.until_step(INTERVAL + 2)
         kill()
@@ -96,7 +96,7 @@ def test_the_mlflow_server_goes_and_comes_back(
         training.until_step(INTERVAL + 6)
         machines.cap(1)  # it is slow to start
         serve(2)
-        until(listens, 180, "the MLflow server")
+        until(listens, 600, "the MLflow server")
         figure(f"away for {time.monotonic() - training.fault:.1f} s, {training.watch.step} steps")
         machines.cap(MEGABITS)
         same(training.finish(), calm)

@@ -30,7 +30,7 @@ TOLERANCE = 1e-4  # relative: two workers or three, resumed or not, sum in anoth
 OF_RAY = r"::(\w+Agent|_AutoscalingCoordinatorActor)\b"
 MEGABITS = 16  # of a link: a step takes a fraction of a second, and faults have time to happen
 WORKER = "ray::RayTrainWorker"
-FINISH_SECONDS = 400
+FINISH_SECONDS = 900
 
 
 class Watch:
@@ -104,13 +104,13 @@ class Training:
         command += ["--config", str(self.recipe), "--run-id", self.run_id]
         self.jobs.append(self.machines.run(command, f"{self.run_id}-{len(self.jobs)}"))
 
-    def until_step(self, step: int, seconds: float = 180) -> None:
+    def until_step(self, step: int, seconds: float = 600) -> None:
         """Wait for it; what follows, the first time, is the fault."""
         until(lambda: self.watch.step >= step or self._ended(), seconds, f"step {step}")
         assert self.watch.step < self.steps, "too late for a fault"
         self.fault = self.fault or time.monotonic()
 
-    def until_said(self, text: str, seconds: float = 120) -> None:
+    def until_said(self, text: str, seconds: float = 600) -> None:
         """Wait for a line of the job."""
         until(lambda: text in self.job.text() or self._ended(), seconds, repr(text))
 
@@ -150,8 +150,8 @@ class Training:
             # a node's agents, and Ray Data's one actor for the whole cluster
             return [t for t in titles if t.startswith("ray::") and not re.search(OF_RAY, t)]
 
-        until(lambda: not self.machines.placement_groups(), 60, "placement groups to go")
-        until(lambda: not busy(), 60, "the job's processes to end")
+        until(lambda: not self.machines.placement_groups(), 120, "placement groups to go")
+        until(lambda: not busy(), 120, "the job's processes to end")
         client = mlflow.MlflowClient(f"sqlite:///{self.database}")
         experiments = [e.experiment_id for e in client.search_experiments()]
         [run] = client.search_runs(experiments, f"tags.`{RUN_ID_TAG}` = '{self.run_id}'")

@@ -30,7 +30,7 @@ PREFIX = "fmray"
 PORT = 6379
 RAYLET = "/raylet/raylet "
 ROOT = Path(__file__).parents[2]
-START_SECONDS = 120
+START_SECONDS = 300  # of processes that share two cores with whatever else runs
 OBJECT_STORE_BYTES = 80 * 2**20
 
 # Ray's own patience is for machines that are slow to answer, 15 to 60 seconds
