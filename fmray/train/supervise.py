@@ -11,10 +11,10 @@ never gets past it. And all limits and all lines are in one place.
 
 from __future__ import annotations
 
-import logging
 import os
 import re
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -39,10 +39,9 @@ from ray.train import (
 )
 from ray.train.torch import TorchConfig, TorchTrainer
 
-# Ray's own, as is `ray_state`: there is no other door to what is drained, to the cause of a failure,
+# Ray's own, as is `ray_state`: no other door leads to what is drained, to the cause of a failure,
 # and to elastic workers that wait for ever for room
 from ray.train.v2._internal.exceptions import (
-    UserExceptionWithTraceback,
     WorkerGroupStartupTimeoutError,
     WorkerHealthCheckFailedError,
 )
@@ -122,6 +121,8 @@ def fit(
         except (TrainingFailedError, RayActorError) as error:
             _raise_mistake(error)
             reason, lost = why(error), True
+            if isinstance(error, WorkerGroupError) and not _died(_first(error)[1]):
+                print(error, file=sys.stderr)  # with the workers' tracebacks
         restarts.append(reason)
         run.tag("fmray.restarts", str(len(restarts)))
         run.tag("fmray.last_failure", reason)
@@ -144,10 +145,9 @@ def fit(
 def why(error: Exception) -> str:
     """One line for a failure of Ray Train: what happened, to which rank, on which node."""
     if isinstance(error, WorkerGroupError):
-        # when one rank dies, the others fail too, for want of it
-        found = sorted(error.worker_failures.items())
-        rank, failure = next((item for item in found if _died(item[1])), found[0])
-        more = f" (and {len(found) - 1} more failed)" if len(found) > 1 else ""
+        rank, failure = _first(error)
+        others = len(error.worker_failures) - 1
+        more = f" (and {others} more failed)" if others else ""
         return f"worker {rank} {_what(failure)}{more}"
     if isinstance(error, PreemptionError):
         ranks = ", ".join(map(str, error.preemption_info.preempted_ranks))
@@ -158,6 +158,12 @@ def why(error: Exception) -> str:
             return f"{cause.num_workers} workers found no room within cluster.timeout_s"
         return f"the workers did not start: {_short(cause)}"
     return f"Ray's training controller died: {_short(error)}"
+
+
+def _first(error: WorkerGroupError) -> tuple[int, Exception]:
+    """The rank that failed and how: when one dies, the others fail too, for want of it."""
+    found = sorted(error.worker_failures.items())
+    return next((item for item in found if _died(item[1])), found[0])
 
 
 def _died(failure: Exception) -> bool:
@@ -171,9 +177,7 @@ def _what(failure: Exception) -> str:
         if node and process:
             return f"died (node {node[1]}, process {process[1]})"
         return f"died: {_short(cause)}"
-    if isinstance(failure, UserExceptionWithTraceback):
-        return f"raised {_short(failure._base_exc)}"
-    return f"failed: {_short(failure)}"
+    return f"raised {_short(failure)}"
 
 
 def _short(error: BaseException) -> str:
@@ -204,16 +208,13 @@ def _carry(loop: Loop, config: dict[str, Any]) -> dict[str, Any]:
     except ValueError as error:
         if not raised_by_fmray(error):
             raise
-        logging.getLogger("ray.train").setLevel(logging.CRITICAL)  # no traceback: one line is said
         raise _Mistake(str(error)) from None
 
 
 def _raise_mistake(error: Exception) -> None:
     for failure in error.worker_failures.values() if isinstance(error, WorkerGroupError) else ():
-        if isinstance(failure, UserExceptionWithTraceback):
-            mistake = failure._base_exc
-            if isinstance(mistake, _Mistake):
-                raise ValueError(str(mistake)) from None
+        if isinstance(failure, _Mistake):
+            raise ValueError(str(failure)) from None
 
 
 class _StartLimit(ControllerCallback):
@@ -284,6 +285,6 @@ def _trainer(
                 max_failures=0, controller_failure_limit=0, max_preemption_failures=0
             ),
             worker_runtime_env={"env_vars": {} if gpu else {"DS_ACCELERATOR": "cpu"}},
-            logging_config=LoggingConfig(log_level="ERROR"),  # the supervisor's lines say it
+            logging_config=LoggingConfig(log_level="CRITICAL"),  # the supervisor says it
         ),
     )

@@ -209,7 +209,7 @@ def test_a_broken_checkpoint_is_passed_over(
     name: str,
     reason: str,
 ) -> None:
-    sections = {"train": TRAIN | {"steps": 4, "checkpoint_every": 2}}
+    sections = {"adaptive": ADAPTIVE, "train": TRAIN | {"steps": 4, "checkpoint_every": 2}}
     whole = run("run", **sections)
     wanted, weights_wanted = losses(whole), weights(whole)
     change(whole.run_dir / "checkpoint-00000004" / name)
