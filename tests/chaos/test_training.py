@@ -40,6 +40,7 @@ def test_the_worker_of_rank_0_is_killed(
     survived(training, calm, figure)
 
 
+@pytest.mark.slow
 def test_a_raylet_is_killed(
     machines: Machines, train: Train, calm: list[float], figure: Figure
 ) -> None:
@@ -49,6 +50,7 @@ def test_a_raylet_is_killed(
     survived(training, calm, figure)
 
 
+@pytest.mark.slow
 def test_a_node_is_cut_off_and_comes_back(
     machines: Machines, train: Train, calm: list[float], figure: Figure
 ) -> None:
@@ -73,6 +75,7 @@ def test_a_node_is_drained(
     assert "is drained: checkpoint at step" in training.job.text()
 
 
+@pytest.mark.slow
 def test_a_node_is_killed_while_the_workers_start(
     machines: Machines, train: Train, calm: list[float], figure: Figure
 ) -> None:
@@ -83,7 +86,7 @@ def test_a_node_is_killed_while_the_workers_start(
     survived(training, calm, figure, most=0)
 
 
-@pytest.mark.slow  # Ray looks for new nodes once a minute
+@pytest.mark.slow
 def test_a_node_is_added(
     machines: Machines, train: Train, calm: list[float], figure: Figure
 ) -> None:
@@ -92,7 +95,7 @@ def test_a_node_is_added(
     until(lambda: len(machines.nodes()) == 2, 180, "the node to be missed")
     training = train("added", cluster={"workers": [2, 3]})
     training.until_step(INTERVAL + 2)
-    machines.cap(1)
+    machines.cap(1)  # Ray looks for new nodes once a minute
     machines.start_ray(late)
     training.until_said("3 ranks, each 2 passes")
     machines.cap(MEGABITS)

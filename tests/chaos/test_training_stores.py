@@ -21,6 +21,7 @@ Figure = Callable[[str], None]
 MLFLOW_PORT = 5000
 
 
+@pytest.mark.slow
 def test_the_storage_is_full_for_a_while(
     machines: Machines, train: Train, calm: list[float], figure: Figure, small_storage: Path
 ) -> None:
@@ -34,7 +35,7 @@ def test_the_storage_is_full_for_a_while(
     ballast.unlink()
     same(training.finish(), calm)
     training.leaves_nothing()
-    assert "No space left on device" in said
+    assert "with 0.0 MiB free" in said or "No space left on device" in said
     assert max(training.watch.repeated) <= INTERVAL
     figure(
         f"recovered in {training.watch.recovered(training.fault):.1f} s,"
@@ -63,6 +64,7 @@ def test_the_storage_hangs_for_longer_than_workers_wait_for_one_another(
     figure(f"went on {training.watch.recovered(training.fault) - patience - 5:.1f} s after it")
 
 
+@pytest.mark.slow
 def test_the_mlflow_server_goes_and_comes_back(
     machines: Machines, train: Train, calm: list[float], figure: Figure, folder: Path
 ) -> None:
