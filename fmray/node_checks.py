@@ -52,9 +52,9 @@ def check_nodes(storage: Path) -> list[Finding]:
     nodes = {node["NodeID"]: _name(node) for node in ray.nodes() if node["Alive"]}
     ask = ray.remote(num_cpus=0, max_retries=0)(_report)
     waiting = {
-        ask.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False)).remote(
-            name, storage, token
-        ): name
+        ask.options(
+            scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False)
+        ).remote(name, storage, token): name
         for node, name in nodes.items()
     }
     findings, reports = [], []
@@ -74,7 +74,9 @@ def check_nodes(storage: Path) -> list[Finding]:
                 findings.append(Finding("FAIL", f"node {name} cannot run a task: {reason}"))
                 continue
             missing = _unseen(storage / f"{token}-{name}") if found.storage is None else None
-            reports.append(NodeReport(name, found.versions, clock - now, found.storage or missing))
+            reports.append(
+                NodeReport(name, found.versions, clock - now, found.storage or missing)
+            )
     finally:
         for path in storage.glob(f"{token}-*"):
             with suppress(FileNotFoundError):
