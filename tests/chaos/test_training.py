@@ -26,6 +26,7 @@ def survived(
     """What holds after every fault. most: steps repeated by one restart."""
     same(training.finish(), calm)
     training.leaves_nothing()
+    assert training.starts() > 1, "the fault has changed nothing"
     watch = training.watch
     assert len(watch.repeated) <= restarts and max(watch.repeated, default=0) <= most
     figure(f"recovered in {watch.recovered(training.fault):.1f} s, repeated {watch.repeated}")

@@ -53,7 +53,12 @@ class Watch:
         return self.marks[-1][1]
 
     def _look(self) -> None:
+        seen = None
         while not self._over.wait(0.02):
+            with contextlib.suppress(FileNotFoundError):
+                status = self._log.stat()
+                if seen == (seen := (status.st_ino, status.st_size, status.st_mtime_ns)):
+                    continue
             step = max((int(line["step"]) for line in read_log(self._log)), default=0)
             if step != self.step:
                 if step < self.step:
@@ -109,6 +114,14 @@ class Training:
         until(lambda: self.watch.step >= step or self._ended(), seconds, f"step {step}")
         assert self.watch.step < self.steps, "too late for a fault"
         self.fault = self.fault or time.monotonic()
+
+    def said(self) -> str:
+        """What all submissions have printed."""
+        return "".join(job.text() for job in self.jobs)
+
+    def starts(self) -> int:
+        """How often workers began, or did not come that far."""
+        return self.said().count(" ranks, each ") + self.said().count("the workers did not start")
 
     def until_said(self, text: str, seconds: float = 600) -> None:
         """Wait for a line of the job."""

@@ -163,15 +163,13 @@ class Machines:
             }
         )
 
-    def run(
-        self, command: Sequence[str], output: str, on: Machine | None = None, **env: str
-    ) -> Job:
+    def run(self, command: Sequence[str], output: str, on: Machine | None = None) -> Job:
         """Start a command on a machine, the head by default."""
         path = self.folder / f"{output}.log"
         with path.open("wb") as file:
             process = subprocess.Popen(
                 ["ip", "netns", "exec", (on or self.head).name, *command],
-                env=self.environment() | env,
+                env=self.environment(),
                 stdin=subprocess.DEVNULL,
                 stdout=file,
                 stderr=subprocess.STDOUT,
@@ -331,7 +329,7 @@ def until(condition: Callable[[], Any], seconds: float, what: str) -> float:
     start = time.monotonic()
     while not condition():
         assert time.monotonic() - start < seconds, f"waited {seconds:.0f} s for {what}"
-        time.sleep(0.02)
+        time.sleep(0.05)
     return time.monotonic() - start
 
 
