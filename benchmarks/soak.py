@@ -133,12 +133,12 @@ def soak(training: Training, seconds: float, every: float, draw: random.Random) 
 
 def summary(faults: list[Fault], training: Training) -> list[str]:
     """Lines: by kind, and over all of them."""
+    restarts, again = training.said().count(" goes on from "), len(training.jobs) - 1
     kinds = Counter(fault.kind for fault in faults)
     seconds = [fault.recovered for fault in faults]
     lines = [
         f"{len(faults)} faults: {', '.join(f'{count} {kind}' for kind, count in kinds.items())}",
-        f"{training.said().count(' goes on from ')} restarts by the supervisor, {len(training.jobs) - 1} jobs"
-        " submitted again",
+        f"{restarts} restarts by the supervisor, {again} jobs submitted again",
     ]
     if faults:
         lines.append(
