@@ -63,7 +63,7 @@ def break_something(kind: str, training: Training, draw: random.Random) -> Machi
     places = training.trainers()
     far = [machine for machine, _ in places if machine is not machines.head]
     if kind == "head":
-        machines.head.kill_all()
+        machines.head.lose_power()
         return machines.head
     if kind == "controller":
         os.kill(machines.head.find("ray::TrainController")[0], signal.SIGKILL)
@@ -76,7 +76,7 @@ def break_something(kind: str, training: Training, draw: random.Random) -> Machi
     if kind == "raylet":
         machine.kill_raylet()
     elif kind == "machine":
-        machine.kill_all()
+        machine.lose_power()
     elif kind == "link":
         machine.link(up=False)
     else:

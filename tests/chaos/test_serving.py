@@ -158,7 +158,7 @@ def test_a_machine_fails_under_load(endpoint: Machines, figure: Callable[[str], 
     with Load(machines) as load:
         time.sleep(4)
         killed = time.monotonic()
-        lost.kill_all()
+        lost.lose_power()
         others = machines.machines[:-1]
         until(lambda: sum(replicas(machines)) == 3, 240, "the third replica elsewhere")
         until(lambda: ready(others), 60, "the endpoint")

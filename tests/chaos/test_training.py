@@ -103,12 +103,12 @@ def test_a_node_is_added(
     survived(training, calm, figure)
 
 
-def test_the_head_is_killed_and_the_job_submitted_again(
+def test_the_head_is_lost_and_the_job_submitted_again(
     machines: Machines, train: Train, calm: list[float], figure: Figure
 ) -> None:
     training = train("head")
     training.until_step(INTERVAL + 2)
-    machines.head.kill_all()
+    machines.head.lose_power()
     others = machines.machines[1:]
     orphans = until(lambda: not any(m.find("ray::") for m in others), 120, "the orphans to end")
     machines.mend()

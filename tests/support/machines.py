@@ -86,12 +86,17 @@ class Machine:
         os.kill(raylet, signal.SIGKILL)
 
     def kill_all(self) -> None:
-        """As if the power had failed: everything that runs on it, jobs included."""
+        """Everything that runs on it, jobs included; who is connected to it is told."""
         while running := self.pids():
             for pid in running:
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGKILL)
             time.sleep(0.05)
+
+    def lose_power(self) -> None:
+        """It falls silent, and nothing on it lives on. Its link stays down until it is mended."""
+        self.link(up=False)
+        self.kill_all()
 
     def link(self, up: bool) -> None:
         """Plug the network cable in, or out."""
