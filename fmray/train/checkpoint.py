@@ -205,7 +205,13 @@ def save_checkpoint(
                 shutil.rmtree(left)
             partial.mkdir(parents=True)
         dist.barrier(group=group)
-        engine.save_checkpoint(str(partial), tag=TAG, save_latest=False)
+        try:
+            engine.save_checkpoint(str(partial), tag=TAG, save_latest=False)
+        except RuntimeError as error:  # of a full disk torch says "unexpected pos 576 vs 534"
+            free = shutil.disk_usage(run_dir).free / 2**20
+            raise RuntimeError(
+                f"writing {partial} failed with {free:.1f} MiB free: {error}"
+            ) from error
         dist.barrier(group=group)
         if first:
             (partial / "recipe.yaml").write_text(recipe_text, encoding="utf-8")

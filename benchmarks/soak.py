@@ -1,0 +1,219 @@
+"""Half an hour of training on three machines, one of which is broken about every minute.
+
+    PYTHONPATH=tests python benchmarks/soak.py [--minutes 30] [--every 60] [--seed 0]
+
+As root: the machines are network namespaces (`tests/support/machines.py`). The training has as many
+workers as there is room for, one to three, so that each loss changes the world size. Faults, drawn
+with the seed: a worker, Ray's training controller or a raylet is killed, a machine loses power or
+its link, a machine is drained, and the head is lost, whereupon the job is submitted again. A fault
+comes when the one before is over. It stops by itself: when the time is up nothing is broken any
+more and the links are freed.
+
+Printed, and kept in `--folder`: a line for each fault (seconds until training made a step that it
+had not made before, steps repeated), and a summary, with the losses against those of the same
+training undisturbed. The exit code is 1 when they are further apart than `CLOSE`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import re
+import signal
+import statistics
+import sys
+import tempfile
+import time
+from collections import Counter
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from support.chaos import INTERVAL, Training, write_recipe
+from support.machines import Machine, Machines, made, until
+from support.training import make_store
+
+MEGABITS, FREE = 8, 1000  # a step takes most of a second over the first
+STEPS_PER_SECOND = 0.5  # of the time to spend; what is left after faults takes moments
+ELASTIC = {"workers": [1, 3]}
+CLOSE = 1e-3  # relative, of the mean loss of the last ten steps: other sums, in another order
+CUT_SECONDS = 30.0
+LONGEST = 600.0
+KINDS = ("worker", "worker", "controller", "raylet", "machine", "link", "drain", "head")
+
+
+@dataclass(frozen=True)
+class Fault:
+    """One, and what it cost. at: seconds since the start; step: the last one before it; workers:
+    how many went on."""
+
+    kind: str
+    machine: int
+    at: float
+    step: int
+    recovered: float
+    repeated: int
+    workers: int
+
+
+def break_something(kind: str, training: Training, draw: random.Random) -> Machine:
+    """Returns the machine that it happened to."""
+    machines = training.machines
+    places = training.trainers()
+    far = [machine for machine, _ in places if machine is not machines.head]
+    if kind == "head":
+        machines.head.lose_power()
+        return machines.head
+    if kind == "controller":
+        os.kill(machines.head.find("ray::TrainController")[0], signal.SIGKILL)
+        return machines.head
+    if kind == "worker" or not far:
+        machine, pid = draw.choice(places)
+        os.kill(pid, signal.SIGKILL)
+        return machine
+    machine = draw.choice(far)
+    if kind == "raylet":
+        machine.kill_raylet()
+    elif kind == "machine":
+        machine.lose_power()
+    elif kind == "link":
+        machine.link(up=False)
+    else:
+        assert kind == "drain", kind
+        machines.drain(machine, seconds=300)
+    return machine
+
+
+def mend(kind: str, training: Training) -> None:
+    """Bring back what was lost; a link, after a while, and the rest at once."""
+    if kind == "link":
+        time.sleep(CUT_SECONDS)
+    if kind == "drain":
+        until(lambda: "is drained" in training.job.text(), LONGEST, "the notice of the drain")
+    training.machines.mend()
+    if kind == "head":
+        training.submit()
+
+
+def soak(training: Training, seconds: float, every: float, draw: random.Random) -> list[Fault]:
+    """Break it until the time is up or it is done."""
+    faults: list[Fault] = []
+    started = time.monotonic()
+    while time.monotonic() - started < seconds:
+        until(lambda: training.watch.step > 0, LONGEST, "the first step")
+        pause = time.monotonic() + draw.uniform(0.5, 1.5) * every
+        while time.monotonic() < pause and training.job.process.poll() is None:
+            time.sleep(0.1)
+        if time.monotonic() - started > seconds or training.job.process.poll() is not None:
+            break
+        kind, step, before = draw.choice(KINDS), training.watch.step, len(training.watch.repeated)
+        fault = time.monotonic()
+        machine = break_something(kind, training, draw)
+        mend(kind, training)
+        until(
+            lambda step=step: training.watch.step > step or training.job.process.poll() is not None,
+            LONGEST,
+            f"a step after {step}; {training.job.text()[-2000:]}",
+        )
+        faults.append(
+            Fault(
+                kind,
+                machine.number,
+                round(fault - started, 1),
+                step,
+                round(training.watch.recovered(fault), 1),
+                sum(training.watch.repeated[before:]),
+                int(re.findall(r"; (\d+) ranks, each", training.job.text())[-1]),
+            )
+        )
+        print(json.dumps(asdict(faults[-1])), flush=True)
+    return faults
+
+
+def summary(faults: list[Fault], training: Training) -> list[str]:
+    """Lines: by kind, and over all of them."""
+    restarts, again = training.said().count(" goes on from "), len(training.jobs) - 1
+    kinds = Counter(fault.kind for fault in faults)
+    seconds = [fault.recovered for fault in faults]
+    lines = [
+        f"{len(faults)} faults: {', '.join(f'{count} {kind}' for kind, count in kinds.items())}",
+        f"{restarts} restarts by the supervisor, {again} jobs submitted again",
+    ]
+    if faults:
+        lines.append(
+            f"recovered in {statistics.median(seconds):.1f} s (median), {max(seconds):.1f} (worst)"
+        )
+        for kind in kinds:
+            own = [fault.recovered for fault in faults if fault.kind == kind]
+            lines.append(f"  {kind:<10} {statistics.median(own):6.1f} s, {max(own):6.1f} s")
+    repeated = training.watch.repeated
+    lines.append(
+        f"{training.steps} steps, {sum(repeated)} repeated, at most {max(repeated, default=0)} at"
+        f" once (a checkpoint every {INTERVAL})"
+    )
+    return lines
+
+
+def run(machines: Machines, folder: Path, minutes: float, every: float, seed: int) -> int:
+    """The undisturbed training, the other, and what they have in common."""
+    store, steps = make_store(folder), max(24, int(minutes * 60 * STEPS_PER_SECOND))
+
+    def submit(run_id: str) -> Training:
+        recipe = write_recipe(
+            folder / f"{run_id}.yaml",
+            store,
+            folder / "runs",
+            folder / "mlflow.db",
+            steps,
+            cluster=ELASTIC,
+        )
+        return Training(machines, run_id, folder / "runs", recipe, folder / "mlflow.db", steps)
+
+    machines.cap(FREE)
+    began = time.monotonic()
+    undisturbed = submit("undisturbed")
+    wanted = undisturbed.finish(LONGEST + minutes * 60)
+    print(f"undisturbed: {steps} steps in {time.monotonic() - began:.0f} s", flush=True)
+    machines.cap(MEGABITS)
+    began = time.monotonic()
+    training = submit("soak")
+    faults = soak(training, minutes * 60, every, random.Random(seed))
+    machines.cap(FREE)
+    losses = training.finish(LONGEST + minutes * 60)
+    training.leaves_nothing()
+    print(f"soak: {time.monotonic() - began:.0f} s", flush=True)
+    apart = [abs(a - b) / abs(b) for a, b in zip(losses, wanted, strict=True)]
+    last, last_wanted = statistics.mean(losses[-10:]), statistics.mean(wanted[-10:])
+    lines = summary(faults, training)
+    lines.append(
+        f"loss of the last ten steps {last:.6f}, undisturbed {last_wanted:.6f}; single steps differ"
+        f" by {statistics.median(apart):.1e} (median), {max(apart):.1e} (worst), relative"
+    )
+    print("\n".join(lines), flush=True)
+    (folder / "soak.jsonl").write_text(
+        "".join(json.dumps(asdict(fault)) + "\n" for fault in faults), encoding="utf-8"
+    )
+    (folder / "soak.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return int(abs(last - last_wanted) > CLOSE * abs(last_wanted))
+
+
+def main() -> int:
+    """Parse, and soak."""
+    parser = argparse.ArgumentParser(description="Training under random faults.")
+    parser.add_argument("--minutes", type=float, default=30.0, help="of faults (default 30)")
+    parser.add_argument("--every", type=float, default=60.0, help="seconds, mean (default 60)")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--folder", type=Path, help="for logs; short (default: a temporary one)")
+    options = parser.parse_args()
+    if os.geteuid() != 0:
+        raise SystemExit("soak: network namespaces need root")
+    folder = options.folder or Path(tempfile.mkdtemp(prefix="soak-"))
+    folder.mkdir(parents=True, exist_ok=True)
+    print(f"logs in {folder}", flush=True)
+    with made(folder / "m") as machines:
+        return run(machines, folder, options.minutes, options.every, options.seed)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
