@@ -13,7 +13,6 @@ import multiprocessing
 import os
 import platform
 import shutil
-import uuid
 from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, requires, version
 from importlib.util import find_spec
@@ -26,6 +25,7 @@ from packaging.requirements import Requirement
 from fmray.cluster import check_answers
 from fmray.config import ConfigError, Recipe, add_overrides, load
 from fmray.memory import GIB, Sizes, estimate, measure
+from fmray.node_checks import check_nodes
 from fmray.preflight import Finding, Machine, machines_of_cluster, preflight
 from fmray.recipe_checks import conflicts
 from fmray.recipe_file import dump_value
@@ -173,6 +173,7 @@ def _folders(recipe: Recipe, several_nodes: bool) -> Iterator[Finding]:
             yield Finding("ok", f"cluster.mirror: {mirror} can be read")
         except ValueError as error:
             yield Finding("FAIL", str(error))
+    common: dict[str, Path] = {}
     for key, path, shared in (
         ("cluster.storage", storage, several_nodes and mirror is None),
         ("data.store", recipe.data.store, several_nodes),
@@ -187,49 +188,18 @@ def _folders(recipe: Recipe, several_nodes: bool) -> Iterator[Finding]:
         if not os.access(folder, os.W_OK):
             yield Finding("FAIL", f"{key}: {path} cannot be written ({folder} is read-only for us)")
             continue
-        blind = _nodes_that_do_not_see(folder) if shared else []
-        if blind:
-            yield Finding(
-                "FAIL",
-                f"{key}: {path} is not visible from {', '.join(blind)}; name a folder all share",
-            )
-        else:
-            free = shutil.disk_usage(folder).free / GIB
-            yield Finding("ok", f"{key}: {path} can be written, {free:.0f} GiB free")
+        free = shutil.disk_usage(folder).free / GIB
+        yield Finding("ok", f"{key}: {path} can be written, {free:.0f} GiB free")
+        if shared:
+            common[key] = folder
+    if several_nodes:
+        yield from check_nodes(common)
 
 
 def _nearest_folder(path: Path) -> Path:
     """`path`, or the nearest folder above that is there already."""
     path = path.absolute()
     return next(folder for folder in (path, *path.parents) if folder.is_dir())
-
-
-def _nodes_that_do_not_see(folder: Path) -> list[str]:
-    """Host names of the nodes on which a file that is written here in `folder` does not appear."""
-    import ray
-    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
-
-    probe = folder / f".fmray-doctor-{uuid.uuid4().hex}"
-
-    @ray.remote(num_cpus=0)
-    def sees(path: str) -> bool:
-        return os.path.exists(path)
-
-    probe.touch()
-    try:
-        answers = {
-            node["NodeManagerHostname"]: sees.options(
-                scheduling_strategy=NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
-            ).remote(str(probe))
-            for node in ray.nodes()
-            if node["Alive"]
-        }
-        # A node that does not answer within a minute counts as one that does not see it.
-        done, _ = ray.wait(list(answers.values()), num_returns=len(answers), timeout=60)
-        seeing = {answer for answer in done if ray.get(answer)}
-        return [name for name, answer in answers.items() if answer not in seeing]
-    finally:
-        probe.unlink()
 
 
 def _data(recipe: Recipe) -> Iterator[Finding]:

@@ -1,8 +1,8 @@
-"""Whether the nodes of a cluster can work together: storage, versions and clocks, measured on each.
+"""Whether the nodes of a cluster can work together: folders, versions and clocks, measured on each.
 
-In: the storage of a recipe, on a connected cluster. Out: `Finding`s, each one plain line. Each node
-really writes a file to the storage and reads the one of the node that asks; what is found there is
-judged by `judge`, which knows no Ray.
+In: folders that a recipe names, on a connected cluster. Out: `Finding`s, each one plain line. Each
+node really writes a file to each folder and reads the one of the node that asks; what is found
+there is judged by `judge`, which knows no Ray.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import platform
 import time
 import uuid
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
@@ -28,38 +28,38 @@ class NodeReport:
     """What a node says of itself.
 
     versions: by package, None where it is missing. clock: seconds its clock is ahead of that of the
-    node that asks. storage: what is wrong with it there; None: nothing.
+    node that asks. blind: what is wrong with folders there, by their key.
     """
 
     node: str
     versions: dict[str, str | None]
     clock: float
-    storage: str | None
+    blind: dict[str, str]
 
 
-def check_nodes(storage: Path) -> list[Finding]:
+def check_nodes(folders: Mapping[str, Path]) -> list[Finding]:
     """Ask every living node; one that does not answer within a minute is a failure.
 
-    The node that asks counts too: it is what the others are compared with.
+    Args:
+        folders: by the recipe's key; they are there, and can be written here.
     """
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-    storage.mkdir(parents=True, exist_ok=True)
     token = f".probe-{uuid.uuid4().hex}"
-    own = storage / f"{token}-asks"
-    own.write_text(token, encoding="utf-8")
     nodes = {node["NodeID"]: _name(node) for node in ray.nodes() if node["Alive"]}
     ask = ray.remote(num_cpus=0, max_retries=0)(_report)
-    waiting = {
-        ask.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False)).remote(
-            name, storage, token
-        ): name
-        for node, name in nodes.items()
-    }
     findings, reports = [], []
     deadline = time.monotonic() + ANSWER_SECONDS
     try:
+        for folder in folders.values():
+            (folder / f"{token}-asks").touch()
+        waiting = {
+            ask.options(
+                scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False)
+            ).remote(name, dict(folders), token): name
+            for node, name in nodes.items()
+        }
         while waiting:
             # one at a time: its clock is compared at the moment that it answers
             done, _ = ray.wait(list(waiting), timeout=max(0.0, deadline - time.monotonic()))
@@ -73,21 +73,28 @@ def check_nodes(storage: Path) -> list[Finding]:
                 reason = str(error).strip().splitlines()[-1]
                 findings.append(Finding("FAIL", f"node {name} cannot run a task: {reason}"))
                 continue
-            missing = _unseen(storage / f"{token}-{name}") if found.storage is None else None
-            reports.append(NodeReport(name, found.versions, clock - now, found.storage or missing))
+            missing = {
+                key: wrong
+                for key, folder in folders.items()
+                if key not in found.blind and (wrong := _unseen(folder / f"{token}-{name}"))
+            }
+            reports.append(NodeReport(name, found.versions, clock - now, found.blind | missing))
     finally:
-        for path in storage.glob(f"{token}-*"):
-            with suppress(FileNotFoundError):
-                path.unlink()
+        for folder in folders.values():
+            for path in folder.glob(f"{token}-*"):
+                with suppress(FileNotFoundError):
+                    path.unlink()
     findings += [
         Finding("FAIL", f"node {name} did not answer within {ANSWER_SECONDS} s")
         for name in waiting.values()
     ]
-    here = NodeReport("here", _versions(), 0.0, None)
-    return findings + judge(here, reports, storage)
+    here = NodeReport("here", _versions(), 0.0, {})
+    return findings + judge(here, reports, folders)
 
 
-def judge(here: NodeReport, reports: Sequence[NodeReport], storage: Path) -> list[Finding]:
+def judge(
+    here: NodeReport, reports: Sequence[NodeReport], folders: Mapping[str, Path]
+) -> list[Finding]:
     """What is wrong with nodes beside the one that asks, a line each; one line where nothing is."""
     findings = []
     for report in reports:
@@ -109,30 +116,35 @@ def judge(here: NodeReport, reports: Sequence[NodeReport], storage: Path) -> lis
                     " set it",
                 )
             )
-        if report.storage is not None:
-            findings.append(
-                Finding(
-                    "FAIL",
-                    f"node {report.node}: cluster.storage {storage} {report.storage}; it must be"
-                    " one folder on all nodes",
-                )
+        findings += [
+            Finding(
+                "FAIL",
+                f"node {report.node}: {key} {folders[key]} {wrong}; it must be one folder on all"
+                " nodes",
             )
+            for key, wrong in report.blind.items()
+        ]
     if findings:
         return findings
     spread = max((abs(report.clock) for report in reports), default=0.0)
-    text = f"{len(reports)} nodes see {storage}, have the same packages and clocks {spread:.1f} s"
+    seen = " and ".join(folders) or "no folder in common"
+    text = f"{len(reports)} nodes see {seen}, have the same packages and clocks {spread:.1f} s"
     return [Finding("ok", f"{text} apart at most")]
 
 
-def _report(node: str, storage: Path, token: str) -> tuple[NodeReport, float]:
+def _report(node: str, folders: dict[str, Path], token: str) -> tuple[NodeReport, float]:
     """On the node: (what it finds, its clock at the end)."""
-    wrong = _unseen(storage / f"{token}-asks")
-    if wrong is None:
-        try:
-            (storage / f"{token}-{node}").write_text(token, encoding="utf-8")
-        except OSError as error:
-            wrong = f"cannot be written there ({error.strerror})"
-    return NodeReport(node, _versions(), 0.0, wrong), time.time()
+    blind = {}
+    for key, folder in folders.items():
+        wrong = _unseen(folder / f"{token}-asks")
+        if wrong is None:
+            try:
+                (folder / f"{token}-{node}").touch()
+            except OSError as error:
+                wrong = f"cannot be written there ({error.strerror})"
+        if wrong is not None:
+            blind[key] = wrong
+    return NodeReport(node, _versions(), 0.0, blind), time.time()
 
 
 def _unseen(path: Path) -> str | None:

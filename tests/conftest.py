@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import shutil
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -25,14 +27,32 @@ def pytest_configure(config: pytest.Config) -> None:
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Mark each test with its folder, so that `pytest -m unit` runs one cost class."""
+    folders = {item.path.relative_to(TESTS).parts[0] for item in items}
+    no_machines = _no_machines() if "chaos" in folders else None
     for item in items:
         folder = item.path.relative_to(TESTS).parts[0]
         if folder in COST_CLASSES:
             item.add_marker(getattr(pytest.mark, folder))
         if folder == "gpu" and not torch.cuda.is_available():
             item.add_marker(pytest.mark.skip(reason="this machine has no GPU"))
-        if folder == "chaos" and os.geteuid() != 0:
-            item.add_marker(pytest.mark.skip(reason="network namespaces need root"))
+        if folder == "chaos" and no_machines is not None:
+            item.add_marker(pytest.mark.skip(reason=no_machines))
+
+
+def _no_machines() -> str | None:
+    """Why this machine cannot be three; None: it can."""
+    if os.geteuid() != 0:
+        return "network namespaces need root"
+    for tool in ("ip", "tc", "losetup", "mkfs.ext4", "fsfreeze"):
+        if shutil.which(tool) is None:
+            return f"there is no `{tool}`"
+    name = f"fmray-probe-{os.getpid()}"
+    for command in (["losetup", "--find"], ["ip", "netns", "add", name]):
+        tried = subprocess.run(command, capture_output=True, text=True, check=False)
+        if tried.returncode:
+            return f"`{' '.join(command[:2])}` fails: {tried.stderr.strip()}"
+    subprocess.run(["ip", "netns", "del", name], check=True)
+    return None
 
 
 @pytest.fixture(scope="session")

@@ -25,10 +25,10 @@ def two_nodes() -> Iterator[None]:
 
 
 def test_nodes_of_one_machine_fit_together(tmp_path: Path) -> None:
-    [finding] = check_nodes(tmp_path / "runs")
+    [finding] = check_nodes({"cluster.storage": tmp_path})
     assert finding.level == "ok"
-    assert finding.text.startswith(f"2 nodes see {tmp_path}/runs, have the same packages")
-    assert not list((tmp_path / "runs").iterdir())
+    assert finding.text.startswith("2 nodes see cluster.storage, have the same packages")
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_folder_that_each_node_has_for_itself_is_refused(
@@ -36,7 +36,8 @@ def test_a_folder_that_each_node_has_for_itself_is_refused(
 ) -> None:
     """Relative to the folder that a process is in, and each is in another."""
     monkeypatch.chdir(tmp_path)
-    findings = check_nodes(Path("runs"))
+    (tmp_path / "runs").mkdir()
+    findings = check_nodes({"cluster.storage": Path("runs")})
     assert [finding.level for finding in findings] == ["FAIL", "FAIL"]
     for finding in findings:
         assert "cluster.storage runs does not show what another node wrote there" in finding.text
