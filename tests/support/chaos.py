@@ -160,7 +160,7 @@ class Training:
 
         def busy() -> list[str]:
             titles = [t for m in self.machines.machines for t in m.pids().values()]
-            # agents of a node, Ray Data's one actor for the cluster, and what Ray keeps for the next job
+            # a node's agents, Ray Data's one actor, and what Ray keeps for the next job
             return [t for t in titles if t.startswith("ray::") and not re.search(OF_RAY, t)]
 
         until(lambda: not self.machines.placement_groups(), 120, "placement groups to go")
