@@ -52,16 +52,17 @@ ENVIRONMENT = {
 
 @dataclass
 class Machine:
-    """A namespace. number: from 1, the head's."""
+    """A namespace. number: from 1, the head's; owner: the process that has made it."""
 
     number: int
     address: str
     cpus: int
+    owner: int = field(default_factory=os.getpid)
 
     @property
     def name(self) -> str:
         """Of the namespace, and of its link on this machine."""
-        return f"{PREFIX}{os.getpid()}-{self.number}"
+        return f"{PREFIX}{self.owner}-{self.number}"
 
     def pids(self) -> dict[int, str]:
         """What runs on it: titles by process id, zombies left out."""
@@ -137,7 +138,6 @@ class Machines:
 
     folder: Path
     machines: list[Machine]
-    bridge: str
     _observer: subprocess.Popen[str] | None = field(default=None, repr=False)
 
     @property
@@ -287,10 +287,7 @@ class Machines:
     def close(self) -> None:
         """Everything on the machines ends, and they are gone."""
         self._close_observer()
-        for machine in self.machines:
-            machine.kill_all()
-            _run("ip", "netns", "del", machine.name)
-        _run("ip", "link", "del", self.bridge)
+        _take_down(lambda owner: owner == os.getpid())
 
 
 @contextlib.contextmanager
@@ -308,7 +305,7 @@ def made(folder: Path, cpus: Sequence[int] = (1, 1, 1)) -> Iterator[Machines]:
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "token").write_text(os.urandom(32).hex(), encoding="utf-8")
     (folder / "token").chmod(0o600)
-    cluster = Machines(folder, machines, bridge)
+    cluster = Machines(folder, machines)
     try:
         _run("ip", "link", "add", bridge, "type", "bridge")
         _run("ip", "address", "add", f"{hosts[0]}/{network.prefixlen}", "dev", bridge)
@@ -339,25 +336,33 @@ def until(condition: Callable[[], Any], seconds: float, what: str) -> float:
 
 
 def _remove_left() -> None:
-    """Take down what a killed run has left behind."""
-    namespaces = subprocess.run(["ip", "netns", "list"], capture_output=True, text=True, check=True)
-    for name in namespaces.stdout.split():
-        owner = re.fullmatch(rf"{PREFIX}(\d+)-(\d+)", name)
-        if owner and not Path(f"/proc/{owner[1]}").exists():
-            listed = subprocess.run(["ip", "netns", "pids", name], capture_output=True, check=True)
-            for pid in map(int, listed.stdout.split()):
-                with contextlib.suppress(ProcessLookupError):
-                    os.kill(pid, signal.SIGKILL)
-            _run("ip", "netns", "del", name)
-    for path in Path("/sys/class/net").iterdir():
-        owner = re.fullmatch(rf"{PREFIX}(\d+)", path.name)
-        if owner and not Path(f"/proc/{owner[1]}").exists():
-            _run("ip", "link", "del", path.name)
+    """Take down what killed runs have left behind."""
+
+    def gone(owner: int) -> bool:
+        return not Path(f"/proc/{owner}").exists()
+
+    _take_down(gone)
     for line in Path("/proc/mounts").read_text(encoding="utf-8").splitlines():
         path = line.split()[1]
-        owner = re.search(rf"/{PREFIX}(\d+)-", path)
-        if owner and not Path(f"/proc/{owner[1]}").exists():
+        owner = re.search(rf"/{PREFIX}(\d+)-[^/]*/", path)
+        if owner and gone(int(owner[1])):
             _run("umount", "--lazy", path)
+
+
+def _take_down(whose: Callable[[int], bool]) -> None:
+    """End what runs in the namespaces of these owners, and remove them and their links."""
+    listed = subprocess.run(["ip", "netns", "list"], capture_output=True, text=True, check=True)
+    for line in listed.stdout.splitlines():
+        owner = re.match(rf"{PREFIX}(\d+)-(\d+)\b", line)
+        if owner and whose(int(owner[1])):
+            left = Machine(int(owner[2]), "", 0, int(owner[1]))
+            left.kill_all()
+            _run("ip", "netns", "del", left.name)
+    for path in Path("/sys/class/net").iterdir():
+        owner = re.fullmatch(rf"{PREFIX}(\d+)(-\d+)?", path.name)
+        if owner and whose(int(owner[1])):
+            # a link whose namespace goes may go first
+            subprocess.run(["ip", "link", "del", path.name], capture_output=True, check=False)
 
 
 def _free_network() -> ipaddress.IPv4Network:
