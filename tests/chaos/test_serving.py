@@ -148,7 +148,6 @@ def endpoint(folder: Path, machines: Machines) -> Iterator[Machines]:
     until(lambda: sum(replicas(machines)) == 0, 60, "the replicas to end")
 
 
-@pytest.mark.slow
 def test_a_machine_fails_under_load(endpoint: Machines, figure: Callable[[str], None]) -> None:
     """Questions through the others fail only until Serve has noticed; what is answered is right."""
     machines = endpoint

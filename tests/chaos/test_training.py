@@ -41,7 +41,6 @@ def test_the_worker_of_rank_0_is_killed(
     survived(training, calm, figure)
 
 
-@pytest.mark.slow
 def test_a_raylet_is_killed(
     machines: Machines, train: Train, calm: list[float], figure: Figure
 ) -> None:
@@ -51,7 +50,6 @@ def test_a_raylet_is_killed(
     survived(training, calm, figure)
 
 
-@pytest.mark.slow
 def test_a_node_is_cut_off_and_comes_back(
     machines: Machines, train: Train, calm: list[float], figure: Figure
 ) -> None:
@@ -76,7 +74,6 @@ def test_a_node_is_drained(
     assert "is drained: checkpoint at step" in training.job.text()
 
 
-@pytest.mark.slow
 def test_a_node_is_killed_while_the_workers_start(
     machines: Machines, train: Train, calm: list[float], figure: Figure
 ) -> None:
@@ -87,7 +84,6 @@ def test_a_node_is_killed_while_the_workers_start(
     survived(training, calm, figure, most=0)
 
 
-@pytest.mark.slow
 def test_a_node_is_added(
     machines: Machines, train: Train, calm: list[float], figure: Figure
 ) -> None:

@@ -21,7 +21,6 @@ Figure = Callable[[str], None]
 MLFLOW_PORT = 5000
 
 
-@pytest.mark.slow
 def test_the_storage_is_full_for_a_while(
     machines: Machines, train: Train, calm: list[float], figure: Figure, small_storage: Path
 ) -> None:
@@ -43,7 +42,6 @@ def test_the_storage_is_full_for_a_while(
     )
 
 
-@pytest.mark.slow
 def test_the_storage_hangs_for_longer_than_workers_wait_for_one_another(
     machines: Machines, train: Train, calm: list[float], figure: Figure, slow_storage: Path
 ) -> None:
@@ -64,7 +62,6 @@ def test_the_storage_hangs_for_longer_than_workers_wait_for_one_another(
     figure(f"went on {training.watch.recovered(training.fault) - patience - 5:.1f} s after it")
 
 
-@pytest.mark.slow
 def test_the_mlflow_server_goes_and_comes_back(
     machines: Machines, train: Train, calm: list[float], figure: Figure, folder: Path
 ) -> None:
