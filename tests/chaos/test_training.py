@@ -12,7 +12,6 @@ import signal
 import time
 from collections.abc import Callable
 
-import pytest
 from support.chaos import INTERVAL, MEGABITS, Training, same
 from support.machines import Machines, until
 

@@ -12,7 +12,6 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-import pytest
 from support.chaos import INTERVAL, MEGABITS, Training, same
 from support.machines import Machines, until
 
