@@ -25,6 +25,7 @@ from fmray.train.fewshot.job import train_fewshot
 from fmray.train.fewshot.loop import EVALUATION_SEED
 from fmray.train.fewshot.pictures import Pictures
 from fmray.train.fewshot.pretrain import pretrain_encoder
+from fmray.train.manifest import MANIFEST, describe_files, write_manifest
 
 TARGETS = [{"collection": "target"}, {"collection": "sea", "split": "all"}]
 COMPARE = {
@@ -112,6 +113,9 @@ def test_zero_with_sgd_goes_on_with_as_many_workers_only(store, tmp_path: Path) 
     run_dir = train_fewshot(fewshot_recipe(store, tmp_path, train=train), "run").run_dir
     [state] = run_dir.glob("checkpoint-*/state.json")
     state.write_text(state.read_text().replace('"world_size": 1', '"world_size": 2'))
+    folder = state.parent
+    files = [path for path in folder.rglob("*") if path.is_file() and path.name != MANIFEST]
+    write_manifest(folder, describe_files(folder, files))
     with pytest.raises(ValueError, match="2 workers with ZeRO and SGD, which can only be resumed"):
         train_fewshot(fewshot_recipe(store, tmp_path, train=train), "run")
 

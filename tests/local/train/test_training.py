@@ -235,7 +235,7 @@ def test_sigterm_makes_a_checkpoint_and_the_run_goes_on(
     run: Callable[..., Result], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     whole = run("whole", train=TRAIN)
-    real = StepLog.write
+    real, kept = StepLog.write, signal.getsignal(signal.SIGTERM)
 
     def write(log: StepLog, step: int, metrics: dict[str, float]) -> None:
         real(log, step, metrics)
@@ -247,7 +247,7 @@ def test_sigterm_makes_a_checkpoint_and_the_run_goes_on(
         with pytest.raises(SystemExit) as stopped:
             run("stopped", train=TRAIN)
     assert stopped.value.code == 143
-    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    assert signal.getsignal(signal.SIGTERM) == kept
     assert read_state(find_checkpoint(tmp_path / "stopped")).step == 3  # the step it came in
     assert losses(run("stopped", train=TRAIN)) == losses(whole)
 
