@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +57,8 @@ def play(
         monkeypatch.setattr(supervise, "_trainer", lambda *_: Trainer())
         monkeypatch.setattr(supervise, "_last_step", lambda *_: step[0])
         monkeypatch.setattr(supervise, "_wait_for_drained", lambda _: None)
+        monkeypatch.setattr(supervise, "_address", nullcontext)  # it would start Ray
+        (tmp_path / "run").mkdir(exist_ok=True)
         monkeypatch.setattr(supervise.time, "sleep", lambda _: None)
         try:
             return supervise.fit(recipe, "run", {}, lambda _: {}, tags), tags, len(left)
