@@ -19,7 +19,8 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet as pq
 
-from fmray.config import job_path, load
+from fmray.config import load
+from fmray.job_arguments import job_path
 from fmray.train.evaluate import evaluate_run
 from fmray.train.job import train
 from fmray.train.statistics import paired_test

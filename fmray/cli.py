@@ -27,7 +27,7 @@ COMMANDS = {
     "top": ("fmray.top", "what a run is doing: workers, step, speed, checkpoints, what happened"),
     "doctor": ("fmray.doctor", "what is installed, what Ray sees, and whether a recipe fits"),
     "config": (
-        "fmray.config",
+        "fmray.config_command",
         "a recipe resolved, with the origin of each value; or the JSON Schema",
     ),
 }

@@ -1,21 +1,17 @@
 """Every setting of fmray: typed models, and one way to load them.
 
 In: a YAML recipe (with at most one `extends:` parent) and dotted `--set` overrides. Out: a
-`Recipe`, the origin of each value, a resolved dump and a JSON Schema. A user's mistake is a
-`ConfigError` of one line. How files are read is in `recipe_file.py`, which settings clash in
-`recipe_checks.py`.
+`Recipe`, the origin of each value and a resolved dump. A user's mistake is a `ConfigError` of one
+line. How files are read is in `recipe_file.py`, which settings clash in `recipe_checks.py`, the
+command line in `job_arguments.py` and `config_command.py`.
 """
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import json
-import re
-import secrets
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated, Any, Generic, Literal, Self
 
@@ -40,10 +36,7 @@ __all__ = [
     "LoadedRecipe",
     "Recipe",
     "Section",
-    "job_arguments",
-    "job_path",
     "load",
-    "schema",
 ]
 
 NAME = r"^[A-Za-z0-9][A-Za-z0-9_.-]*$"
@@ -291,7 +284,7 @@ class Job(Section):
 
     def conflicts(self) -> Iterator[tuple[str, str]]:
         """Settings that clash: (dotted key, what is wrong and what would be right)."""
-        raise NotImplementedError
+        yield from ()
 
     @model_validator(mode="after")
     def _settings_agree(self) -> Self:
@@ -392,105 +385,3 @@ def _origins(values: dict[str, Any], tree: Entry | None, prefix: str) -> Iterato
             yield from _origins(value, entry, f"{prefix}{name}.")
         else:
             yield prefix + name, entry.origin if entry else "default"
-
-
-def schema() -> dict[str, Any]:
-    """The JSON Schema of a recipe file, for editors and for checking recipes elsewhere.
-
-    What a file may hold depends on its `kind`; one that does not say is of the first.
-    """
-    # this module's own subclasses of Job come after it
-    from fmray.fewshot_config import FewshotRecipe
-    from fmray.search.config import PlansRecipe, SearchRecipe
-
-    kinds, definitions = [], {}
-    for model in (Recipe, FewshotRecipe, SearchRecipe, PlansRecipe):
-        found = model.model_json_schema()
-        found["properties"]["extends"] = {
-            "type": "string",
-            "description": "another recipe, relative to this file, whose values this one overrides",
-        }
-        # A file may take its name from the recipe it extends.
-        found.pop("required")
-        definitions |= found.pop("$defs")
-        kinds.append(found)
-    right = kinds[0]
-    for kind, other in zip(("fewshot", "search", "plans"), kinds[1:], strict=True):
-        is_kind = {"properties": {"kind": {"const": kind}}, "required": ["kind"]}
-        right = {"if": is_kind, "then": other, "else": right}
-    return {"$defs": definitions, **right}
-
-
-def add_overrides(parser: argparse.ArgumentParser, example: str = "train.lr=1e-5") -> None:
-    """The option `--set`, as every command and job takes it."""
-    parser.add_argument(
-        "--set",
-        dest="overrides",
-        action="append",
-        default=[],
-        metavar="KEY=VALUE",
-        help=f"override one value, such as {example}; repeatable",
-    )
-
-
-def job_arguments(
-    argv: Sequence[str] | None, description: str, kinds: Sequence[type[R]] = (Recipe,)
-) -> tuple[LoadedRecipe[R], str]:
-    """What every job takes: `--config`, `--set` and `--run-id`; for `kinds` see `load`.
-
-    Returns the recipe and the run id; by default the recipe's name, the time in UTC and four hex
-    digits.
-
-    Raises:
-        ConfigError: the recipe or the run id is wrong.
-    """
-    parser = argparse.ArgumentParser(description=description)
-    parser.add_argument("--config", type=Path, required=True, help="recipe (YAML)")
-    add_overrides(parser)
-    parser.add_argument("--run-id", help="name of the run; an earlier one resumes it")
-    arguments = parser.parse_args(argv)
-    loaded = load(arguments.config, arguments.overrides, kinds)
-    run_id = arguments.run_id
-    if run_id is None:
-        run_id = f"{loaded.recipe.name}-{datetime.now(UTC):%Y%m%d-%H%M%S}-{secrets.token_hex(2)}"
-    if not re.match(NAME, run_id):
-        raise ConfigError(
-            f"--run-id {run_id!r}: letters, digits, `_`, `.` and `-` only (it names a folder)"
-        )
-    return loaded, run_id
-
-
-def job_path(name: str) -> Path:
-    """A file or folder of `jobs/`, such as `recipes/shapes_tiny.yaml`, in checkout or wheel.
-
-    Raises:
-        FileNotFoundError: neither has it.
-    """
-    package = Path(__file__).parent
-    for folder in (package.parent / "jobs", package / "_jobs"):
-        if (folder / name).exists():
-            return folder / name
-    raise FileNotFoundError(f"there is no {name} in jobs/; is this a whole installation of fmray?")
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The arguments of `fmray config`."""
-    parser.add_argument("recipe", type=Path, nargs="?", help="recipe (YAML) to resolve and print")
-    add_overrides(parser)
-    parser.add_argument("--schema", action="store_true", help="print the JSON Schema of recipes")
-
-
-def run(arguments: argparse.Namespace) -> int:
-    """`fmray config`: print a resolved recipe with origins, or the JSON Schema."""
-    if arguments.schema == (arguments.recipe is not None):
-        raise ConfigError("config: name a recipe, or ask for --schema")
-    if arguments.schema:
-        print(json.dumps(schema(), indent=2))
-    else:
-        # this module's own subclasses of Job come after it
-        from fmray.fewshot_config import FewshotRecipe
-        from fmray.search.config import PlansRecipe, SearchRecipe
-
-        kinds: tuple[type[Job], ...] = (Recipe, FewshotRecipe, SearchRecipe, PlansRecipe)
-        print(load(arguments.recipe, arguments.overrides, kinds).dump(), end="")
-    return 0

@@ -23,7 +23,8 @@ import torch
 from packaging.requirements import Requirement
 
 from fmray.cluster import check_answers
-from fmray.config import ConfigError, Recipe, add_overrides, load
+from fmray.config import ConfigError, Recipe, load
+from fmray.job_arguments import add_overrides
 from fmray.memory import GIB, Sizes, estimate, measure
 from fmray.node_checks import check_nodes
 from fmray.preflight import Finding, Machine, machines_of_cluster, preflight

@@ -50,7 +50,8 @@ def run(options: argparse.Namespace) -> int:
     Returns the exit code of the job when it fails.
     """
     from fmray.cluster import start_or_join, submit
-    from fmray.config import job_path, load
+    from fmray.config import load
+    from fmray.job_arguments import job_path
 
     # the small models load at once: their bars would drown what is worth reading
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")

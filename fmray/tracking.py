@@ -19,10 +19,9 @@ from collections import deque
 from collections.abc import Iterator, Mapping
 from itertools import islice
 from pathlib import Path
-from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal
 
-from fmray.config import TrackingConfig
+from fmray.config import Job, TrackingConfig
 from fmray.mlflow_store import (
     RUN_ID_TAG,
     bounded_requests,
@@ -39,7 +38,7 @@ from fmray.registry import production, register
 if TYPE_CHECKING:  # importing mlflow takes 1.5 s: only those who open a run pay
     from mlflow import MlflowClient
 
-__all__ = ["Run", "open_run", "production", "register", "tracking_uri"]
+__all__ = ["Run", "open_job_run", "open_run", "production", "register", "tracking_uri"]
 
 Status = Literal["FINISHED", "FAILED", "KILLED"]
 
@@ -83,6 +82,21 @@ def open_run(
     labels = {name: str(value) for name, value in (tags or {}).items()}
     labels |= {RUN_ID_TAG: run_id} | ({"mlflow.parentRunId": parent} if parent else {})
     return Run(config, uri, Path(storage).resolve(), run_id, dict(_flat(parameters)), labels)
+
+
+def open_job_run(
+    recipe: Job, run_id: str, job: str | None = None, parent: str | None = None, here: bool = True
+) -> Run:
+    """The run of a recipe's job, with all its settings as parameters; see `open_run`.
+
+    Args:
+        job: for the tag `fmray.job`; None: as it is (the run is another job's).
+        here: False on ranks that do not track.
+    """
+    config = recipe.tracking if here else recipe.tracking.model_copy(update={"enabled": False})
+    tags = None if job is None else {"fmray.job": job}
+    parameters = recipe.model_dump(mode="json")
+    return open_run(config, recipe.cluster.storage, run_id, parameters, tags, parent)
 
 
 class Run:
@@ -203,16 +217,11 @@ class Run:
     def __enter__(self) -> Run:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        if kind is None or (isinstance(error, SystemExit) and error.code in (None, 0)):
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        if error is None or (isinstance(error, SystemExit) and error.code in (None, 0)):
             self.finish("FINISHED")
         else:
-            self.finish("FAILED" if issubclass(kind, Exception) else "KILLED")
+            self.finish("FAILED" if isinstance(error, Exception) else "KILLED")
 
     # What follows runs in the background thread.
 

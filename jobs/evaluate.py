@@ -13,8 +13,9 @@ from __future__ import annotations
 import sys
 
 from fmray.cli import exit_code
-from fmray.config import Recipe, job_arguments
+from fmray.config import Recipe
 from fmray.fewshot_config import FewshotRecipe
+from fmray.job_arguments import job_arguments
 
 
 def main() -> None:

@@ -12,10 +12,11 @@ from __future__ import annotations
 import sys
 
 from fmray.cli import exit_code
-from fmray.config import Job, Recipe, job_arguments
+from fmray.config import Job, Recipe
 from fmray.data.image_ingest import prepare_images
 from fmray.data.ingest import prepare
 from fmray.fewshot_config import FewshotRecipe
+from fmray.job_arguments import job_arguments
 
 
 def main() -> None:

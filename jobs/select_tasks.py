@@ -12,8 +12,8 @@ from __future__ import annotations
 import sys
 
 from fmray.cli import exit_code
-from fmray.config import job_arguments
 from fmray.fewshot_config import FewshotRecipe
+from fmray.job_arguments import job_arguments
 from fmray.train.fewshot.select import select_run
 
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 import sys
 
 from fmray.cli import exit_code
-from fmray.config import job_arguments
+from fmray.job_arguments import job_arguments
 from fmray.train.job import train
 
 

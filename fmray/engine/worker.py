@@ -199,19 +199,26 @@ class EngineWorker:
             )
             with self._changed:
                 listener = self._listeners.get(name)
-            if listener is not None:
-                try:
-                    listener(delivery)
-                except Exception:
-                    log.exception("a listener failed; its request is cancelled")
-                    with self._changed:
-                        self._callback_errors += 1
-                        self._listeners.pop(name, None)
-                        self._dispatcher.cancel(name)
+            if listener is not None and not self._tell(listener, delivery):
+                with self._changed:
+                    self._listeners.pop(name, None)
+                    self._dispatcher.cancel(name)
             if last:
                 with self._changed:
                     self._listeners.pop(name, None)
                     self._changed.notify_all()
+
+    def _tell(self, listener: Listener, delivery: Delivery) -> bool:
+        """Whether the listener took it; one that raises, whatever it raises, ends its own request
+        and no other's."""
+        try:
+            listener(delivery)
+        except Exception:
+            log.exception("a listener failed; its request is cancelled")
+            with self._changed:
+                self._callback_errors += 1
+            return False
+        return True
 
     def _fail(self, message: str) -> None:
         with self._changed:
@@ -223,7 +230,4 @@ class EngineWorker:
             self._changed.notify_all()
         # Those whose end the failing turn had in hand but did not deliver.
         for name, listener in left.items():
-            try:
-                listener(Event(name, (), "", "error", error=message))
-            except Exception:
-                log.exception("a listener failed")
+            self._tell(listener, Event(name, (), "", "error", error=message))

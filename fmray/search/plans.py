@@ -83,13 +83,7 @@ def search_plans(loaded: LoadedRecipe[PlansRecipe], run_id: str) -> PlansResult:
     answers = PlanAnswers(run_dir / "answers.jsonl", model, calibration, origin)
     (run_dir / "recipe.yaml").write_text(loaded.dump(), encoding="utf-8")
     print(loaded.dump(), flush=True)
-    with tracking.open_run(
-        recipe.tracking,
-        recipe.cluster.storage,
-        run_id,
-        recipe.model_dump(mode="json"),
-        {"fmray.job": "plans"},
-    ) as run:
+    with tracking.open_job_run(recipe, run_id, "plans") as run:
         importance = _importance(answers, model.layout.num_units)
         found: list[StaticPlan] = []
         for units_on in sorted(sizes):

@@ -19,7 +19,7 @@ import yaml
 from pydantic import ValidationError
 
 from fmray.ask import MODEL, STORAGE
-from fmray.config import add_overrides
+from fmray.job_arguments import add_overrides
 from fmray.serve.keys import VARIABLE, load_keys
 from fmray.serve.settings import ALIAS, REGISTRY, ServeConfig
 

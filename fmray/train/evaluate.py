@@ -228,9 +228,7 @@ def evaluate_run(loaded: LoadedRecipe, run_id: str) -> Evaluation:
     adaptive = is_adaptive(model_dir)
     source = Path(recipe.model.source)
     base_dir = source if adaptive and source.is_dir() and not is_adaptive(source) else None
-    with tracking.open_run(
-        recipe.tracking, recipe.cluster.storage, run_id, recipe.model_dump(mode="json")
-    ) as run:
+    with tracking.open_job_run(recipe, run_id) as run:
         result = evaluate(model_dir, recipe.data.store, recipe.evaluate, out, base_dir)
         if adaptive:
             budgets = sorted(recipe.evaluate.budgets)[:: max(1, len(recipe.evaluate.budgets) // 3)]

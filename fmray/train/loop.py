@@ -115,13 +115,7 @@ def train_worker(config: dict[str, Any]) -> dict[str, Any] | None:
         event(run_dir, f"step {step} of {total}; {world_size} ranks, each {share} a step")
 
     with (
-        tracking.open_run(
-            recipe.tracking if first else recipe.tracking.model_copy(update={"enabled": False}),
-            recipe.cluster.storage,
-            config["run_id"],
-            recipe.model_dump(mode="json"),
-            {"fmray.job": "train"},
-        ) as run,
+        tracking.open_job_run(recipe, config["run_id"], "train", here=first) as run,
         StepLog(run_dir / "log.jsonl", keep_until=step, enabled=first) as log,
         Progress(total, step, enabled=first) as progress,
         Notice(rank) as notice,

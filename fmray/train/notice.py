@@ -14,7 +14,7 @@ import os
 import signal
 import threading
 import time
-from types import FrameType, TracebackType
+from types import FrameType
 
 import ray.train
 
@@ -36,12 +36,7 @@ class Notice:
             self._kept = signal.signal(signal.SIGTERM, self._terminate)
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         if self._alone:
             signal.signal(signal.SIGTERM, self._kept)
 

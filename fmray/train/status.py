@@ -13,7 +13,6 @@ import platform
 import time
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
@@ -99,16 +98,11 @@ class StatusFile:
         self._write()
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         if self._values is not None:
             self._values["state"] = "ended" if error is None else "failed"
             if error is not None:
-                self._values["failure"] = f"{kind.__name__}: {' '.join(str(error).split())}"
+                self._values["failure"] = f"{type(error).__name__}: {' '.join(str(error).split())}"
         self._write()
 
     def _write(self) -> None:

@@ -66,13 +66,7 @@ def compare(loaded: LoadedRecipe[FewshotRecipe], run_id: str) -> Comparison:
     print(loaded.dump(), flush=True)
     if not ImageManifest.path(recipe.images.store).is_file():
         prepare_images(recipe)
-    with tracking.open_run(
-        recipe.tracking,
-        recipe.cluster.storage,
-        run_id,
-        recipe.model_dump(mode="json"),
-        {"fmray.job": "compare_fewshot"},
-    ) as run:
+    with tracking.open_job_run(recipe, run_id, "compare_fewshot") as run:
         recipe = _with_encoder(recipe, run_dir, run_id)
         with nullcontext() if recipe.cluster.workers == 0 else session(recipe):
             store = ImageStore.open(recipe.images.store, recipe.images.cache)

@@ -91,9 +91,7 @@ def evaluate_encoder(loaded: LoadedRecipe[FewshotRecipe], run_id: str) -> Evalua
     rows = store.select(recipe.target.collection, recipe.target.split)
     samplers = task_samplers(store, rows, recipe.target, recipe.evaluate, recipe.seed)
     out = run_dir / "evaluation"
-    with tracking.open_run(
-        recipe.tracking, recipe.cluster.storage, run_id, recipe.model_dump(mode="json")
-    ) as run:
+    with tracking.open_job_run(recipe, run_id) as run:
         accuracies: dict[tuple[str, int], np.ndarray] = {}
         for name, config in encoders.items():
             encoder = load_encoder(config)

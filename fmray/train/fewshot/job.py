@@ -59,14 +59,7 @@ def train_fewshot(
     mirror = open_mirror(recipe.cluster, run_dir)
     put_files(mirror, "recipe.yaml")
     print(loaded.dump(), flush=True)
-    with tracking.open_run(
-        recipe.tracking,
-        recipe.cluster.storage,
-        run_id,
-        recipe.model_dump(mode="json"),
-        {"fmray.job": "train_fewshot"},
-        parent,
-    ) as run:
+    with tracking.open_job_run(recipe, run_id, "train_fewshot", parent) as run:
         mlflow_run_id = run.mlflow_run_id
         alone = recipe.cluster.workers == 0
         with nullcontext() if alone else session(recipe):

@@ -100,13 +100,7 @@ def train_worker(config: dict[str, Any]) -> dict[str, Any]:
         event(run_dir, f"step {start} of {train.steps}; {text}")
 
     with (
-        tracking.open_run(
-            recipe.tracking if first else recipe.tracking.model_copy(update={"enabled": False}),
-            recipe.cluster.storage,
-            config["run_id"],
-            recipe.model_dump(mode="json"),
-            {"fmray.job": "train_fewshot"},
-        ) as run,
+        tracking.open_job_run(recipe, config["run_id"], "train_fewshot", here=first) as run,
         StepLog(run_dir / "log.jsonl", keep_until=start, enabled=first) as log,
         Progress(train.steps, start, enabled=first) as progress,
         Notice(rank) as notice,

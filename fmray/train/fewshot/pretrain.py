@@ -91,13 +91,7 @@ def pretrain(recipe: FewshotRecipe, run_dir: Path, run_id: str) -> Pretrained:
     )
     metrics: dict[str, float] = {}
     with (
-        tracking.open_run(
-            recipe.tracking,
-            recipe.cluster.storage,
-            run_id,
-            recipe.model_dump(mode="json"),
-            {"fmray.job": "pretrain_encoder"},
-        ) as run,
+        tracking.open_job_run(recipe, run_id, "pretrain_encoder") as run,
         StepLog(run_dir / "log.jsonl", keep_until=start, enabled=True) as log,
         Progress(config.steps, start, enabled=True) as progress,
     ):

@@ -235,13 +235,7 @@ def select_run(loaded: LoadedRecipe[FewshotRecipe], run_id: str) -> Selected:
     (run_dir / "recipe.yaml").write_text(loaded.dump(), encoding="utf-8")
     print(loaded.dump(), flush=True)
     with (
-        tracking.open_run(
-            recipe.tracking,
-            recipe.cluster.storage,
-            run_id,
-            recipe.model_dump(mode="json"),
-            {"fmray.job": "select_tasks"},
-        ) as run,
+        tracking.open_job_run(recipe, run_id, "select_tasks") as run,
         nullcontext() if recipe.cluster.workers == 0 else start_or_join(recipe.cluster),
     ):
         measured = measure(recipe, store, encoder, recipe.target)
