@@ -5,11 +5,16 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
+from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
+
+if TYPE_CHECKING:
+    from support.s3 import S3
 
 COST_CLASSES = {"unit", "local", "cluster", "serve", "chaos", "gpu"}
 TESTS = Path(__file__).parent
@@ -55,6 +60,15 @@ def _no_machines() -> str | None:
             return f"`{' '.join(command[:2])}` fails: {tried.stderr.strip()}"
     subprocess.run(["ip", "netns", "del", name], check=True)
     return None
+
+
+@pytest.fixture(scope="module")
+def s3() -> Iterator[S3]:
+    """An S3 server on loopback with an empty bucket; skips where moto is not installed."""
+    from support.s3 import s3_server  # few tests have use for what it imports
+
+    with s3_server() as server:
+        yield server
 
 
 @pytest.fixture(scope="session")

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 
 import httpx
 import pytest
 import yaml
 from support.machines import Machine, Machines, until
-from support.serving import chat, data_url, make_model_directory, picture
+from support.serving import Load, chat, data_url, make_model_directory, picture
 
 from fmray.serve.replica import open_answerer
 from fmray.serve.settings import ServeConfig
@@ -38,53 +36,8 @@ def ask(machine: Machine, color: str) -> httpx.Response:
     )
 
 
-def text_of(response: httpx.Response) -> str:
-    return response.json()["choices"][0]["message"]["content"]
-
-
-@dataclass(frozen=True)
-class Asked:
-    """One question. status: 0 where no answer came, and then text is the error's name."""
-
-    machine: Machine
-    color: str
-    start: float
-    end: float
-    status: int
-    text: str
-
-
-class Load:
-    """A client for each machine's proxy, which asks one question after the other."""
-
-    def __init__(self, machines: Machines) -> None:
-        self.asked: list[Asked] = []
-        self._over = threading.Event()
-        self._pool = ThreadPoolExecutor(2 * len(machines.machines))
-        self._runs = [self._pool.submit(self._run, m) for m in 2 * machines.machines]
-
-    def _run(self, machine: Machine) -> None:
-        number = 0
-        while not self._over.is_set():
-            color, start = COLORS[number % len(COLORS)], time.monotonic()
-            try:
-                response = ask(machine, color)
-                status = response.status_code
-                text = text_of(response) if status == 200 else response.text
-            except httpx.TransportError as error:
-                status, text = 0, type(error).__name__
-                time.sleep(0.2)
-            self.asked.append(Asked(machine, color, start, time.monotonic(), status, text))
-            number += 1
-
-    def __enter__(self) -> Load:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._over.set()
-        for run in self._runs:
-            run.result()
-        self._pool.shutdown()
+def text_of(body: str) -> str:
+    return json.loads(body)["choices"][0]["message"]["content"]
 
 
 def ready(machines: list[Machine]) -> bool:
@@ -152,9 +105,14 @@ def test_a_machine_fails_under_load(endpoint: Machines, figure: Callable[[str], 
     """Questions through the others fail only until Serve has noticed; what is answered is right."""
     machines = endpoint
     until(lambda: replicas(machines) == [1, 1, 1], 60, "a replica on each machine")
-    wanted = {color: text_of(ask(machines.head, color)) for color in COLORS}
+    wanted = {color: text_of(ask(machines.head, color).text) for color in COLORS}
     lost = machines.machines[-1]
-    with Load(machines) as load:
+    asked_of = 2 * machines.machines  # two clients each
+
+    def question(client: int, number: int) -> httpx.Response:
+        return ask(asked_of[client], COLORS[number % len(COLORS)])
+
+    with Load(len(asked_of), question) as load:
         time.sleep(4)
         killed = time.monotonic()
         lost.lose_power()
@@ -162,17 +120,17 @@ def test_a_machine_fails_under_load(endpoint: Machines, figure: Callable[[str], 
         until(lambda: sum(replicas(machines)) == 3, 240, "the third replica elsewhere")
         until(lambda: ready(others), 60, "the endpoint")
         time.sleep(4)
-    before = [asked for asked in load.asked if asked.end < killed]
-    assert len(before) > 10 and all(asked.status == 200 for asked in before)
-    for asked in load.asked:
-        if asked.status == 200:
-            assert asked.text == wanted[asked.color]
+    before = [answer for answer in load.answers if answer.end < killed]
+    assert len(before) > 10 and all(answer.status == 200 for answer in before)
+    for answer in load.answers:
+        if answer.status == 200:
+            assert text_of(answer.text) == wanted[COLORS[answer.number % len(COLORS)]]
         else:
-            assert asked.status in (0, 500, 503), asked
-            assert "Traceback" not in asked.text
-    failed = [asked for asked in load.asked if asked.status != 200 and asked.machine is not lost]
-    after = [asked for asked in load.asked if asked.machine is not lost and asked.end > killed]
-    lasted = max((asked.end - killed for asked in failed), default=0.0)
+            assert answer.status in (0, 500, 503), answer
+            assert "Traceback" not in answer.text
+    failed = [answer for answer in load.failures if asked_of[answer.client] is not lost]
+    after = [a for a in load.answers if asked_of[a.client] is not lost and a.end > killed]
+    lasted = max((answer.end - killed for answer in failed), default=0.0)
     figure(
         f"through the other machines {len(failed)} of {len(after)} questions failed"
         f" ({sorted({(a.status, a.text[:60]) for a in failed})}), the last {lasted:.1f} s after it"

@@ -7,7 +7,6 @@ import contextlib
 import os
 import signal
 import socket
-import threading
 import time
 import uuid
 from collections.abc import Iterator
@@ -22,7 +21,7 @@ import pytest
 import ray
 from ray import serve
 from ray.serve._private.api import call_user_app_builder_with_args_if_necessary
-from support.serving import chat, data_url, picture
+from support.serving import Load, chat, data_url, picture
 
 from fmray.serve.app import build
 from fmray.serve.replica import open_answerer
@@ -115,38 +114,9 @@ def endpoint(directory: Path, tmp_path_factory: pytest.TempPathFactory) -> Itera
             ray.shutdown()
 
 
-class Load:
-    """Threads that ask one question after the other until told to stop."""
-
-    def __init__(self, endpoint: Endpoint, threads: int, tokens: int) -> None:
-        self._endpoint, self._tokens = endpoint, tokens
-        self._stop = threading.Event()
-        self.answers: list[tuple[float, float, int, str]] = []  # start, end, status, text
-        self._pool = ThreadPoolExecutor(threads)
-        self._runs = [self._pool.submit(self._run) for _ in range(threads)]
-
-    def _run(self) -> None:
-        while not self._stop.is_set():
-            start = time.monotonic()
-            try:
-                response = self._endpoint.ask(max_tokens=self._tokens, budget="1")
-                status, text = response.status_code, response.text
-            except httpx.TransportError as error:
-                status, text = 0, type(error).__name__
-            self.answers.append((start, time.monotonic(), status, text))
-
-    def __enter__(self) -> Load:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._stop.set()
-        for run in self._runs:
-            run.result()
-        self._pool.shutdown()
-
-    @property
-    def failures(self) -> list[tuple[float, float, int, str]]:
-        return [answer for answer in self.answers if answer[2] != 200]
+def load_of(endpoint: Endpoint, tokens: int) -> Load:
+    """Four clients at full budget."""
+    return Load(4, lambda client, number: endpoint.ask(max_tokens=tokens, budget="1"))
 
 
 def test_the_official_client(endpoint: Endpoint) -> None:
@@ -245,7 +215,7 @@ def test_headers_change_no_limit_of_ours(endpoint: Endpoint) -> None:
 def test_a_rolling_update_drops_no_request(endpoint: Endpoint) -> None:
     """Of the only replica, by two."""
     old = set(endpoint.replicas())
-    with Load(endpoint, threads=4, tokens=30) as load:
+    with load_of(endpoint, tokens=30) as load:
         time.sleep(1)
         endpoint.deploy(max_new_tokens=5, min_replicas=2)
         time.sleep(2)
@@ -271,7 +241,7 @@ def test_metrics_are_those_of_all_replicas(endpoint: Endpoint) -> None:
 def test_a_replica_killed_under_load_fails_only_what_it_had_in_hand(endpoint: Endpoint) -> None:
     while len(endpoint.replicas()) != 2:
         time.sleep(0.5)
-    with Load(endpoint, threads=4, tokens=60) as load:
+    with load_of(endpoint, tokens=60) as load:
         time.sleep(2)
         killed = time.monotonic()
         victim = endpoint.replicas()[0]
@@ -279,10 +249,10 @@ def test_a_replica_killed_under_load_fails_only_what_it_had_in_hand(endpoint: En
         time.sleep(6)
     failed = load.failures
     assert len(failed) <= 4, failed
-    for start, end, status, text in failed:
-        assert start <= killed + 1.0 and end - killed < 10, "it was in hand"
-        assert status in (500, 503), (status, text)
-        assert "Traceback" not in text and "what is in" not in text
+    for answer in failed:
+        assert answer.start <= killed + 1.0 and answer.end - killed < 10, "it was in hand"
+        assert answer.status in (500, 503), answer
+        assert "Traceback" not in answer.text and "what is in" not in answer.text
     end = time.monotonic() + 60
     while len(endpoint.replicas()) != 2 or victim in endpoint.replicas():
         assert time.monotonic() < end, "the replica did not come back"

@@ -12,7 +12,8 @@ from pydantic import ValidationError
 from ray.serve.schema import ServeDeploySchema
 
 from fmray.cli import main
-from fmray.config import TrackingConfig, job_path
+from fmray.config import TrackingConfig
+from fmray.job_arguments import job_path
 from fmray.registry import register
 from fmray.serve import command
 from fmray.serve.app import build, find_directory

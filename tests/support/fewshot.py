@@ -6,12 +6,14 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors.torch import load_file
 from support.selection import color_recipe
 from torch import Tensor
 
 from fmray.config import LoadedRecipe
 from fmray.data.image_store import ImageStore
+from fmray.fewshot import create_encoder
 from fmray.fewshot_config import FewshotRecipe
 from fmray.train.progress import read_log
 
@@ -34,6 +36,13 @@ def fewshot_recipe(
     for name, changes in sections.items():
         values[name] = values.get(name, {}) | changes
     return color_recipe(store, storage, **values)
+
+
+def start_encoder(folder: Path) -> Path:
+    """The encoder that finetuning starts from, always the same one."""
+    torch.manual_seed(1)
+    create_encoder(**ENCODER).save_pretrained(folder)
+    return folder
 
 
 def losses(run_dir: Path) -> list[float]:

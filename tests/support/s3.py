@@ -18,6 +18,10 @@ from fmray.train.mirror import Mirror
 
 BUCKET = "checkpoints"
 CLONE_NEWNS = 0x00020000  # linux/sched.h; os.unshare comes with Python 3.12
+# eight steps with a checkpoint after 3, 6 and 8, of which two are kept
+MIRRORED = {"lr": 2e-3, "steps": 8, "global_batch": 16, "eval_rows": 8}
+MIRRORED |= {"checkpoint_every": 3, "keep_checkpoints": 2}
+NAMES = [f"checkpoint-0000000{step}" for step in (3, 6, 8)]
 SERVER = """
 from moto.server import ThreadedMotoServer
 server = ThreadedMotoServer("127.0.0.1", 0, verbose=False)

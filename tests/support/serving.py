@@ -9,10 +9,11 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
 
 import httpx
 import torch
@@ -83,6 +84,58 @@ def chat(*urls: str, text: str = "what is in the picture ?", **fields: Any) -> d
 
 
 @dataclass
+class Answer(NamedTuple):
+    """One question. client: by number; status: 0 where no answer came, then text names the
+    error."""
+
+    client: int
+    number: int
+    start: float
+    end: float
+    status: int
+    text: str
+
+
+class Load:
+    """Clients that ask one question after the other until the context ends.
+
+    ask: (client, number of its question) -> the response.
+    """
+
+    def __init__(self, clients: int, ask: Callable[[int, int], httpx.Response]) -> None:
+        self.answers: list[Answer] = []
+        self._ask, self._over = ask, threading.Event()
+        self._pool = ThreadPoolExecutor(clients)
+        self._runs = [self._pool.submit(self._run, client) for client in range(clients)]
+
+    def _run(self, client: int) -> None:
+        number = 0
+        while not self._over.is_set():
+            start = time.monotonic()
+            try:
+                response = self._ask(client, number)
+                status, text = response.status_code, response.text
+            except httpx.TransportError as error:
+                status, text = 0, type(error).__name__
+                time.sleep(0.05)
+            self.answers.append(Answer(client, number, start, time.monotonic(), status, text))
+            number += 1
+
+    def __enter__(self) -> Load:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._over.set()
+        for run in self._runs:
+            run.result()
+        self._pool.shutdown()
+
+    @property
+    def failures(self) -> list[Answer]:
+        """Those that were not answered with 200."""
+        return [answer for answer in self.answers if answer.status != 200]
+
+
 class ScriptedWorker:
     """Behaves as an `EngineWorker` that gives every ask the same tokens.
 

@@ -12,8 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from fmray.config import ConfigError, Recipe, job_arguments, job_path, load, schema
+from fmray.config import ConfigError, Recipe, load
+from fmray.config_command import schema
 from fmray.fewshot_config import FewshotRecipe
+from fmray.job_arguments import job_arguments, job_path
 from fmray.search.config import PlansRecipe, SearchRecipe
 
 RECIPES = sorted(

@@ -15,16 +15,15 @@ from typing import Any
 import mlflow
 import pytest
 import ray
-import torch
 import yaml
 from ray.util.placement_group import placement_group_table
 from ray.util.state import list_actors
-from support.fewshot import ENCODER, EPISODES
+from support.fewshot import ENCODER, EPISODES, start_encoder
+from support.ray_session import ray_session
 from support.selection import color_store
 from support.training import ADAPTIVE, load_recipe, make_store
 
 from fmray.config import LoadedRecipe, load
-from fmray.fewshot import create_encoder
 from fmray.search.config import SearchRecipe
 from fmray.search.run import search
 from fmray.search.state import read_finished
@@ -36,15 +35,8 @@ PATIENCE = 300  # seconds, on a busy machine
 @pytest.fixture(scope="module", autouse=True)
 def address() -> Iterator[str]:
     """A cluster with a dashboard, as `start_or_join` starts one."""
-    context = ray.init(
-        address="local",
-        num_cpus=2,
-        include_dashboard=True,
-        log_to_driver=False,
-        runtime_env={"env_vars": {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}},
-    )
-    yield context.address_info["gcs_address"]
-    ray.shutdown()
+    with ray_session(dashboard=True) as found:
+        yield found
 
 
 @pytest.fixture(scope="module")
@@ -53,8 +45,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     folder = tmp_path_factory.mktemp("base")
     (folder / "colors").mkdir()
     store = color_store(folder / "colors")
-    torch.manual_seed(1)
-    create_encoder("small/conv", pretrained=False, image_size=16).save_pretrained(folder / "it")
+    start_encoder(folder / "it")
     return {
         "kind": "fewshot",
         "name": "trial",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,13 +9,12 @@ from pathlib import Path
 import mlflow
 import numpy as np
 import pytest
-import ray
 import torch
-from support.fewshot import TRAIN, fewshot_recipe, forget_after, losses, weights
+from support.fewshot import TRAIN, fewshot_recipe, forget_after, losses, start_encoder, weights
+from support.ray_session import ray_session
 from support.selection import color_store
 
 from fmray.data.image_store import ImageStore
-from fmray.fewshot import create_encoder
 from fmray.train.fewshot.compare import compare
 from fmray.train.fewshot.job import train_fewshot
 
@@ -26,15 +24,8 @@ ROOT = Path(__file__).parents[3]
 
 @pytest.fixture(scope="module", autouse=True)
 def session() -> Iterator[None]:
-    paths = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
-    ray.init(
-        address="local",
-        num_cpus=2,
-        include_dashboard=False,
-        runtime_env={"env_vars": {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}},
-    )
-    yield
-    ray.shutdown()
+    with ray_session():
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -44,10 +35,7 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> ImageStore:
 
 @pytest.fixture(scope="module")
 def start(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("start")
-    torch.manual_seed(1)
-    create_encoder("small/conv", pretrained=False, image_size=16).save_pretrained(folder)
-    return folder
+    return start_encoder(tmp_path_factory.mktemp("start"))
 
 
 @pytest.mark.parametrize(

@@ -5,28 +5,19 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
 import pytest
 from support.ranks import train_on
-from support.s3 import S3, die_while_copying, own_folder, s3_server
+from support.s3 import MIRRORED, NAMES, S3, die_while_copying, own_folder
 from support.training import ADAPTIVE, load_recipe, make_store
 
 from fmray.config import LoadedRecipe
 from fmray.train.progress import read_log
 from fmray.train.status import read_status
 
-TRAIN = {"lr": 2e-3, "steps": 8, "global_batch": 16, "micro_batch": 4, "eval_rows": 8}
-TRAIN |= {"checkpoint_every": 3, "keep_checkpoints": 2}
-NAMES = [f"checkpoint-0000000{step}" for step in (3, 6, 8)]
-
-
-@pytest.fixture(scope="module")
-def s3() -> Iterator[S3]:
-    with s3_server() as server:
-        yield server
+TRAIN = MIRRORED | {"micro_batch": 4}
 
 
 @pytest.fixture(scope="module")

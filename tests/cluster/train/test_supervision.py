@@ -12,6 +12,7 @@ import pytest
 import ray
 from ray.train import PreemptionInfo
 from ray.train.v2._internal.execution.callback import WorkerGroupCallback
+from support.ray_session import ray_session
 from support.training import ADAPTIVE, load_recipe, make_store
 
 from fmray.cli import GaveUp
@@ -25,17 +26,10 @@ TRAIN = {"lr": 2e-3, "steps": 12, "global_batch": 16, "micro_batch": 4, "eval_ro
 
 @pytest.fixture(scope="module", autouse=True)
 def session() -> Iterator[None]:
-    paths = f"{TESTS.parent}:{TESTS}:{Path(__file__).parent}"
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S", "0.2")
-        ray.init(
-            address="local",
-            num_cpus=2,
-            include_dashboard=False,
-            runtime_env={"env_vars": {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}},
-        )
-        yield
-        ray.shutdown()
+        with ray_session(Path(__file__).parent):
+            yield
 
 
 @pytest.fixture(scope="module")

@@ -15,6 +15,7 @@ from typing import Any
 import mlflow
 import pytest
 import ray
+from support.ray_session import ray_session
 from support.training import ADAPTIVE, load_recipe, make_store
 
 from fmray.train.checkpoint import find_checkpoint, read_state
@@ -27,15 +28,8 @@ ROOT = Path(__file__).parents[3]
 
 @pytest.fixture(scope="module", autouse=True)
 def session() -> Iterator[None]:
-    paths = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    ray.init(
-        address="local",
-        num_cpus=2,
-        include_dashboard=False,
-        runtime_env={"env_vars": paths},
-    )
-    yield
-    ray.shutdown()
+    with ray_session():
+        yield
 
 
 @pytest.fixture(scope="module")

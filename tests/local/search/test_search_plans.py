@@ -15,9 +15,10 @@ import yaml
 from support.training import ADAPTIVE, load_recipe, make_store
 
 from fmray.adallava import AdaptiveVLM
-from fmray.config import LoadedRecipe, job_path, load
+from fmray.config import LoadedRecipe, load
 from fmray.data.loader import evaluation_batches
 from fmray.data.processor import load_processor
+from fmray.job_arguments import job_path
 from fmray.search import plan_answers
 from fmray.search.config import PlansRecipe
 from fmray.search.plans import PlansResult, search_plans

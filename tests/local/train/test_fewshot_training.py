@@ -11,12 +11,12 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
-from support.fewshot import TRAIN, fewshot_recipe, forget_after, losses, weights
+from support.fewshot import TRAIN, fewshot_recipe, forget_after, losses, start_encoder, weights
 from support.selection import color_store
 
-from fmray.config import job_path
 from fmray.data.image_store import ImageStore
 from fmray.fewshot import MetaDatasetSampler, confidence_interval, create_encoder
+from fmray.job_arguments import job_path
 from fmray.train.fewshot import cells, compare
 from fmray.train.fewshot import pretrain as pretraining
 from fmray.train.fewshot.encoder import load_encoder
@@ -44,10 +44,7 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> ImageStore:
 @pytest.fixture(scope="module")
 def start(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The encoder that finetuning starts from."""
-    folder = tmp_path_factory.mktemp("start")
-    torch.manual_seed(1)
-    create_encoder("small/conv", pretrained=False, image_size=16).save_pretrained(folder)
-    return folder
+    return start_encoder(tmp_path_factory.mktemp("start"))
 
 
 @pytest.mark.parametrize("method", ["multitask", "standard", "lp_ft", "maml"])
@@ -75,8 +72,7 @@ def test_a_resumed_run_ends_with_the_same_weights(
 
 
 def test_evaluations_on_the_way_change_nothing_and_tell_the_accuracy(store, tmp_path: Path) -> None:
-    torch.manual_seed(1)
-    create_encoder("small/conv", pretrained=False, image_size=16).save_pretrained(tmp_path / "it")
+    start_encoder(tmp_path / "it")
     encoder = {"checkpoint": tmp_path / "it"}
     blind = train_fewshot(fewshot_recipe(store, tmp_path, encoder=encoder), "blind")
     train = TRAIN | {"eval_every": 4, "eval_split": "train"}

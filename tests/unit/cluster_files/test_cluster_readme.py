@@ -16,7 +16,8 @@ from ray.scripts import scripts as ray_scripts
 from support.cluster_files import CLUSTER, ROOT, one
 
 from fmray.cli import COMMANDS, main
-from fmray.config import Recipe, job_arguments
+from fmray.config import Recipe
+from fmray.job_arguments import job_arguments
 
 TEXT = (CLUSTER / "README.md").read_text()
 BLOCKS = re.findall(r"```(\w+)\n(.*?)```", TEXT, re.S)

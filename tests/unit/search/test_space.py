@@ -13,7 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from support.selection import color_recipe, color_store
 
-from fmray.config import Recipe, load, schema
+from fmray.config import Recipe, load
+from fmray.config_command import schema
 from fmray.fewshot_config import FewshotRecipe
 from fmray.search import space as space_module
 from fmray.search.config import SearchRecipe

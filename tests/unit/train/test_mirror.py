@@ -6,11 +6,10 @@ import json
 import os
 import socket
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from support.s3 import S3, s3_server
+from support.s3 import S3
 
 from fmray.config import ClusterConfig
 from fmray.train.manifest import MANIFEST, Entry, describe_files, write_manifest
@@ -18,12 +17,6 @@ from fmray.train.mirror import Mirror, open_mirror
 
 FILES = {"a.pt": b"weights" * 1000, "deepspeed/rank_0.pt": os.urandom(12 << 20), "b/empty": b""}
 NAME = "checkpoint-00000003"
-
-
-@pytest.fixture(scope="module")
-def s3() -> Iterator[S3]:
-    with s3_server() as server:
-        yield server
 
 
 @pytest.fixture(params=["s3", "folder"])
