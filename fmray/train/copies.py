@@ -7,10 +7,12 @@ rank copies its own files; rank 0 writes the manifest when all of them are there
 
 from __future__ import annotations
 
+import os
 import shutil
 import time
 import uuid
 from collections.abc import Callable
+from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
 from threading import Thread
@@ -34,7 +36,7 @@ from fmray.train.checkpoint import (
     refuse_all,
 )
 from fmray.train.manifest import Entry
-from fmray.train.mirror import Mirror, user_mistakes
+from fmray.train.mirror import Mirror, open_mirror, user_mistakes
 from fmray.train.progress import event
 
 LOG = "log.jsonl"
@@ -279,7 +281,28 @@ def get_folder(mirror: Mirror | None, folder: Path) -> None:
     """Fetch what `put_folder` has copied, unless it is there. OSError when it is not whole."""
     if mirror is None or folder.is_dir():
         return
+    partial = folder.with_name(f".{folder.name}.partial")
     for name, entry in mirror.manifest(folder.name).items():
-        wrong = mirror.get(f"{folder.name}/{name}", entry)
+        wrong = mirror.get(f"{folder.name}/{name}", entry, into=partial)
         if wrong is not None:
             raise OSError(wrong)
+    os.replace(partial / folder.name, folder)
+    partial.rmdir()
+
+
+def find_model(cluster: ClusterConfig, run_dir: Path, script: str) -> Path:
+    """The model that `script` has made in `run_dir`, fetched from the mirror where it is not there.
+
+    Raises ValueError when the run has none yet.
+    """
+    model = run_dir / "model"
+    if not model.is_dir():
+        with suppress(FileNotFoundError):  # not in the mirror either
+            get_folder(open_mirror(cluster, run_dir), model)
+    if not model.is_dir():
+        also = f" or cluster.mirror {cluster.mirror}" if cluster.mirror else ""
+        raise ValueError(
+            f"{run_dir}: no model/ to evaluate; --run-id must name a finished run of {script} in"
+            f" cluster.storage {cluster.storage}{also}"
+        )
+    return model

@@ -31,6 +31,7 @@ from fmray.config import EvaluateConfig, LoadedRecipe
 from fmray.data.loader import Batch, evaluation_batches
 from fmray.data.processor import load_processor
 from fmray.data.store import StoreSplit
+from fmray.train.copies import find_model
 from fmray.train.examples import draw_examples
 from fmray.train.samples import draw, model_inputs, score_answers
 from fmray.train.statistics import (
@@ -219,12 +220,8 @@ def evaluate_run(loaded: LoadedRecipe, run_id: str) -> Evaluation:
     """
     recipe = loaded.recipe
     run_dir = recipe.cluster.storage / run_id
-    if not (run_dir / "model").is_dir():
-        raise ValueError(
-            f"{run_dir}: no model/ to evaluate; --run-id must name a finished training run in "
-            f"cluster.storage {recipe.cluster.storage}"
-        )
-    model_dir, out = run_dir / "model", run_dir / "evaluation"
+    model_dir = find_model(recipe.cluster, run_dir, "train_adallava.py")
+    out = run_dir / "evaluation"
     adaptive = is_adaptive(model_dir)
     source = Path(recipe.model.source)
     base_dir = source if adaptive and source.is_dir() and not is_adaptive(source) else None

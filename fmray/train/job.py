@@ -19,6 +19,7 @@ from ray.train import UserCallback
 from fmray import tracking
 from fmray.cluster import start_or_join
 from fmray.config import Job, LoadedRecipe, Recipe
+from fmray.node_checks import check_nodes
 from fmray.preflight import machines_of_cluster, preflight
 from fmray.train import checkpoint as checkpoints
 from fmray.train.copies import get_folder, last_state, put_files
@@ -70,14 +71,7 @@ def train(
         "recipe_text": loaded.dump(),
         "run_id": run_id,
     }
-    with tracking.open_run(
-        recipe.tracking,
-        recipe.cluster.storage,
-        run_id,
-        recipe.model_dump(mode="json"),
-        {"fmray.job": "train"},
-        parent,
-    ) as run:
+    with tracking.open_job_run(recipe, run_id, "train", parent) as run:
         # the run, and with sqlite its database, is there before workers that may be killed write to
         # it; and whatever becomes of them, it is ended here
         mlflow_run_id = run.mlflow_run_id
@@ -138,26 +132,26 @@ def _train_here(config: dict[str, Any]) -> dict[str, Any] | None:
 
 @contextmanager
 def session(recipe: Job) -> Iterator[None]:
-    """A Ray that has room for the recipe's workers.
+    """A Ray that has room for the recipe's workers, on nodes that can work together.
 
-    Raises ValueError when they would wait for ever for what Ray does not have.
+    Raises ValueError when they would wait for ever for what Ray does not have, and when a node has
+    other packages, another time or another storage folder.
     """
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", POLL_SECONDS)
     # Ray's print says each line twice where stdout is redirected, as in its own workers
     os.environ.setdefault("RAY_TRAIN_ENABLE_PRINT_PATCH", "0")
-    with start_or_join(recipe.cluster):
-        _place(recipe)
+    cluster = recipe.cluster
+    with start_or_join(cluster):
+        machines = machines_of_cluster()
+        findings = preflight(recipe, machines)
+        if len(machines) > 1:
+            shared = {} if cluster.mirror else {"cluster.storage": cluster.storage}
+            nodes = check_nodes(shared)
+            print("\n".join(map(str, nodes)), flush=True)
+            findings += nodes
+        if failures := [finding.text for finding in findings if finding.level == "FAIL"]:
+            raise ValueError("; ".join(failures))
         yield
-
-
-def _place(recipe: Job) -> None:
-    failures = [
-        finding.text
-        for finding in preflight(recipe, machines_of_cluster())
-        if finding.level == "FAIL"
-    ]
-    if failures:
-        raise ValueError("; ".join(failures))
 
 
 def _check_store(recipe: Recipe) -> None:

@@ -64,12 +64,12 @@ class Mirror:
             with (self._run_dir / name).open("rb") as file:
                 self._write(name, file)
 
-    def get(self, name: str, entry: Entry | None = None) -> str | None:
-        """Fetch a file into the run's folder; what is wrong with it, or None.
+    def get(self, name: str, entry: Entry | None = None, into: Path | None = None) -> str | None:
+        """Fetch a file into the run's folder, or another; what is wrong with it, or None.
 
         entry: what it should be; one that is there and is that is not fetched.
         """
-        target = self._run_dir / name
+        target = (into or self._run_dir) / name
         if entry is not None and _is(target, entry):
             return None
         target.parent.mkdir(parents=True, exist_ok=True)

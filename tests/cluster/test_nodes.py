@@ -9,7 +9,10 @@ import pytest
 import ray
 from ray.cluster_utils import Cluster
 
+from fmray import node_checks
+from fmray.config import ClusterConfig, Recipe
 from fmray.node_checks import check_nodes
+from fmray.train.job import session
 
 ROOT = Path(__file__).parents[2]
 
@@ -42,3 +45,16 @@ def test_a_folder_that_each_node_has_for_itself_is_refused(
     for finding in findings:
         assert "cluster.storage runs does not show what another node wrote there" in finding.text
     assert not list((tmp_path / "runs").iterdir())
+
+
+def test_a_job_is_refused_where_a_node_has_other_packages(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    cluster = ClusterConfig(storage=tmp_path, workers=1, cpus_per_worker=0.5, data_cpus=0.5)
+    recipe = Recipe(name="two", cluster=cluster)
+    with session(recipe):
+        assert "2 nodes see cluster.storage" in capsys.readouterr().out
+    monkeypatch.setattr(node_checks, "_versions", lambda: {"ray": "0.1"})
+    refusal = r"node .* has ray 2\..*, and 0\.1 here; .*; node "
+    with pytest.raises(ValueError, match=refusal), session(recipe):
+        pass

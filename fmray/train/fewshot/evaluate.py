@@ -30,6 +30,7 @@ from fmray.fewshot import (
     paired_interval,
 )
 from fmray.fewshot_config import FewshotEvaluateConfig, FewshotRecipe, TargetConfig
+from fmray.train.copies import find_model
 from fmray.train.fewshot.encoder import embed, load_encoder
 from fmray.train.fewshot.job import absolute_paths
 from fmray.train.fewshot.pictures import Pictures
@@ -81,12 +82,8 @@ def evaluate_encoder(loaded: LoadedRecipe[FewshotRecipe], run_id: str) -> Evalua
     method = recipe.train.method
     encoders = {DIRECT: recipe.encoder}
     if method != DIRECT:
-        if not (run_dir / "model").is_dir():
-            raise ValueError(
-                f"{run_dir}: no model/ to evaluate; --run-id must name a finished run of"
-                f" train_fewshot.py in cluster.storage {recipe.cluster.storage}"
-            )
-        encoders[method] = recipe.encoder.model_copy(update={"checkpoint": run_dir / "model"})
+        model = find_model(recipe.cluster, run_dir, "train_fewshot.py")
+        encoders[method] = recipe.encoder.model_copy(update={"checkpoint": model})
     store = ImageStore.open(recipe.images.store, recipe.images.cache)
     rows = store.select(recipe.target.collection, recipe.target.split)
     samplers = task_samplers(store, rows, recipe.target, recipe.evaluate, recipe.seed)

@@ -4,34 +4,24 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from support.fewshot import fewshot_recipe
+from support.fewshot import fewshot_recipe, start_encoder
 from support.fewshot import losses as losses_of
-from support.s3 import S3, s3_server
+from support.s3 import MIRRORED, NAMES, S3
 from support.selection import color_store
 from support.training import ADAPTIVE, load_recipe, make_store
 
-from fmray.fewshot import create_encoder
+from fmray.config import ClusterConfig
 from fmray.run_view import RunReader
-from fmray.train.copies import Copies
+from fmray.train.copies import Copies, find_model
 from fmray.train.fewshot.job import train_fewshot
 from fmray.train.job import Result, train
 from fmray.train.mirror import Mirror
 
-TRAIN = {"lr": 2e-3, "steps": 8, "global_batch": 16, "micro_batch": 8, "eval_rows": 8}
-TRAIN |= {"checkpoint_every": 3, "keep_checkpoints": 2}
-NAMES = [f"checkpoint-0000000{step}" for step in (3, 6, 8)]
-
-
-@pytest.fixture(scope="module")
-def s3() -> Iterator[S3]:
-    with s3_server() as server:
-        yield server
+TRAIN = MIRRORED | {"micro_batch": 8}
 
 
 @pytest.fixture(scope="module")
@@ -98,6 +88,20 @@ def test_a_run_goes_on_elsewhere_as_it_would_here(
     )
     assert "checkpoint-00000008 is in s3://" in view.event[1]
 
+    # the model alone, on a machine that has nothing of the run; a fetch that was cut off before
+    cluster = ClusterConfig(storage=tmp_path / "other", mirror=s3.uri("lost"))
+    half = tmp_path / "other" / "run" / ".model.partial" / "model" / "config.json"
+    half.parent.mkdir(parents=True)
+    half.write_text("{", encoding="utf-8")
+    model = find_model(cluster, cluster.storage / "run", "train_adallava.py")
+    for path in result.model_dir.iterdir():
+        assert (model / path.name).read_bytes() == path.read_bytes()
+    assert [path.name for path in model.parent.iterdir()] == ["model"]
+    with pytest.raises(
+        ValueError, match=r"none: no model/ to evaluate; .* or cluster\.mirror s3://"
+    ):
+        find_model(cluster, cluster.storage / "none", "train_adallava.py")
+
     # a file of the newest one is cut off: it is named, and the one before is used
     name = next(n for n in s3.names("lost/run") if n.startswith(NAMES[2]) and "optim" in n)
     s3.write(f"lost/run/{name}", s3.read(f"lost/run/{name}")[:-100])
@@ -144,8 +148,7 @@ def test_finetuning_goes_through_the_same_door(
     s3: S3, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     images = color_store(tmp_path)
-    torch.manual_seed(1)
-    create_encoder("small/conv", pretrained=False, image_size=16).save_pretrained(tmp_path / "from")
+    start_encoder(tmp_path / "from")
     encoder = {"checkpoint": tmp_path / "from"}
     train = {"steps": 6, "episodes_per_step": 2, "lr": 0.02, "checkpoint_every": 2}
     sections = {"train": train, "encoder": encoder}
