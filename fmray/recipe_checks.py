@@ -7,7 +7,6 @@ into an error.
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
@@ -56,18 +55,21 @@ def conflicts(recipe: Recipe) -> Iterator[tuple[str, str]]:
 def batch_conflicts(
     cluster: ClusterConfig, key: str, batch: int, unit: int, unit_name: str
 ) -> Iterator[tuple[str, str]]:
-    """Whether a step's `batch` divides into whole passes of `unit` for every number of workers."""
-    wrong = [size for size in cluster.world_sizes if batch % (size * unit)]
-    if not wrong:
+    """Whether a step's `batch` divides into whole passes of `unit`, or, where the number of workers
+    changes, whether there is something for each; some passes are then not full."""
+    most = cluster.world_sizes[-1]
+    if len(cluster.world_sizes) > 1:
+        if batch < most:
+            yield key, f"{batch} leaves nothing for some of {most} workers; {most} or more would do"
         return
-    step = math.lcm(*cluster.world_sizes) * unit
-    right = " or ".join(str(n * step) for n in (batch // step, -(-batch // step)) if n)
-    yield (
-        key,
-        f"{batch} is not a multiple of {' or '.join(map(str, wrong))} workers x {unit_name}"
-        + (f" = {step}" if len(cluster.world_sizes) == 1 else "")
-        + f"; {right} would be right",
-    )
+    step = most * unit
+    if batch % step:
+        right = " or ".join(str(n * step) for n in (batch // step, -(-batch // step)) if n)
+        yield (
+            key,
+            f"{batch} is not a multiple of {most} workers x {unit_name} = {step};"
+            f" {right} would be right",
+        )
 
 
 def _scratch_conflicts(scratch: ScratchConfig) -> Iterator[tuple[str, str]]:

@@ -4,8 +4,7 @@ In: a finished store, a processor, this worker's rank. Out: padded `Batch`es, de
 in threads.
 
 The order is a function of (seed, epoch) and the same for any number of workers
-(`fmray/data/schedule.py`), so an epoch can be taken up at any step, by any number of workers that
-divides its lanes.
+(`fmray/data/schedule.py`), so an epoch can be taken up at any step, by any number of workers.
 """
 
 from __future__ import annotations
@@ -16,7 +15,7 @@ import time
 from collections import OrderedDict, deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -24,7 +23,7 @@ import numpy as np
 import torch
 
 from fmray.data.encoding import Encoded, decode_image, encode
-from fmray.data.schedule import Schedule
+from fmray.data.schedule import Schedule, passes_of
 from fmray.data.store import CACHE_BYTES, StoreSplit
 
 if TYPE_CHECKING:
@@ -40,8 +39,8 @@ KEPT_ENCODINGS = (
 class Batch:
     """Right-padded samples. B samples, n tokens; text-only samples have no entry in `pixel_values`.
 
-    `filler` marks a batch that only keeps ranks in step at the end of an evaluation: all its labels
-    are -100 and nobody should count it.
+    `filler` marks a batch that only keeps ranks in step, and counts for nothing: one more of a rank
+    that has fewer samples than others, or (all its labels are -100) at the end of an evaluation.
     """
 
     input_ids: torch.Tensor  # [B, n] int64
@@ -174,8 +173,8 @@ class Collator:
 class InstructionLoader:
     """Training batches of one rank.
 
-    `.samples` and `.steps_per_epoch` count the whole split; `.wait_seconds` is the time the
-    consumer has spent waiting for a batch so far.
+    `.samples` and `.steps_per_epoch` count the whole split; `.passes`: micro batches in a step;
+    `.wait_seconds`: the time the consumer has spent waiting for a batch so far.
     """
 
     def __init__(
@@ -194,14 +193,12 @@ class InstructionLoader:
         threads: int = 1,
         prefetch: int = 4,
     ) -> None:
-        """Raises ValueError when the batch sizes do not divide or the split has less than one
-        batch."""
-        if global_batch % world_size or global_batch // world_size % micro_batch:
-            share = world_size * micro_batch
+        """Raises ValueError when there are more workers than samples in a batch, or the split has
+        less than one batch."""
+        if global_batch < world_size:
             raise ValueError(
-                f"train.global_batch {global_batch} is not a multiple of {world_size} "
-                f"workers x micro_batch {micro_batch} = {share}; "
-                f"{max(1, round(global_batch / share)) * share} would be"
+                f"train.global_batch {global_batch} is less than a sample for each of {world_size} "
+                "workers; use fewer workers, or a larger batch"
             )
         self.rank, self.world_size = rank, world_size
         self.micro_batch, self.threads, self.prefetch = micro_batch, threads, prefetch
@@ -219,7 +216,7 @@ class InstructionLoader:
             seed,
             sample_bytes=self._split.bytes / len(self._samples.row),
         )
-        self._schedule.check(world_size)
+        self.passes = passes_of(global_batch, micro_batch, world_size)
         self._collate = Collator(self._split, processor, samples)
         self.wait_seconds = 0.0
 
@@ -260,10 +257,9 @@ class InstructionLoader:
                     future.cancel()
 
     def _step(self, samples: np.ndarray) -> list[Batch]:
-        return [
-            self._collate(self._samples.row[piece], self._samples.turn[piece])
-            for piece in samples.reshape(-1, self.micro_batch)
-        ]
+        pieces = np.split(samples, range(self.micro_batch, len(samples), self.micro_batch))
+        batches = [self._collate(self._samples.row[p], self._samples.turn[p]) for p in pieces]
+        return batches + [replace(batches[0], filler=True)] * (self.passes - len(batches))
 
     def _wait(self, future: Future[list[Batch]]) -> list[Batch]:
         begun = time.perf_counter()

@@ -4,21 +4,28 @@ In: the lengths of all samples, in store order, with the row group of each. Out:
 one rank.
 
 The epoch is cut into lanes that do not depend on the number of workers; every lane gives each
-global batch the same number of samples, and a rank owns whole lanes. So a global batch holds the
-same samples however many workers share it, and a rank reads only its own lanes' part of the store.
+global batch the same number of samples, and a rank takes an even share of the batch, lane by lane.
+So a global batch holds the same samples however many workers share it, and a rank reads only its
+own lanes' part of the store.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
 
-MAX_LANES = 64  # divides among 1, 2, 4, ... 64 workers; each lane is a long stretch of the store
+MAX_LANES = 64  # each is a long stretch of the store, read by one rank or by neighbours
 LENGTH_STEP = 16  # lengths this close count as equal: short samples sorted to the last token would
 # make batches of one kind of question each
 WINDOW_SAMPLES = 4096  # samples of a lane that are shuffled and sorted by length together
 WINDOW_BYTES = 2**30  # of the store, over all lanes: what windows may keep in memory at once
+
+
+def passes_of(global_batch: int, micro_batch: int, world_size: int) -> int:
+    """Micro batches of each rank in a step; where the numbers do not divide, some are not full."""
+    return math.ceil(global_batch / (micro_batch * world_size))
 
 
 def lanes_of(global_batch: int) -> int:
@@ -46,28 +53,21 @@ class Schedule:
         """Full global batches in an epoch; the samples left over differ from epoch to epoch."""
         return len(self.lengths) // self.global_batch
 
-    def check(self, world_size: int) -> None:
-        """Raises ValueError when the workers cannot share the lanes evenly."""
-        if self.lanes % world_size:
-            raise ValueError(
-                f"train.global_batch {self.global_batch} has {self.lanes} lanes, which "
-                f"{world_size} workers cannot share evenly; use a number of workers that divides "
-                f"{self.lanes}"
-            )
-
     def epoch(self, epoch: int, rank: int, world_size: int) -> np.ndarray:
-        """Samples of one rank, [steps, global_batch / world_size] indices; a function of (seed,
-        epoch)."""
-        self.check(world_size)
+        """Samples of one rank, [steps, n] indices, n = global_batch / world_size rounded up or
+        down; a function of (seed, epoch)."""
         per_lane = self.global_batch // self.lanes  # samples of a lane in one batch
         lane_length = self.steps * per_lane
         order = self._group_order(epoch)[: lane_length * self.lanes].reshape(
             self.lanes, lane_length
         )
-        own = range(rank * self.lanes // world_size, (rank + 1) * self.lanes // world_size)
-        return np.concatenate(
-            [self._lane(order[lane], lane, epoch, per_lane) for lane in own], axis=1
+        start, stop = (r * self.global_batch // world_size for r in (rank, rank + 1))
+        lanes = range(start // per_lane, -(-stop // per_lane))
+        whole = np.concatenate(
+            [self._lane(order[lane], lane, epoch, per_lane) for lane in lanes], axis=1
         )
+        first = lanes.start * per_lane
+        return whole[:, start - first : stop - first]
 
     def _group_order(self, epoch: int) -> np.ndarray:
         """All samples, row groups shuffled, the samples of a group together."""

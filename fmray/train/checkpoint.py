@@ -17,8 +17,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, fields
 from datetime import timedelta
 from pathlib import Path
@@ -171,14 +170,11 @@ def refuse_all(run_dir: Path, passed: list[str]) -> None:
         )
 
 
-@contextmanager
-def patient_group() -> Iterator[dist.ProcessGroup]:
-    """A process group of all ranks that waits for slow storage longer than for a slow step."""
-    group = dist.new_group(timeout=timedelta(hours=STORAGE_HOURS))
-    try:
-        yield group
-    finally:
-        dist.destroy_process_group(group)
+def patient_group() -> dist.ProcessGroup:
+    """A process group of all ranks that waits for slow storage longer than for a slow step, and
+    needs no GPU for it. Every rank must call this; once a worker group, for it connects them all.
+    """
+    return dist.new_group(backend="gloo", timeout=timedelta(hours=STORAGE_HOURS))
 
 
 def checkpoint_path(run_dir: Path, step: int) -> Path:
@@ -187,50 +183,52 @@ def checkpoint_path(run_dir: Path, step: int) -> Path:
 
 
 def save_checkpoint(
-    engine: Any, run_dir: Path, state: TrainState, recipe_text: str, here: Sequence[int]
+    engine: Any,
+    run_dir: Path,
+    state: TrainState,
+    recipe_text: str,
+    here: Sequence[int],
+    group: dist.ProcessGroup,
 ) -> Path:
     """Write a checkpoint; every rank must call this.
 
     here: the ranks that see this rank's `run_dir`. Where that is not all of them, each node's
-    folder gets the files of its ranks and the manifest of all.
+    folder gets the files of its ranks and the manifest of all. group: a `patient_group`.
 
     Returns its folder, complete on every rank's return.
     """
     final = checkpoint_path(run_dir, state.step)
     partial = run_dir / f".{final.name}.partial"
     first, leads = engine.global_rank == 0, engine.global_rank == here[0]
-    with patient_group() as group:
-        if leads:
-            for left in run_dir.glob(".checkpoint-*.partial"):  # by a worker group that died
-                shutil.rmtree(left)
-            partial.mkdir(parents=True)
-        dist.barrier(group=group)
-        try:
-            engine.save_checkpoint(str(partial), tag=TAG, save_latest=False)
-        except RuntimeError as error:  # of a full disk torch says "unexpected pos 576 vs 534"
-            free = shutil.disk_usage(run_dir).free / 2**20
-            raise RuntimeError(
-                f"writing {partial} failed with {free:.1f} MiB free: {error}"
-            ) from error
-        dist.barrier(group=group)
-        if first:
-            (partial / "recipe.yaml").write_text(recipe_text, encoding="utf-8")
-            text = json.dumps(asdict(state), indent=1) + "\n"
-            (partial / STATE_FILE).write_text(text, encoding="utf-8")
-        # each rank hashes what it has just written, which its node still has in memory
-        mine = manifest.describe_files(partial, _files_of(partial, engine.global_rank))
-        assert mine or state.zero_stage == 0, f"rank {engine.global_rank} wrote no shard"
-        parts: list[Any] = [None] * state.world_size
-        dist.all_gather_object(parts, mine, group=group)
-        if leads:
-            manifest.write_manifest(partial, {k: v for part in parts for k, v in part.items()})
-            for folder in [partial, *(path for path in partial.rglob("*") if path.is_dir())]:
-                manifest.sync(folder)
-            if final.exists():  # of a lost future, or not whole
-                shutil.rmtree(final)
-            os.replace(partial, final)
-            manifest.sync(run_dir)
-        dist.barrier(group=group)
+    if leads:
+        for left in run_dir.glob(".checkpoint-*.partial"):  # by a worker group that died
+            shutil.rmtree(left)
+        partial.mkdir(parents=True)
+    dist.barrier(group=group)
+    try:
+        engine.save_checkpoint(str(partial), tag=TAG, save_latest=False)
+    except RuntimeError as error:  # of a full disk torch says "unexpected pos 576 vs 534"
+        free = shutil.disk_usage(run_dir).free / 2**20
+        raise RuntimeError(f"writing {partial} failed with {free:.1f} MiB free: {error}") from error
+    dist.barrier(group=group)
+    if first:
+        (partial / "recipe.yaml").write_text(recipe_text, encoding="utf-8")
+        text = json.dumps(asdict(state), indent=1) + "\n"
+        (partial / STATE_FILE).write_text(text, encoding="utf-8")
+    # each rank hashes what it has just written, which its node still has in memory
+    mine = manifest.describe_files(partial, _files_of(partial, engine.global_rank))
+    assert mine or state.zero_stage == 0, f"rank {engine.global_rank} wrote no shard"
+    parts: list[Any] = [None] * state.world_size
+    dist.all_gather_object(parts, mine, group=group)
+    if leads:
+        manifest.write_manifest(partial, {k: v for part in parts for k, v in part.items()})
+        for folder in [partial, *(path for path in partial.rglob("*") if path.is_dir())]:
+            manifest.sync(folder)
+        if final.exists():  # of a lost future, or not whole
+            shutil.rmtree(final)
+        os.replace(partial, final)
+        manifest.sync(run_dir)
+    dist.barrier(group=group)
     return final
 
 
@@ -270,16 +268,17 @@ def needs_universal(state: TrainState, world_size: int) -> bool:
     return state.zero_stage > 0 and state.world_size != world_size
 
 
-def make_universal(checkpoint: Path, stage: int, here: Sequence[int]) -> None:
+def make_universal(
+    checkpoint: Path, stage: int, here: Sequence[int], group: dist.ProcessGroup
+) -> None:
     """Convert DeepSpeed's files to its universal format, which any number of workers can load.
 
     Once a folder, verified before it is used again, complete or not at all. Every rank must call
-    this. here: the ranks that see this rank's folder.
+    this. here: the ranks that see this rank's folder. group: a `patient_group`.
     """
-    with patient_group() as group:
-        if dist.get_rank() == here[0]:
-            _convert(checkpoint, stage)
-        dist.barrier(group=group)
+    if dist.get_rank() == here[0]:
+        _convert(checkpoint, stage)
+    dist.barrier(group=group)
 
 
 def _convert(checkpoint: Path, stage: int) -> None:

@@ -13,7 +13,6 @@ import time
 import uuid
 from collections.abc import Callable
 from contextlib import suppress
-from datetime import timedelta
 from pathlib import Path
 from threading import Thread
 
@@ -23,7 +22,6 @@ from fmray.config import ClusterConfig
 from fmray.train import manifest
 from fmray.train.checkpoint import (
     STATE_FILE,
-    STORAGE_HOURS,
     TrainState,
     find_checkpoint,
     kept_checkpoints,
@@ -53,8 +51,8 @@ class Copies:
         # the driver has opened it before: what fails here may pass, and is tried again
         self._mirror = Mirror(cluster.mirror, run_dir) if cluster.mirror is not None else None
         self._rank, self._ranks = dist.get_rank(), dist.get_world_size()
-        # of the thread that copies; the loop's own groups are busy with other things
-        self._group = dist.new_group(backend="gloo", timeout=timedelta(hours=STORAGE_HOURS))
+        # one of this thread, and one of the thread that copies
+        self.group, self._copying = patient_group(), patient_group()
         self._thread: Thread | None = None
         self._newest: Path | None = None
         self._there: set[str] = set()  # names of complete ones in the mirror, the same on all ranks
@@ -69,28 +67,27 @@ class Copies:
         some and none is whole.
         """
         passed: list[str] = []
-        with patient_group() as group:
-            # rank 0 looks: other nodes may see a shared folder a moment later
-            found: list[set[str] | None] = [None, None]
-            if self._rank == 0:
-                found = [{path.name for path in newest_first(self._run_dir)}, set()]
-                if self._mirror is not None:
-                    found[1] = set(self._mirror.checkpoints())
-                    if not (self._run_dir / LOG).exists():
-                        self._mirror.get(LOG)
-            dist.broadcast_object_list(found, group=group)
-            local, self._there = found
-            for name in sorted(local | self._there, reverse=True):
-                path = self._run_dir / name
-                wrong = self._first(self._fault(path), group)
-                if wrong is not None and name in self._there:
-                    self._say(f"{name}: {wrong}; fetched from {self._mirror}")
-                    wrong = self._fetch(path, group)
-                if wrong is None:
-                    self._newest = path
-                    return path
-                passed.append(f"{name}: {wrong}")
-                self._say(f"{passed[-1]}; passed over for the one before")
+        # rank 0 looks: other nodes may see a shared folder a moment later
+        found: list[set[str] | None] = [None, None]
+        if self._rank == 0:
+            found = [{path.name for path in newest_first(self._run_dir)}, set()]
+            if self._mirror is not None:
+                found[1] = set(self._mirror.checkpoints())
+                if not (self._run_dir / LOG).exists():
+                    self._mirror.get(LOG)
+        dist.broadcast_object_list(found, group=self.group)
+        local, self._there = found
+        for name in sorted(local | self._there, reverse=True):
+            path = self._run_dir / name
+            wrong = self._first(self._fault(path), self.group)
+            if wrong is not None and name in self._there:
+                self._say(f"{name}: {wrong}; fetched from {self._mirror}")
+                wrong = self._fetch(path)
+            if wrong is None:
+                self._newest = path
+                return path
+            passed.append(f"{name}: {wrong}")
+            self._say(f"{passed[-1]}; passed over for the one before")
         if len(self.here) == self._ranks or self._there:
             refuse_all(self._run_dir, passed)
         return None  # each node has a part, and no copy was finished: there never was a whole one
@@ -162,7 +159,7 @@ class Copies:
             work()
         except OSError as error:
             wrong = f"rank {self._rank}: {' '.join(str(error).split())}"
-        return self._first(wrong, self._group)
+        return self._first(wrong, self._copying)
 
     def _first(self, wrong: str | None, group: dist.ProcessGroup) -> str | None:
         if self._ranks == 1:
@@ -184,7 +181,7 @@ class Copies:
             return files
         return {k: v for k, v in files.items() if owner(k) in {None, *self.here}}
 
-    def _fetch(self, path: Path, group: dist.ProcessGroup) -> str | None:
+    def _fetch(self, path: Path) -> str | None:
         """Fetch what is not there of a complete checkpoint; what is wrong with it, or None."""
         found: list[dict[str, Entry] | str | None] = [None]
         if self._rank == 0:
@@ -192,35 +189,34 @@ class Copies:
                 found = [self._mirror.manifest(path.name)]
             except ValueError as error:
                 found = [str(error)]
-        dist.broadcast_object_list(found, group=group)
+        dist.broadcast_object_list(found, group=self.group)
         [files] = found
         if isinstance(files, str):
             return files
         if self._leads:
             begin_folder(path, files)
-        dist.barrier(group=group)
+        dist.barrier(group=self.group)
         place = self.here.index(self._rank)
         wrong = None
         for name, entry in list(self._needed(files).items())[place :: len(self.here)]:
             wrong = wrong or self._mirror.get(f"{path.name}/{name}", entry)
-        wrong = self._first(wrong, group)
+        wrong = self._first(wrong, self.group)
         if wrong is None and self._leads:
             manifest.write_manifest(path, files)
-        dist.barrier(group=group)
+        dist.barrier(group=self.group)
         return wrong
 
     def _who_is_here(self) -> list[int]:
         """Each rank leaves a file, and looks which of the others' it sees."""
-        with patient_group() as group:
-            token = [f".here-{uuid.uuid4().hex}" if self._rank == 0 else None]
-            dist.broadcast_object_list(token, group=group)
-            self._run_dir.mkdir(parents=True, exist_ok=True)
-            files = [self._run_dir / f"{token[0]}-{rank}" for rank in range(self._ranks)]
-            files[self._rank].touch()
-            dist.barrier(group=group)
-            here = [rank for rank, file in enumerate(files) if file.exists()]
-            dist.barrier(group=group)
-            files[self._rank].unlink()
+        token = [f".here-{uuid.uuid4().hex}" if self._rank == 0 else None]
+        dist.broadcast_object_list(token, group=self.group)
+        self._run_dir.mkdir(parents=True, exist_ok=True)
+        files = [self._run_dir / f"{token[0]}-{rank}" for rank in range(self._ranks)]
+        files[self._rank].touch()
+        dist.barrier(group=self.group)
+        here = [rank for rank, file in enumerate(files) if file.exists()]
+        dist.barrier(group=self.group)
+        files[self._rank].unlink()
         return here
 
     def _say(self, text: str) -> None:

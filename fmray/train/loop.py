@@ -43,7 +43,6 @@ from fmray.train.samples import (
 )
 from fmray.train.status import StatusFile
 from fmray.train.zero import (
-    accumulation_steps,
     engine_config,
     import_deepspeed,
     make_optimizer,
@@ -88,7 +87,7 @@ def train_worker(config: dict[str, Any]) -> dict[str, Any] | None:
         threads=recipe.data.loader_threads,
         prefetch=recipe.data.prefetch_batches,
     )
-    passes = accumulation_steps(recipe, world_size)
+    passes = loader.passes
     model = build_model(recipe, processor)
     levels = _levels(recipe, model) if recipe.adaptive is not None else None
     total = recipe.train.steps or max(1, round(recipe.train.epochs * loader.steps_per_epoch))
@@ -98,7 +97,7 @@ def train_worker(config: dict[str, Any]) -> dict[str, Any] | None:
     resumed, state = _find_state(recipe, copies)
     universal = state is not None and checkpoints.needs_universal(state, world_size)
     if universal:
-        checkpoints.make_universal(resumed, recipe.zero.stage, copies.here)
+        checkpoints.make_universal(resumed, recipe.zero.stage, copies.here, copies.group)
     engine, _, _, _ = deepspeed.initialize(
         model=model,
         optimizer=make_optimizer(model, recipe),
@@ -111,7 +110,9 @@ def train_worker(config: dict[str, Any]) -> dict[str, Any] | None:
     step = state.step if state is not None else 0
     best, best_step = (state.best, state.best_step) if state is not None else (None, None)
     if first:
-        share = f"{passes} passes of {recipe.train.micro_batch} samples"
+        micro_batch = recipe.train.micro_batch
+        full = recipe.train.global_batch == passes * micro_batch * world_size
+        share = f"{passes} passes of {'' if full else 'at most '}{micro_batch} samples"
         event(run_dir, f"step {step} of {total}; {world_size} ranks, each {share} a step")
 
     with (
@@ -135,8 +136,9 @@ def train_worker(config: dict[str, Any]) -> dict[str, Any] | None:
                 inputs = model_inputs(batch, DTYPES[recipe.model.dtype], device)
                 if levels is not None:
                     units_on, noise = draw(batch, recipe.seed, step, levels)
-                    share_sum += float(model.share_of(units_on).sum())
-                    rows += len(units_on)
+                    if not batch.filler:
+                        share_sum += float(model.share_of(units_on).sum())
+                        rows += len(units_on)
                     inputs |= {"units_on": units_on.to(device), "noise": noise.to(device)}
                 loss = engine(**inputs).loss * answer_tokens(batch)
                 # DeepSpeed takes the mean over workers and micro batches; this makes it the mean
@@ -146,7 +148,8 @@ def train_worker(config: dict[str, Any]) -> dict[str, Any] | None:
                 loss_sum += loss.detach()
             step += 1
 
-            tokens = sum(int(batch.attention_mask.sum()) for batch in micro_batches)
+            learned = [batch for batch in micro_batches if not batch.filler]
+            tokens = sum(int(batch.attention_mask.sum()) for batch in learned)
             sums = _sum([float(loss_sum), share_sum, rows, tokens, notice.due()], device)
             stop = notice.given() if sums[4] else None
             seconds, waiting = time.monotonic() - started, loader.wait_seconds - waited
@@ -193,7 +196,7 @@ def train_worker(config: dict[str, Any]) -> dict[str, Any] | None:
                 )
                 run.flush()
                 path = checkpoints.save_checkpoint(
-                    engine, run_dir, saved, config["recipe_text"], copies.here
+                    engine, run_dir, saved, config["recipe_text"], copies.here, copies.group
                 )
                 copies.keep(path, step, recipe.train.keep_checkpoints, best_step)
             if stop is not None:

@@ -97,8 +97,8 @@ def draw(batch: Batch, seed: int, step: int, levels: Sequence[int]) -> tuple[Ten
 
 
 def answer_tokens(batch: Batch) -> int:
-    """How many tokens are learned: those that some token precedes."""
-    return int((batch.labels[:, 1:] != IGNORED).sum())
+    """How many tokens are learned: those that some token precedes. Of a filler none."""
+    return 0 if batch.filler else int((batch.labels[:, 1:] != IGNORED).sum())
 
 
 def score_answers(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -17,6 +17,7 @@ from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 
 from fmray.config import Recipe
+from fmray.data.schedule import passes_of
 
 
 def import_deepspeed() -> ModuleType:
@@ -29,21 +30,6 @@ def import_deepspeed() -> ModuleType:
     # needs a compiler
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     return deepspeed
-
-
-def accumulation_steps(recipe: Recipe, world_size: int) -> int:
-    """Micro batches per worker and step.
-
-    Raises ValueError when the global batch does not divide.
-    """
-    per_pass = recipe.train.micro_batch * world_size
-    if recipe.train.global_batch % per_pass:
-        raise ValueError(
-            f"train.global_batch {recipe.train.global_batch} is not a multiple of "
-            f"train.micro_batch {recipe.train.micro_batch} x {world_size} workers = "
-            f"{per_pass}; change one of them"
-        )
-    return recipe.train.global_batch // per_pass
 
 
 def engine_config(recipe: Recipe, world_size: int, universal: bool = False) -> dict[str, Any]:
@@ -59,10 +45,12 @@ def engine_config(recipe: Recipe, world_size: int, universal: bool = False) -> d
         stage["stage3_param_persistence_threshold"] = zero.parameter_persistence
         if zero.offload_parameters != "none":
             stage["offload_param"] = {"device": zero.offload_parameters}
+    micro_batch = recipe.train.micro_batch
+    passes = passes_of(recipe.train.global_batch, micro_batch, world_size)
     config: dict[str, Any] = {
-        "train_batch_size": recipe.train.global_batch,
-        "train_micro_batch_size_per_gpu": recipe.train.micro_batch,
-        "gradient_accumulation_steps": accumulation_steps(recipe, world_size),
+        "train_batch_size": micro_batch * passes * world_size,  # fillers included
+        "train_micro_batch_size_per_gpu": micro_batch,
+        "gradient_accumulation_steps": passes,
         "gradient_clipping": recipe.train.gradient_clip,
         "bf16": {"enabled": recipe.model.dtype == "bfloat16"},
         "zero_optimization": stage,

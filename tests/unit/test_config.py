@@ -230,6 +230,7 @@ def test_files_that_are_none(tmp_path: Path) -> None:
         ("train.lrr=1", "--set: train.lrr: there is no such key; did you mean train.lr?"),
         ("name.first=a", "--set: name: should be a valid string, not {first: a}"),
         ("train.micro_batch=7", "train.global_batch: 128 is not a multiple"),
+        ("cluster.workers=[2, 129]", "128 leaves nothing for some of 129 workers; 129 or more"),
         ("extends=a.yaml", "--set: extends: there is no such key"),
     ],
 )
@@ -381,6 +382,12 @@ def test_schema_refuses_what_the_loader_refuses() -> None:
         jsonschema.validate({"name": "a", "kind": "fewshot", "zero": {"stage": 1}}, schema())
     jsonschema.validate({"extends": "b.yaml"}, schema())
     jsonschema.validate({"kind": "fewshot", "episodes": {"ways": 5}}, schema())
+
+
+def test_a_number_of_workers_that_changes_need_not_divide_the_batch() -> None:
+    train = {"global_batch": 100, "micro_batch": 8}
+    recipe = Recipe.model_validate({"name": "a", "train": train, "cluster": {"workers": [3, 7]}})
+    assert list(recipe.cluster.world_sizes) == [3, 4, 5, 6, 7]
 
 
 def test_conflicts_are_refused_without_a_file_too() -> None:

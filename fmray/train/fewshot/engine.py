@@ -2,7 +2,7 @@
 
 In: a learner (a module whose forward gives the loss of one episode) and the `train` section. Out:
 an engine: call it, `backward`, `step`, once for each of this worker's episodes; the last one of a
-step moves the weights by the gradient of the mean over the episodes of *all* workers.
+step moves the weights by the gradient of the mean over the passes of *all* workers.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.lr_scheduler import LambdaLR
 
+from fmray.data.schedule import passes_of
 from fmray.fewshot_config import FewshotTrainConfig
 from fmray.train.zero import import_deepspeed
 
@@ -99,12 +100,12 @@ def make_engine(
 
     universal: a ZeRO checkpoint of another number of workers will be loaded.
     """
-    passes = config.episodes_per_step // world_size
+    passes = passes_of(config.episodes_per_step, 1, world_size)
     optimizer = make_optimizer(learner, config)
     if config.strategy == "ddp":
         return TorchEngine(learner, optimizer, passes, config.gradient_clip)
     settings: dict[str, Any] = {
-        "train_batch_size": config.episodes_per_step,  # its sample is an episode
+        "train_batch_size": passes * world_size,  # its sample is an episode
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": passes,
         "gradient_clipping": config.gradient_clip,

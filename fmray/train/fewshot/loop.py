@@ -13,7 +13,6 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
-from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +23,7 @@ import torch.distributed as dist
 
 from fmray import tracking
 from fmray.data.image_store import ImageStore
+from fmray.data.schedule import passes_of
 from fmray.fewshot import Encoder, finetuning_mode
 from fmray.fewshot_config import FewshotRecipe, FewshotTrainConfig
 from fmray.train import checkpoint as checkpoints
@@ -89,13 +89,13 @@ def train_worker(config: dict[str, Any]) -> dict[str, Any]:
             f" resumed by as many, not by {world_size}; set cluster.workers back"
         )
     if universal:
-        checkpoints.make_universal(resumed, ZERO_STAGE, copies.here)
+        checkpoints.make_universal(resumed, ZERO_STAGE, copies.here, copies.group)
     engine = make_engine(learner, train, world_size, universal)
     if state is not None:
         checkpoints.load_checkpoint(engine, resumed, universal)
     start = state.step if state is not None else 0
     if first:
-        share = f"{train.episodes_per_step // world_size} episodes"
+        share = f"{passes_of(train.episodes_per_step, 1, world_size)} episodes"
         text = f"{world_size} ranks, each {share} a step"
         event(run_dir, f"step {start} of {train.steps}; {text}")
 
@@ -141,7 +141,7 @@ def train_worker(config: dict[str, Any]) -> dict[str, Any]:
                 )
                 run.flush()
                 path = checkpoints.save_checkpoint(
-                    engine, run_dir, saved, config["recipe_text"], copies.here
+                    engine, run_dir, saved, config["recipe_text"], copies.here, copies.group
                 )
                 copies.keep(path, step, train.keep_checkpoints, None)
             if stop is not None:
@@ -190,31 +190,37 @@ def run_steps(
     """Take the steps after `start`; after each, its number, its metrics over all workers, and why
     to stop now, if so."""
     finetuning_mode(engine.module)
-    order = [
-        training.order(step, train.episodes_per_step)[rank::world_size]
-        for step in range(start, train.steps)
-    ]
-    batches = read_ahead(training, pictures, [index for indices in order for index in indices])
-    for step, indices in enumerate(order, start + 1):
+    episodes = train.episodes_per_step
+    passes = passes_of(episodes, 1, world_size)
+    own = len(range(rank, episodes, world_size))
+    # the engine's mean is over passes x workers; what fills up the last pass counts for nothing
+    weights = [passes * world_size / episodes] * own + [0.0] * (passes - own)
+    order = []
+    for step in range(start, train.steps):
+        mine = training.order(step, episodes)[rank::world_size]
+        order += [*mine, *mine[: passes - own]]
+    batches = read_ahead(training, pictures, order)
+    for step in range(start + 1, train.steps + 1):
         began = time.monotonic()
         # loss, accuracy, whether to ask for a notice
         sums = torch.zeros(3, dtype=torch.float64, device=device)
-        for batch in islice(batches, len(indices)):
+        for weight, batch in zip(weights, batches, strict=False):  # of all steps
             inputs = (batch.support, batch.query, batch.labels)
             loss, accuracy = engine(*(part.to(device) for part in inputs))
-            engine.backward(loss)
+            engine.backward(loss * weight)
             engine.step()
-            sums[:2] += torch.stack([loss.detach(), accuracy.detach()])
+            if weight:
+                sums[:2] += torch.stack([loss.detach(), accuracy.detach()])
         if notice is not None:
             sums[2] = notice.due()
         if world_size > 1:
             dist.all_reduce(sums)
         *means, ask = sums.tolist()
-        loss_mean, accuracy_mean = (mean / train.episodes_per_step for mean in means)
+        loss_mean, accuracy_mean = (mean / episodes for mean in means)
         metrics = {
             "loss": loss_mean,
             "accuracy": accuracy_mean,
-            "episodes_per_s": train.episodes_per_step / (time.monotonic() - began),
+            "episodes_per_s": episodes / (time.monotonic() - began),
         }
         norm = engine.get_global_grad_norm()
         if norm is not None:

@@ -44,7 +44,9 @@ def start(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_two_workers_learn_what_one_does_and_one_can_go_on(
     store, start: Path, tmp_path: Path, method: str, strategy: str
 ) -> None:
+    """Three episodes a step, which two workers cannot share evenly."""
     train = TRAIN | {"method": method, "checkpoint_every": 2, "keep_checkpoints": 9}
+    train |= {"episodes_per_step": 3}
     if strategy == "zero":
         train |= {"optimizer": "adamw", "lr": 1e-3}
     encoder = {"checkpoint": start}
@@ -53,8 +55,9 @@ def test_two_workers_learn_what_one_does_and_one_can_go_on(
     )
     train |= {"strategy": strategy}
     sections = {"train": train, "encoder": encoder}
-    loaded = fewshot_recipe(store, tmp_path, cluster=TWO, **sections)
+    loaded = fewshot_recipe(store, tmp_path, cluster=TWO | {"workers": [1, 2]}, **sections)
     together = train_fewshot(loaded, "run")
+    assert "2 ranks, each 2 episodes a step" in (together.run_dir / "events.jsonl").read_text()
     assert losses(together.run_dir) == pytest.approx(losses(alone.run_dir), rel=1e-4)
     wanted = weights(alone.model_dir)
     for name, tensor in weights(together.model_dir).items():

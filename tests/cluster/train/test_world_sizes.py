@@ -53,18 +53,20 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def recipe(store: Path, storage: Path, dtype: str, stage: int) -> LoadedRecipe:
-    """Seven steps, and two parameter groups with their own learning rates."""
+    """Seven steps of 25 samples, which no number of ranks shares evenly, and two parameter groups
+    with their own learning rates."""
     return load_recipe(
         store,
         storage,
         adaptive=ADAPTIVE,
         model={"dtype": dtype},
         zero={"stage": stage, "parameter_persistence": 0},
+        cluster={"workers": [1, 3]},
         train={
             "lr": 2e-3,
             "scheduler_lr": 5e-3,
             "steps": SAVED + 4,
-            "global_batch": 24,
+            "global_batch": 25,
             "micro_batch": 4,
             "eval_rows": 4,
             "eval_budgets": (1.0,),

@@ -6,7 +6,7 @@ import json
 import shutil
 import threading
 import time
-from itertools import chain
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from fmray.data.loader import IGNORED, Batch, InstructionLoader, evaluation_batc
 from fmray.data.processor import load_processor, scratch_processor
 from fmray.data.schedule import Schedule, lanes_of
 from fmray.data.store import StoreSplit
+from fmray.train.samples import answer_tokens
 
 PICTURES = 500
 
@@ -65,13 +66,28 @@ def contents(steps: Any) -> list[list[tuple]]:
 def test_global_batches_do_not_depend_on_the_number_of_workers(store: Path) -> None:
     alone = contents(make_loader(store).epoch(1))
     assert len(alone) == make_loader(store).steps_per_epoch == PICTURES * 3 // 32
-    for world_size in (2, 4):
-        ranks = [
-            contents(make_loader(store, rank=rank, world_size=world_size).epoch(1))
-            for rank in range(world_size)
+    for world_size in (2, 3, 4, 5, 7, 32):
+        loaders = [make_loader(store, rank=r, world_size=world_size) for r in range(world_size)]
+        ranks = [list(islice(loader.epoch(1), 5)) for loader in loaders]
+        assert {len(step) for rank in ranks for step in rank} == {loaders[0].passes}
+        learned = [
+            contents([[batch for batch in step if not batch.filler] for step in rank])
+            for rank in ranks
         ]
-        for step, together in enumerate(zip(*ranks, strict=True)):
+        for step, together in enumerate(zip(*learned, strict=True)):
             assert sorted(chain(*together)) == sorted(alone[step])
+            assert max(map(len, together)) - min(map(len, together)) <= 1
+
+
+def test_a_filler_is_a_pass_that_teaches_nothing(store: Path) -> None:
+    """33 samples in passes of 8: the second of two workers has 17, a pass more than the first."""
+    first, second = (
+        next(make_loader(store, global_batch=33, rank=rank, world_size=2).epoch(0))
+        for rank in range(2)
+    )
+    assert [len(batch.rows) for batch in second] == [8, 8, 1]
+    assert [batch.filler for batch in first] == [False, False, True]
+    assert [answer_tokens(batch) > 0 for batch in first] == [True, True, False]
 
 
 def test_each_sample_at_most_once_an_epoch_and_epochs_differ(store: Path) -> None:
@@ -292,12 +308,7 @@ def test_lengths_in_the_store_are_those_of_the_batches(store: Path) -> None:
 @pytest.mark.parametrize(
     "changed, message",
     [
-        ({"micro_batch": 5}, "32 is not a multiple of 1 workers x micro_batch 5 = 5; 30 would be"),
-        ({"world_size": 3}, "32 is not a multiple of 3 workers x micro_batch 8 = 24; 24 would be"),
-        (
-            {"global_batch": 130, "micro_batch": 13, "world_size": 5},
-            "has 26 lanes, which 5 workers cannot share evenly",
-        ),
+        ({"world_size": 33}, "32 is less than a sample for each of 33 workers; use fewer"),
         ({"global_batch": 1600}, "1500 train samples of at most 100 tokens are less than one"),
         ({"max_length": 1}, "0 train samples of at most 1 tokens"),
     ],

@@ -12,16 +12,14 @@ from support.training import ADAPTIVE, load_recipe
 
 from fmray.data.processor import scratch_processor
 from fmray.train.models import build_model
-from fmray.train.zero import accumulation_steps, engine_config, lr_factor, make_optimizer
+from fmray.train.zero import engine_config, lr_factor, make_optimizer
 
 
 def test_accumulation_follows_from_the_global_batch(tmp_path: Path) -> None:
     recipe = load_recipe(tmp_path, tmp_path).recipe  # 16 = 8 x 2
-    assert [accumulation_steps(recipe, workers) for workers in (1, 2)] == [2, 1]
-    with pytest.raises(
-        ValueError, match=r"global_batch 16 is not a multiple of train.micro_batch 8 x 3"
-    ):
-        accumulation_steps(recipe, 3)
+    configs = [engine_config(recipe, workers) for workers in (1, 2, 3)]
+    assert [config["gradient_accumulation_steps"] for config in configs] == [2, 1, 1]
+    assert [config["train_batch_size"] for config in configs] == [16, 16, 24]
 
 
 def test_engine_config_says_what_the_recipe_says(tmp_path: Path) -> None:
