@@ -83,7 +83,6 @@ def chat(*urls: str, text: str = "what is in the picture ?", **fields: Any) -> d
     return {"model": "tiny", "messages": [{"role": "user", "content": content}], **fields}
 
 
-@dataclass
 class Answer(NamedTuple):
     """One question. client: by number; status: 0 where no answer came, then text names the
     error."""
@@ -136,6 +135,7 @@ class Load:
         return [answer for answer in self.answers if answer.status != 200]
 
 
+@dataclass
 class ScriptedWorker:
     """Behaves as an `EngineWorker` that gives every ask the same tokens.
 
