@@ -108,14 +108,10 @@ def soak(training: Training, seconds: float, every: float, draw: random.Random) 
         if time.monotonic() - started > seconds or training.job.process.poll() is not None:
             break
         kind, step, before = draw.choice(KINDS), training.watch.step, len(training.watch.repeated)
-        fault = time.monotonic()
+        starts, fault = training.starts(), time.monotonic()
         machine = break_something(kind, training, draw)
         mend(kind, training)
-        until(
-            lambda step=step: training.watch.step > step or training.job.process.poll() is not None,
-            LONGEST,
-            f"a step after {step}; {training.job.text()[-2000:]}",
-        )
+        training.until_restarted(starts, LONGEST)
         faults.append(
             Fault(
                 kind,

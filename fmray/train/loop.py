@@ -120,7 +120,7 @@ def train_worker(config: dict[str, Any]) -> dict[str, Any] | None:
         StepLog(run_dir / "log.jsonl", keep_until=step, enabled=first) as log,
         Progress(total, step, enabled=first) as progress,
         Notice(rank) as notice,
-        StatusFile(run_dir, "train", step, total, recipe.cluster.cpus_per_worker, device),
+        StatusFile(run_dir, "train", step, total, recipe.cluster.cpus_per_worker, device) as status,
     ):
         metrics: dict[str, float] = {}
         found: dict[str, float] = {}
@@ -195,6 +195,7 @@ def train_worker(config: dict[str, Any]) -> dict[str, Any] | None:
                     best_step=best_step,
                 )
                 run.flush()
+                status.check()
                 path = checkpoints.save_checkpoint(
                     engine, run_dir, saved, config["recipe_text"], copies.here, copies.group
                 )
@@ -209,6 +210,7 @@ def train_worker(config: dict[str, Any]) -> dict[str, Any] | None:
         if not found:  # resumed after the last step: there was nothing left to train
             found = evaluate_budgets(engine, recipe, processor, rank, world_size, device)
         weights = checkpoints.full_state(model)
+        status.check()
         if first:
             if recipe.model.lora is not None:
                 weights = merge_lora(weights, recipe.model.lora.alpha, recipe.model.lora.rank)

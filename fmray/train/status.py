@@ -99,11 +99,29 @@ class StatusFile:
         return self
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        if self._values is not None:
+        if self._values is not None and self._newer() is None:
             self._values["state"] = "ended" if error is None else "failed"
             if error is not None:
                 self._values["failure"] = f"{type(error).__name__}: {' '.join(str(error).split())}"
-        self._write()
+            self._write()
+
+    def check(self) -> None:
+        """Before something of the run is replaced. When the head node is lost, workers on other
+        nodes outlive their job for minutes, and must not write into the next one.
+
+        Raises RuntimeError on rank 0 where another worker group has begun.
+        """
+        if self._values is not None and (newer := self._newer()) is not None:
+            raise RuntimeError(
+                f"worker group {newer} of run {self._path.parent.name} has begun; this one,"
+                f" {self._values['groups']}, writes no more"
+            )
+
+    def _newer(self) -> int | None:
+        """The group that has written the file since this one did."""
+        now = read_status(self._path.parent)
+        mine = (self._values["groups"], self._values["started"])
+        return now.groups if now is not None and (now.groups, now.started) != mine else None
 
     def _write(self) -> None:
         if self._values is not None:

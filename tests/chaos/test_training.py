@@ -105,7 +105,8 @@ def test_the_head_is_lost_and_the_job_submitted_again(
     training.until_step(INTERVAL + 2)
     machines.head.lose_power()
     others = machines.machines[1:]
-    orphans = until(lambda: not any(m.find("ray::") for m in others), 120, "the orphans to end")
+    # Ray needs minutes to find out that a machine is silent
+    orphans = until(lambda: not any(m.find("ray::") for m in others), 400, "the orphans to end")
     machines.mend()
     training.submit()
     survived(training, calm, figure)

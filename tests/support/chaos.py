@@ -14,6 +14,7 @@ import sys
 import threading
 import time
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -65,10 +66,21 @@ class Watch:
                     self.repeated.append(self.step - step)
                 self.marks.append((time.monotonic(), step))
 
+    @property
+    def furthest(self) -> int:
+        """The highest step so far."""
+        return max(step for _, step in self.marks)
+
     def recovered(self, fault: float) -> float:
-        """Seconds from the fault to the first step that had not been done before it."""
-        reached = max(step for at, step in self.marks if at <= fault)
-        return next(at for at, step in self.marks if at > fault and step > reached) - fault
+        """Seconds from the fault to the end of the longest time without a step that had not been
+        done before: some more may be done before a fault is felt."""
+        furthest, moments = 0, [fault]
+        for at, step in self.marks:
+            if step > furthest and at > fault:
+                moments.append(at)
+            furthest = max(furthest, step)
+        _, end = max(((b - a, b) for a, b in pairwise(moments)), default=(0.0, fault))
+        return end - fault
 
     def close(self) -> None:
         """Read no more."""
@@ -122,6 +134,15 @@ class Training:
     def starts(self) -> int:
         """How often workers began, or did not come that far."""
         return self.said().count(" ranks, each ") + self.said().count("the workers did not start")
+
+    def until_restarted(self, starts: int, seconds: float) -> None:
+        """Wait for more than so many `starts`, and then for a step that is new, or the end."""
+        until(lambda: self.starts() > starts or self._over(), seconds, "a restart")
+        furthest = self.watch.furthest
+        until(lambda: self.watch.step > furthest or self._over(), seconds, f"step {furthest + 1}")
+
+    def _over(self) -> bool:
+        return self.job.process.poll() is not None
 
     def until_said(self, text: str, seconds: float = 600) -> None:
         """Wait for a line of the job."""

@@ -106,7 +106,7 @@ def train_worker(config: dict[str, Any]) -> dict[str, Any]:
         Notice(rank) as notice,
         StatusFile(
             run_dir, "train_fewshot", start, train.steps, recipe.cluster.cpus_per_worker, device
-        ),
+        ) as status,
     ):
         metrics: dict[str, float] = {}
         found: dict[str, float] = {}
@@ -140,6 +140,7 @@ def train_worker(config: dict[str, Any]) -> dict[str, Any]:
                     best_step=None,
                 )
                 run.flush()
+                status.check()
                 path = checkpoints.save_checkpoint(
                     engine, run_dir, saved, config["recipe_text"], copies.here, copies.group
                 )
@@ -151,6 +152,7 @@ def train_worker(config: dict[str, Any]) -> dict[str, Any]:
                 ray.train.report({"step": step, "score": step, **metrics, **found})
         if evaluate is not None and first and not found:  # resumed after the last step
             found = evaluate(encoder)
+        status.check()
         if first:
             export_encoder(encoder, run_dir / "model")
         copies.finish()

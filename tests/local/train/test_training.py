@@ -21,6 +21,7 @@ from fmray.train.checkpoint import find_checkpoint, read_state
 from fmray.train.job import Result, train
 from fmray.train.models import build_model
 from fmray.train.progress import StepLog, read_log
+from fmray.train.status import STATUS_FILE, read_status
 
 TRAIN = {"lr": 2e-3, "steps": 8, "global_batch": 16, "micro_batch": 8, "eval_rows": 8}
 
@@ -250,6 +251,24 @@ def test_sigterm_makes_a_checkpoint_and_the_run_goes_on(
     assert signal.getsignal(signal.SIGTERM) == kept
     assert read_state(find_checkpoint(tmp_path / "stopped")).step == 3  # the step it came in
     assert losses(run("stopped", train=TRAIN)) == losses(whole)
+
+
+def test_workers_that_others_have_replaced_write_no_more(
+    run: Callable[..., Result], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """As those of a lost head node, when the job has been submitted again."""
+    real, path = StepLog.write, tmp_path / "taken" / STATUS_FILE
+
+    def write(log: StepLog, step: int, metrics: dict[str, float]) -> None:
+        real(log, step, metrics)
+        path.write_text(path.read_text().replace('"groups": 1', '"groups": 2'))
+
+    monkeypatch.setattr(StepLog, "write", write)
+    with pytest.raises(RuntimeError, match="worker group 2 of run taken has begun; this one, 1, "):
+        run("taken", train=TRAIN)
+    assert find_checkpoint(path.parent) is None and not (path.parent / "model").exists()
+    status = read_status(path.parent)
+    assert (status.groups, status.state) == (2, "running")
 
 
 def test_a_mistake_found_by_the_workers_is_the_jobs(run: Callable[..., Result]) -> None:
