@@ -35,7 +35,7 @@ from support.machines import Machine, Machines, made, until
 from support.training import make_store
 
 MEGABITS, FREE = 8, 1000  # a step takes most of a second over the first
-STEPS_PER_SECOND = 0.5  # of the time to spend; what is left after faults takes moments
+STEPS_PER_SECOND = 1.0  # of the time to spend: more than it can take; what is left takes moments
 ELASTIC = {"workers": [1, 3]}
 CLOSE = 1e-3  # relative, of the mean loss of the last ten steps: other sums, in another order
 CUT_SECONDS = 30.0
