@@ -1,0 +1,303 @@
+"""How training scales over machines: measured on one to three of them, then on paper for many GPUs.
+
+    PYTHONPATH=tests python benchmarks/scaling.py [--megabits 200] [--steps 8] [--folder F]
+
+As root: the machines are network namespaces with a link of so many megabits a second, each way, in
+front of each (`tests/support/machines.py`, `tc tbf`). What runs on them is the training loop of
+`jobs/train_adallava.py` with its loader, DeepSpeed and gloo; Ray, which only starts the workers and
+hands them their rank, is left out, and with it its heartbeats on the links and a minute of starts
+(`support/ranks.py`). Each stage of ZeRO, on one machine, then two and three with as many rows a
+rank (weak) and with the same global batch (strong), two accumulation passes in each.
+
+Three things are compared. Bytes: what `fmray.train.communication` says that a rank sends, around a
+ring, against what its eth0 has sent. Time: a step is split into computation, communication (the
+least that any rank was held up in a collective: the others wait for that rank too) and waiting for
+data. And both together: a step predicted from computation on one machine, the bytes and the link,
+against the step.
+
+What this cannot show is a speed-up in computation: the machines share the cores of one. So the
+model is small and the links slow, communication weighs more than computation, and the prediction
+takes computation times processes / cores where there are more processes than cores. Nothing is
+hidden behind computation: DeepSpeed waits for gloo's calls, and stage 3 is kept from prefetching
+and from keeping what it has gathered (`scaling_rank.py`), as a model of billions could not.
+
+At the end `projection.py` says what follows for the recipes of 7B and 13B: on paper, no GPU is used.
+`--folder` gets `scaling.json` (each step of each rank) and `scaling.txt` (the tables).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from projection import projection
+from support.machines import Machine, Machines, linked
+from support.training import ADAPTIVE, load_recipe, make_store
+
+from fmray.train.communication import Volume, least, volume
+
+STAGES = (0, 1, 2, 3)
+PASSES = 2
+ROWS = 12  # of a rank's step on one machine
+WARM_UP = 3  # steps; in the first two ZeRO-3 learns the order of the modules
+WIDTHS = {"float32": 4, "bfloat16": 2}
+MODEL = {
+    "layers": 4,
+    "hidden": 256,
+    "heads": 4,
+    "intermediate": 688,
+    "vision_layers": 2,
+    "vision_hidden": 128,
+    "vision_heads": 2,
+}
+PAYLOAD = 1448 / 1514  # of an Ethernet frame that a link counts: TCP's part
+GLOO_REDUCE_SCATTER = 2.0
+CASE_SECONDS = 300
+
+
+@dataclass(frozen=True)
+class Case:
+    """One training. kind: one (machine), weak or strong; rows: of a rank in a step."""
+
+    kind: str
+    stage: int
+    world_size: int
+    rows: int
+
+
+@dataclass(frozen=True)
+class Row:
+    """What a case has shown: seconds a step, bytes a step and rank."""
+
+    case: Case
+    step: float
+    computation: float
+    communication: float
+    data: float
+    sent: float
+    called: Volume
+    model: Volume
+    least: Volume
+
+    @property
+    def model_sent(self) -> float:
+        """Around a ring."""
+        return self.model.sent(self.case.world_size)
+
+    @property
+    def gloo_sent(self) -> float:
+        """With what gloo makes of a reduce-scatter."""
+        model, world_size = self.model, self.case.world_size
+        extra = (GLOO_REDUCE_SCATTER - 1) * model.reduce_scatter
+        return Volume(model.all_reduce, model.reduce_scatter + extra, model.all_gather).sent(
+            world_size
+        )
+
+
+class Ranks:
+    """A process on each machine that trains what it is told."""
+
+    def __init__(self, machines: Machines) -> None:
+        self._folder = machines.folder
+        self._processes = [self._start(machines, machine) for machine in machines.machines]
+        for process in self._processes:
+            assert self._answer(process) == "ready"
+
+    def _start(self, machines: Machines, machine: Machine) -> subprocess.Popen[str]:
+        program = str(Path(__file__).with_name("scaling_rank.py"))
+        environment = machines.environment()
+        environment["PYTHONPATH"] += f":{Path(__file__).parents[1] / 'tests'}"
+        with (machines.folder / f"rank-{machine.number}.log").open("w") as log:
+            return subprocess.Popen(
+                ["ip", "netns", "exec", machine.name, sys.executable, program],
+                env=environment,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=log,
+                text=True,
+            )
+
+    def _answer(self, process: subprocess.Popen[str]) -> str:
+        line = process.stdout.readline()
+        if not line:
+            logs = sorted(self._folder.glob("rank-*.log"))
+            raise SystemExit("\n".join(f"{log}: {log.read_text()[-3000:]}" for log in logs))
+        return line.strip()
+
+    def run(self, case: Case, config: dict[str, Any], steps: int) -> list[dict[str, Any]]:
+        """What each rank has measured."""
+        with tempfile.TemporaryDirectory(dir=self._folder) as folder:
+            told = {**asdict(case), "config": config, "folder": folder}
+            told |= {"steps": steps, "warm_up": WARM_UP}
+            used = self._processes[: case.world_size]
+            for rank, process in enumerate(used):
+                process.stdin.write(json.dumps({**told, "rank": rank}) + "\n")
+                process.stdin.flush()
+            return [json.loads(self._answer(process)) for process in used]
+
+
+def cases() -> Iterator[Case]:
+    """One machine first, for each stage: the others are predicted from it."""
+    for stage in STAGES:
+        yield Case("one", stage, 1, ROWS)
+        for world_size in (2, 3):
+            yield Case("weak", stage, world_size, ROWS)
+            yield Case("strong", stage, world_size, ROWS // world_size)
+
+
+def measured(case: Case, ranks: list[dict[str, Any]], width: int) -> Row:
+    """Medians over the steps; of bytes, which come when they come, means."""
+
+    def median(rank: dict[str, Any], name: str) -> float:
+        return statistics.median(step[name] for step in rank["steps"])
+
+    held_up = [median(rank, "communication") for rank in ranks]
+    slowest = ranks[held_up.index(min(held_up))]
+    seconds, data = median(slowest, "seconds"), median(slowest, "data")
+    called = slowest["steps"][-1]["called"]
+    sizes = (slowest["trainable"], slowest["frozen"], width, PASSES)
+    return Row(
+        case,
+        seconds,
+        seconds - min(held_up) - data,
+        min(held_up),
+        data,
+        statistics.mean(step["sent"] for rank in ranks for step in rank["steps"]),
+        Volume(*(called.get(name, 0) for name in ("all_reduce", "reduce_scatter", "all_gather"))),
+        volume(case.stage, *sizes),
+        least(case.stage, *sizes),
+    )
+
+
+def predicted(row: Row, one: Row, bytes_per_second: float) -> float:
+    """Seconds of a step, from the step on one machine, the model's bytes and the link."""
+    cores = len(os.sched_getaffinity(0))
+    busy = max(1.0, row.case.world_size / cores)
+    computation = one.computation * row.case.rows / one.case.rows * busy
+    return computation + one.data + row.gloo_sent / bytes_per_second
+
+
+def table(rows: Sequence[Row], megabits: float) -> list[str]:
+    """Lines: bytes, then time."""
+    lines = [
+        "",
+        "bytes that a rank sends in a step, MB: `paper`, what the ZeRO paper needs; `model`, what"
+        " DeepSpeed's collectives send around a ring; `eth0`, measured",
+        f"{'':18s}{'called MB: all-reduce':>22s}{'reduce-scatter':>16s}{'all-gather':>12s}"
+        f"{'model/called':>14s}{'paper':>8s}{'model':>8s}{'gloo':>8s}{'eth0':>8s}{'eth0/gloo':>11s}",
+    ]
+    for row in rows:
+        case, called = row.case, row.called
+        if case.world_size == 1:
+            continue
+        ring = called.sent(case.world_size)
+        lines.append(
+            f"{_name(case):18s}{called.all_reduce / 1e6:22.2f}{called.reduce_scatter / 1e6:16.2f}"
+            f"{called.all_gather / 1e6:12.2f}{row.model_sent / ring:14.4f}"
+            f"{row.least.sent(case.world_size) / 1e6:8.2f}{row.model_sent / 1e6:8.2f}"
+            f"{row.gloo_sent / 1e6:8.2f}{row.sent / 1e6:8.2f}{row.sent / row.gloo_sent:11.4f}"
+        )
+    speed = megabits * 1e6 / 8 * PAYLOAD
+    lines += [
+        "",
+        f"seconds a step (links {megabits:g} Mbit/s, {len(os.sched_getaffinity(0))} cores for all"
+        " machines)",
+        f"{'':18s}{'step':>8s}{'computation':>13s}{'communication':>15s}{'data':>8s}"
+        f"{'predicted':>11s}{'predicted/step':>16s}",
+    ]
+    ones = {row.case.stage: row for row in rows if row.case.kind == "one"}
+    for row in rows:
+        line = (
+            f"{_name(row.case):18s}{row.step:8.3f}{row.computation:13.3f}{row.communication:15.3f}"
+            f"{row.data:8.3f}"
+        )
+        if row.case.world_size > 1:
+            wanted = predicted(row, ones[row.case.stage], speed)
+            line += f"{wanted:11.3f}{wanted / row.step:16.3f}"
+        lines.append(line)
+    return lines
+
+
+def _name(case: Case) -> str:
+    return f"ZeRO-{case.stage} {case.world_size} {case.kind}"
+
+
+def measure(machines: Machines, folder: Path, megabits: float, steps: int, dtype: str) -> list[str]:
+    """All cases; the lines of the tables."""
+    recipe = load_recipe(folder / "store", folder / "runs", model={"scratch": MODEL})
+    store = make_store(folder, recipe.recipe)
+    machines.cap(megabits)
+    with started(machines) as ranks:
+        rows, kept = [], []
+        for case in cases():
+            loaded = load_recipe(
+                store,
+                folder / "runs",
+                model={"scratch": MODEL, "freeze": ["vision"], "dtype": dtype},
+                adaptive=ADAPTIVE,
+                zero={"stage": case.stage, "parameter_persistence": 0},
+                train={
+                    "steps": 10 * (WARM_UP + steps),
+                    "global_batch": case.rows * case.world_size,
+                    "micro_batch": case.rows // PASSES,
+                },
+                cluster={"workers": case.world_size, "cpus_per_worker": 1},
+            )
+            name = f"{dtype}-{case.kind}-{case.stage}-{case.world_size}"
+            (folder / "runs" / name).mkdir(parents=True, exist_ok=True)
+            config = {
+                "recipe": loaded.recipe.model_dump_json(),
+                "recipe_text": loaded.dump(),
+                "run_id": name,
+            }
+            began = time.monotonic()
+            found = ranks.run(case, config, steps)
+            rows.append(measured(case, found, WIDTHS[dtype]))
+            kept.append({"case": asdict(case), "ranks": found})
+            row = rows[-1]
+            print(
+                f"{_name(case):18s} {row.step:.3f} s a step, {row.sent / 1e6:.2f} MB sent a rank"
+                f" ({time.monotonic() - began:.0f} s)",
+                flush=True,
+            )
+    partial = folder / ".scaling.json.partial"
+    partial.write_text(json.dumps(kept), encoding="utf-8")
+    os.replace(partial, folder / "scaling.json")
+    return table(rows, megabits)
+
+
+def main() -> int:
+    """Parse, measure, project."""
+    parser = argparse.ArgumentParser(description="Weak and strong scaling, and the model of it.")
+    parser.add_argument("--megabits", type=float, default=200.0, help="of a link, each way (200)")
+    parser.add_argument("--steps", type=int, default=8, help="measured in each case (default 8)")
+    parser.add_argument("--dtype", choices=WIDTHS, default="float32")
+    parser.add_argument("--folder", type=Path, help="for results; short (default: a temporary one)")
+    options = parser.parse_args()
+    if options.megabits <= 0 or options.steps < 1:
+        parser.error("--megabits and --steps must be positive")
+    if os.geteuid() != 0:
+        raise SystemExit("scaling: network namespaces need root")
+    folder = options.folder or Path(tempfile.mkdtemp(prefix="scaling-"))
+    folder.mkdir(parents=True, exist_ok=True)
+    print(f"results in {folder}", flush=True)
+    with linked(folder / "m") as machines:
+        lines = measure(machines, folder, options.megabits, options.steps, options.dtype)
+    print("\n".join(lines), flush=True)
+    (folder / "scaling.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
