@@ -1,6 +1,6 @@
 """On paper: what a step of the large recipes takes on 8, 64 and 512 GPUs. No GPU is used.
 
-    python benchmarks/projection.py [--gpus 8 64 512] [--gpu-teraflops 312] [--node-gigabits 400] ...
+    python benchmarks/projection.py [--gpus 8 64 512] [--node-gigabits 400] ...
 
 In: recipes, and a machine in numbers (the defaults are nodes of eight A100s of 80 GB, with NVLink
 and 400 Gbit/s of network a node). Out: a table: memory, bytes sent, and a step's time between two
@@ -14,7 +14,6 @@ import argparse
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
-from pathlib import Path
 
 from fmray.config import Recipe, job_path, load
 from fmray.memory import GIB, Sizes, estimate, measure, model_config

@@ -21,7 +21,7 @@ takes computation times processes / cores where there are more processes than co
 hidden behind computation: DeepSpeed waits for gloo's calls, and stage 3 is kept from prefetching
 and from keeping what it has gathered (`scaling_rank.py`), as a model of billions could not.
 
-At the end `projection.py` says what follows for the recipes of 7B and 13B: on paper, no GPU is used.
+At the end `projection.py` says what follows for the recipes of 7B and 13B, on paper.
 `--folder` gets `scaling.json` (each step of each rank) and `scaling.txt` (the tables).
 """
 
@@ -36,7 +36,6 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -63,7 +62,7 @@ MODEL = {
 }
 PAYLOAD = 1448 / 1514  # of an Ethernet frame that a link counts: TCP's part
 GLOO_REDUCE_SCATTER = 2.0
-CASE_SECONDS = 300
+IDLE_SECONDS = 3.0
 
 
 @dataclass(frozen=True)
@@ -156,8 +155,24 @@ def cases() -> Iterator[Case]:
             yield Case("strong", stage, world_size, ROWS // world_size)
 
 
-def measured(case: Case, ranks: list[dict[str, Any]], width: int) -> Row:
-    """Medians over the steps; of bytes, which come when they come, means."""
+def idle(machines: Machines) -> float:
+    """Bytes a second that a machine sends while nothing trains; to be subtracted."""
+
+    def sent() -> int:
+        links = [Path("/sys/class/net") / machine.name for machine in machines.machines]
+        # what a machine has sent is what the other end of its link has received
+        return sum(int((link / "statistics/rx_bytes").read_text()) for link in links)
+
+    before = sent()
+    time.sleep(IDLE_SECONDS)
+    return (sent() - before) / IDLE_SECONDS / len(machines.machines)
+
+
+def measured(case: Case, ranks: list[dict[str, Any]], width: int, noise: float) -> Row:
+    """Medians over the steps; of bytes, which come when they come, means.
+
+    noise: bytes a second of the idle machine.
+    """
 
     def median(rank: dict[str, Any], name: str) -> float:
         return statistics.median(step[name] for step in rank["steps"])
@@ -173,7 +188,9 @@ def measured(case: Case, ranks: list[dict[str, Any]], width: int) -> Row:
         seconds - min(held_up) - data,
         min(held_up),
         data,
-        statistics.mean(step["sent"] for rank in ranks for step in rank["steps"]),
+        statistics.mean(
+            step["sent"] - noise * step["seconds"] for rank in ranks for step in rank["steps"]
+        ),
         Volume(*(called.get(name, 0) for name in ("all_reduce", "reduce_scatter", "all_gather"))),
         volume(case.stage, *sizes),
         least(case.stage, *sizes),
@@ -238,39 +255,41 @@ def measure(machines: Machines, folder: Path, megabits: float, steps: int, dtype
     recipe = load_recipe(folder / "store", folder / "runs", model={"scratch": MODEL})
     store = make_store(folder, recipe.recipe)
     machines.cap(megabits)
-    with started(machines) as ranks:
-        rows, kept = [], []
-        for case in cases():
-            loaded = load_recipe(
-                store,
-                folder / "runs",
-                model={"scratch": MODEL, "freeze": ["vision"], "dtype": dtype},
-                adaptive=ADAPTIVE,
-                zero={"stage": case.stage, "parameter_persistence": 0},
-                train={
-                    "steps": 10 * (WARM_UP + steps),
-                    "global_batch": case.rows * case.world_size,
-                    "micro_batch": case.rows // PASSES,
-                },
-                cluster={"workers": case.world_size, "cpus_per_worker": 1},
-            )
-            name = f"{dtype}-{case.kind}-{case.stage}-{case.world_size}"
-            (folder / "runs" / name).mkdir(parents=True, exist_ok=True)
-            config = {
-                "recipe": loaded.recipe.model_dump_json(),
-                "recipe_text": loaded.dump(),
-                "run_id": name,
-            }
-            began = time.monotonic()
-            found = ranks.run(case, config, steps)
-            rows.append(measured(case, found, WIDTHS[dtype]))
-            kept.append({"case": asdict(case), "ranks": found})
-            row = rows[-1]
-            print(
-                f"{_name(case):18s} {row.step:.3f} s a step, {row.sent / 1e6:.2f} MB sent a rank"
-                f" ({time.monotonic() - began:.0f} s)",
-                flush=True,
-            )
+    ranks = Ranks(machines)
+    noise = idle(machines)
+    print(f"links: {megabits:g} Mbit/s each way; idle, a machine sends {noise:.0f} B/s", flush=True)
+    rows, kept = [], []
+    for case in cases():
+        loaded = load_recipe(
+            store,
+            folder / "runs",
+            model={"scratch": MODEL, "freeze": ["vision"], "dtype": dtype},
+            adaptive=ADAPTIVE,
+            zero={"stage": case.stage, "parameter_persistence": 0},
+            train={
+                "steps": 10 * (WARM_UP + steps),
+                "global_batch": case.rows * case.world_size,
+                "micro_batch": case.rows // PASSES,
+            },
+            cluster={"workers": case.world_size, "cpus_per_worker": 1},
+        )
+        name = f"{dtype}-{case.kind}-{case.stage}-{case.world_size}"
+        (folder / "runs" / name).mkdir(parents=True, exist_ok=True)
+        config = {
+            "recipe": loaded.recipe.model_dump_json(),
+            "recipe_text": loaded.dump(),
+            "run_id": name,
+        }
+        began = time.monotonic()
+        found = ranks.run(case, config, steps)
+        rows.append(measured(case, found, WIDTHS[dtype], noise))
+        kept.append({"case": asdict(case), "ranks": found})
+        row = rows[-1]
+        print(
+            f"{_name(case):18s} {row.step:.3f} s a step, {row.sent / 1e6:.2f} MB sent a rank"
+            f" ({time.monotonic() - began:.0f} s)",
+            flush=True,
+        )
     partial = folder / ".scaling.json.partial"
     partial.write_text(json.dumps(kept), encoding="utf-8")
     os.replace(partial, folder / "scaling.json")
@@ -283,17 +302,18 @@ def main() -> int:
     parser.add_argument("--megabits", type=float, default=200.0, help="of a link, each way (200)")
     parser.add_argument("--steps", type=int, default=8, help="measured in each case (default 8)")
     parser.add_argument("--dtype", choices=WIDTHS, default="float32")
-    parser.add_argument("--folder", type=Path, help="for results; short (default: a temporary one)")
+    parser.add_argument("--folder", type=Path, help="for results (default: a temporary one)")
     options = parser.parse_args()
     if options.megabits <= 0 or options.steps < 1:
         parser.error("--megabits and --steps must be positive")
     if os.geteuid() != 0:
-        raise SystemExit("scaling: network namespaces need root")
+        parser.error("network namespaces need root")
     folder = options.folder or Path(tempfile.mkdtemp(prefix="scaling-"))
     folder.mkdir(parents=True, exist_ok=True)
     print(f"results in {folder}", flush=True)
     with linked(folder / "m") as machines:
         lines = measure(machines, folder, options.megabits, options.steps, options.dtype)
+    lines += ["", *projection()]
     print("\n".join(lines), flush=True)
     (folder / "scaling.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
     return 0

@@ -1,7 +1,7 @@
 """How many bytes a training sends in a step, before it starts.
 
-In: the stage of ZeRO, the sizes of the model, accumulation passes, ranks. Out: a `Volume`, the bytes
-that go through each kind of collective, and what one rank sends of them.
+In: the stage of ZeRO, the sizes of the model, accumulation passes, ranks. Out: a `Volume`, the
+bytes that go through each kind of collective, and what one rank sends of them.
 
 Sources: Rajbhandari et al. 2020 (ZeRO), section 7, for what has to be sent (`least`); DeepSpeed
 0.19's code for what it does send (`volume`), which is more for stages 1 and 2; for a ring Patarasu
