@@ -1,6 +1,6 @@
 """How training scales over machines: measured on one to three of them, then on paper for many GPUs.
 
-    PYTHONPATH=tests python benchmarks/scaling.py [--megabits 200] [--steps 8] [--folder F]
+    PYTHONPATH=tests python benchmarks/scaling.py [--megabits 200] [--steps 6] [--folder F]
 
 As root: the machines are network namespaces with a link of so many megabits a second, each way, in
 front of each (`tests/support/machines.py`, `tc tbf`). What runs on them is the training loop of
@@ -60,8 +60,9 @@ MODEL = {
     "vision_hidden": 128,
     "vision_heads": 2,
 }
-PAYLOAD = 1448 / 1514  # of an Ethernet frame that a link counts: TCP's part
-GLOO_REDUCE_SCATTER = 2.0
+PAYLOAD = 1448 / 1514  # TCP's part of an Ethernet frame, all of which links and eth0 count
+GLOO_REDUCE_SCATTER = 2  # times what a ring sends: measured, it sends what its all-reduce sends
+CORES = len(os.sched_getaffinity(0))
 IDLE_SECONDS = 3.0
 
 
@@ -90,18 +91,12 @@ class Row:
     least: Volume
 
     @property
-    def model_sent(self) -> float:
-        """Around a ring."""
-        return self.model.sent(self.case.world_size)
-
-    @property
     def gloo_sent(self) -> float:
         """With what gloo makes of a reduce-scatter."""
-        model, world_size = self.model, self.case.world_size
-        extra = (GLOO_REDUCE_SCATTER - 1) * model.reduce_scatter
-        return Volume(model.all_reduce, model.reduce_scatter + extra, model.all_gather).sent(
-            world_size
-        )
+        model = self.model
+        scattered = GLOO_REDUCE_SCATTER * model.reduce_scatter
+        of_gloo = Volume(model.all_reduce, scattered, model.all_gather)
+        return of_gloo.sent(self.case.world_size)
 
 
 class Ranks:
@@ -197,51 +192,51 @@ def measured(case: Case, ranks: list[dict[str, Any]], width: int, noise: float) 
     )
 
 
-def predicted(row: Row, one: Row, bytes_per_second: float) -> float:
-    """Seconds of a step, from the step on one machine, the model's bytes and the link."""
-    cores = len(os.sched_getaffinity(0))
-    busy = max(1.0, row.case.world_size / cores)
+def predicted(row: Row, one: Row, link: float) -> float:
+    """Seconds of a step, from the step on one machine, the model's bytes and bytes a second."""
+    busy = max(1.0, row.case.world_size / CORES)
     computation = one.computation * row.case.rows / one.case.rows * busy
-    return computation + one.data + row.gloo_sent / bytes_per_second
+    return computation + one.data + row.gloo_sent / PAYLOAD / link
 
 
 def table(rows: Sequence[Row], megabits: float) -> list[str]:
     """Lines: bytes, then time."""
     lines = [
         "",
-        "bytes that a rank sends in a step, MB: `paper`, what the ZeRO paper needs; `model`, what"
-        " DeepSpeed's collectives send around a ring; `eth0`, measured",
-        f"{'':18s}{'called MB: all-reduce':>22s}{'reduce-scatter':>16s}{'all-gather':>12s}"
-        f"{'model/called':>14s}{'paper':>8s}{'model':>8s}{'gloo':>8s}{'eth0':>8s}{'eth0/gloo':>11s}",
+        "MB that a rank sends in a step. paper: what ZeRO needs; model: DeepSpeed's collectives,"
+        " around a ring (and over those",
+        "that it was seen to call); gloo: whose reduce-scatter is an all-reduce; frames: with their"
+        " headers; eth0: measured",
+        f"{'':16s}{'paper':>8s}{'model':>8s}{'model/called':>14s}{'gloo':>8s}{'frames':>8s}"
+        f"{'eth0':>8s}{'eth0/frames':>13s}",
     ]
-    for row in rows:
-        case, called = row.case, row.called
-        if case.world_size == 1:
-            continue
-        ring = called.sent(case.world_size)
+    several = [row for row in rows if row.case.world_size > 1]
+    for row in several:
+        world_size = row.case.world_size
+        model, frames = row.model.sent(world_size), row.gloo_sent / PAYLOAD
         lines.append(
-            f"{_name(case):18s}{called.all_reduce / 1e6:22.2f}{called.reduce_scatter / 1e6:16.2f}"
-            f"{called.all_gather / 1e6:12.2f}{row.model_sent / ring:14.4f}"
-            f"{row.least.sent(case.world_size) / 1e6:8.2f}{row.model_sent / 1e6:8.2f}"
-            f"{row.gloo_sent / 1e6:8.2f}{row.sent / 1e6:8.2f}{row.sent / row.gloo_sent:11.4f}"
+            f"{_name(row.case):16s}{row.least.sent(world_size) / 1e6:8.2f}{model / 1e6:8.2f}"
+            f"{model / row.called.sent(world_size):14.4f}{row.gloo_sent / 1e6:8.2f}"
+            f"{frames / 1e6:8.2f}{row.sent / 1e6:8.2f}{row.sent / frames:13.4f}"
         )
-    speed = megabits * 1e6 / 8 * PAYLOAD
+    link = megabits * 1e6 / 8
     lines += [
         "",
-        f"seconds a step (links {megabits:g} Mbit/s, {len(os.sched_getaffinity(0))} cores for all"
-        " machines)",
-        f"{'':18s}{'step':>8s}{'computation':>13s}{'communication':>15s}{'data':>8s}"
-        f"{'predicted':>11s}{'predicted/step':>16s}",
+        f"seconds a step; links of {megabits:g} Mbit/s each way, {CORES} cores for all machines;"
+        " link used: by eth0, in the time of communication",
+        f"{'':16s}{'step':>8s}{'computation':>13s}{'communication':>15s}{'data':>8s}"
+        f"{'link used':>11s}{'predicted':>11s}{'predicted/step':>16s}",
     ]
     ones = {row.case.stage: row for row in rows if row.case.kind == "one"}
     for row in rows:
         line = (
-            f"{_name(row.case):18s}{row.step:8.3f}{row.computation:13.3f}{row.communication:15.3f}"
+            f"{_name(row.case):16s}{row.step:8.3f}{row.computation:13.3f}{row.communication:15.3f}"
             f"{row.data:8.3f}"
         )
-        if row.case.world_size > 1:
-            wanted = predicted(row, ones[row.case.stage], speed)
-            line += f"{wanted:11.3f}{wanted / row.step:16.3f}"
+        if row in several:
+            wanted = predicted(row, ones[row.case.stage], link)
+            used = row.sent / row.communication / link
+            line += f"{used:11.2f}{wanted:11.3f}{wanted / row.step:16.3f}"
         lines.append(line)
     return lines
 
@@ -300,7 +295,7 @@ def main() -> int:
     """Parse, measure, project."""
     parser = argparse.ArgumentParser(description="Weak and strong scaling, and the model of it.")
     parser.add_argument("--megabits", type=float, default=200.0, help="of a link, each way (200)")
-    parser.add_argument("--steps", type=int, default=8, help="measured in each case (default 8)")
+    parser.add_argument("--steps", type=int, default=6, help="measured in each case (default 6)")
     parser.add_argument("--dtype", choices=WIDTHS, default="float32")
     parser.add_argument("--folder", type=Path, help="for results (default: a temporary one)")
     options = parser.parse_args()
