@@ -286,7 +286,8 @@ def measure(machines: Machines, folder: Path, megabits: float, steps: int, dtype
             flush=True,
         )
     partial = folder / ".scaling.json.partial"
-    partial.write_text(json.dumps(kept), encoding="utf-8")
+    settings = {"megabits": megabits, "dtype": dtype, "idle_bytes_per_second": noise}
+    partial.write_text(json.dumps({**settings, "cases": kept}), encoding="utf-8")
     os.replace(partial, folder / "scaling.json")
     return table(rows, megabits)
 
