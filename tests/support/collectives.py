@@ -1,8 +1,8 @@
 """What goes through torch.distributed: counted and timed where it is called.
 
-In: nothing; `Collectives()` puts itself in the place of torch.distributed's functions, and is to be
-made before the process group that DeepSpeed uses (it keeps two of them). Out: bytes by collective,
-and seconds in which the caller was held up.
+`Collectives()` puts itself in the place of torch.distributed's functions, for the rest of the
+process; it is to be made before DeepSpeed starts, which keeps two of them. Out: bytes by
+collective, and seconds in which the caller was held up.
 """
 
 from __future__ import annotations
@@ -38,21 +38,12 @@ class Collectives:
     def __init__(self) -> None:
         self.bytes: Counter[str] = Counter()
         self.seconds = 0.0
-        self._kept = {name: getattr(dist, name) for name in NAMES}
         for name, kind in NAMES.items():
-            setattr(dist, name, self._counted(self._kept[name], kind))
-
-    def restore(self) -> None:
-        """torch.distributed as it was."""
-        for name, function in self._kept.items():
-            setattr(dist, name, function)
+            setattr(dist, name, self._counted(getattr(dist, name), kind))
 
     def _counted(self, function: Callable[..., Any], kind: str) -> Callable[..., Any]:
         def call(*args: Any, **kwargs: Any) -> Any:
-            given = [*args, *kwargs.values()]
-            # all_gather's list is as large as a tensor of all of them
-            sizes = [_bytes(value) for value in given]
-            self.bytes[kind] += max(sizes, default=0)
+            self.bytes[kind] += max(map(_bytes, [*args, *kwargs.values()]), default=0)
             with self.timed():
                 work = function(*args, **kwargs)
             return work if work is None else _Work(work, self)
