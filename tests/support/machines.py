@@ -292,7 +292,16 @@ class Machines:
 
 @contextlib.contextmanager
 def made(folder: Path, cpus: Sequence[int] = (1, 1, 1)) -> Iterator[Machines]:
-    """Machines with so many CPUs each for Ray, up and joined; gone afterwards, with all processes.
+    """`linked`, with Ray up on all of them."""
+    with linked(folder, cpus) as cluster:
+        cluster.start_ray(*cluster.machines)
+        yield cluster
+
+
+@contextlib.contextmanager
+def linked(folder: Path, cpus: Sequence[int] = (1, 1, 1)) -> Iterator[Machines]:
+    """Machines with so many CPUs each for Ray, nothing on them; gone afterwards, with all
+    processes.
 
     folder: short, for Ray's sockets lie below it (107 bytes); file systems below one that is called
     `PREFIX`, process id, `-...` are unmounted too when a killed run has left them.
@@ -320,7 +329,6 @@ def made(folder: Path, cpus: Sequence[int] = (1, 1, 1)) -> Iterator[Machines]:
             _run(*inside, "address", "add", own, "dev", "eth0")
             _run(*inside, "link", "set", "eth0", "up")
             _run(*inside, "link", "set", "lo", "up")
-        cluster.start_ray(*machines)
         yield cluster
     finally:
         cluster.close()

@@ -86,6 +86,19 @@ def _rank(
     os.environ.update(environment)  # the server may be older than what a test has set
     if before is not None:
         before(rank)
+    try:
+        answer.send(run_rank(rank, world_size, folder, config))
+    except Exception:  # noqa: BLE001 -- a rank's failure is for the test to see
+        answer.send(traceback.format_exc())
+
+
+def run_rank(
+    rank: int, world_size: int, folder: Path, config: dict[str, Any]
+) -> dict[str, Any] | None:
+    """`train_worker` as one rank, in this process, which is good for nothing else afterwards.
+
+    folder: an empty one that all ranks see, where they find each other.
+    """
     os.environ["LOCAL_RANK"] = str(rank)
     context = SimpleNamespace(get_world_rank=lambda: rank, get_world_size=lambda: world_size)
     ray.train.get_context = lambda: context
@@ -93,7 +106,4 @@ def _rank(
     ray.train.report = lambda metrics: None
     store = dist.FileStore(str(folder / "store"), world_size)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size)
-    try:
-        answer.send(fmray.train.loop.train_worker(config))
-    except Exception:  # noqa: BLE001 -- a rank's failure is for the test to see
-        answer.send(traceback.format_exc())
+    return fmray.train.loop.train_worker(config)

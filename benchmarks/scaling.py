@@ -1,0 +1,319 @@
+"""How training scales over machines: measured on one to three of them, then on paper for many GPUs.
+
+    PYTHONPATH=tests python benchmarks/scaling.py [--megabits 200] [--steps 6] [--folder F]
+
+As root: the machines are network namespaces with a link of so many megabits a second, each way, in
+front of each (`tests/support/machines.py`, `tc tbf`). What runs on them is the training loop of
+`jobs/train_adallava.py` with its loader, DeepSpeed and gloo; Ray, which only starts the workers and
+hands them their rank, is left out, and with it its heartbeats on the links and a minute of starts
+(`support/ranks.py`). Each stage of ZeRO, on one machine, then two and three with as many rows a
+rank (weak) and with the same global batch (strong), two accumulation passes in each.
+
+Three things are compared. Bytes: what `fmray.train.communication` says that a rank sends, around a
+ring, against what its eth0 has sent. Time: a step is split into computation, communication (the
+least that any rank was held up in a collective: the others wait for that rank too) and waiting for
+data. And both together: a step predicted from computation on one machine, the bytes and the link,
+against the step.
+
+What this cannot show is a speed-up in computation: the machines share the cores of one. So the
+model is small and the links slow, communication weighs more than computation, and the prediction
+takes computation times processes / cores where there are more processes than cores. Nothing is
+hidden behind computation: DeepSpeed waits for gloo's calls, and stage 3 is kept from prefetching
+and from keeping what it has gathered (`scaling_rank.py`), as a model of billions could not.
+
+At the end `projection.py` says what follows for the recipes of 7B and 13B, on paper.
+`--folder` gets `scaling.json` (each step of each rank) and `scaling.txt` (the tables).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from projection import projection
+from support.machines import Machine, Machines, linked
+from support.training import ADAPTIVE, load_recipe, make_store
+
+from fmray.train.communication import Volume, least, volume
+
+STAGES = (0, 1, 2, 3)
+PASSES = 2
+ROWS = 12  # of a rank's step on one machine
+WARM_UP = 3  # steps; in the first two ZeRO-3 learns the order of the modules
+WIDTHS = {"float32": 4, "bfloat16": 2}
+MODEL = {
+    "layers": 4,
+    "hidden": 256,
+    "heads": 4,
+    "intermediate": 688,
+    "vision_layers": 2,
+    "vision_hidden": 128,
+    "vision_heads": 2,
+}
+PAYLOAD = 1448 / 1514  # TCP's part of an Ethernet frame, all of which links and eth0 count
+GLOO_REDUCE_SCATTER = 2  # times what a ring sends: measured, it sends what its all-reduce sends
+CORES = len(os.sched_getaffinity(0))
+IDLE_SECONDS = 3.0
+
+
+@dataclass(frozen=True)
+class Case:
+    """One training. kind: one (machine), weak or strong; rows: of a rank in a step."""
+
+    kind: str
+    stage: int
+    world_size: int
+    rows: int
+
+
+@dataclass(frozen=True)
+class Row:
+    """What a case has shown: seconds a step, bytes a step and rank."""
+
+    case: Case
+    step: float
+    computation: float
+    communication: float
+    data: float
+    sent: float
+    called: Volume
+    model: Volume
+    least: Volume
+
+    @property
+    def gloo_sent(self) -> float:
+        """With what gloo makes of a reduce-scatter."""
+        model = self.model
+        scattered = GLOO_REDUCE_SCATTER * model.reduce_scatter
+        of_gloo = Volume(model.all_reduce, scattered, model.all_gather)
+        return of_gloo.sent(self.case.world_size)
+
+
+class Ranks:
+    """A process on each machine that trains what it is told."""
+
+    def __init__(self, machines: Machines) -> None:
+        self._folder = machines.folder
+        self._processes = [self._start(machines, machine) for machine in machines.machines]
+        for process in self._processes:
+            assert self._answer(process) == "ready"
+
+    def _start(self, machines: Machines, machine: Machine) -> subprocess.Popen[str]:
+        program = str(Path(__file__).with_name("scaling_rank.py"))
+        environment = machines.environment()
+        environment["PYTHONPATH"] += f":{Path(__file__).parents[1] / 'tests'}"
+        with (machines.folder / f"rank-{machine.number}.log").open("w") as log:
+            return subprocess.Popen(
+                ["ip", "netns", "exec", machine.name, sys.executable, program],
+                env=environment,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=log,
+                text=True,
+            )
+
+    def _answer(self, process: subprocess.Popen[str]) -> str:
+        line = process.stdout.readline()
+        if not line:
+            logs = sorted(self._folder.glob("rank-*.log"))
+            raise SystemExit("\n".join(f"{log}: {log.read_text()[-3000:]}" for log in logs))
+        return line.strip()
+
+    def run(self, case: Case, config: dict[str, Any], steps: int) -> list[dict[str, Any]]:
+        """What each rank has measured."""
+        with tempfile.TemporaryDirectory(dir=self._folder) as folder:
+            told = {**asdict(case), "config": config, "folder": folder}
+            told |= {"steps": steps, "warm_up": WARM_UP}
+            used = self._processes[: case.world_size]
+            for rank, process in enumerate(used):
+                process.stdin.write(json.dumps({**told, "rank": rank}) + "\n")
+                process.stdin.flush()
+            return [json.loads(self._answer(process)) for process in used]
+
+
+def cases() -> Iterator[Case]:
+    """One machine first, for each stage: the others are predicted from it."""
+    for stage in STAGES:
+        yield Case("one", stage, 1, ROWS)
+        for world_size in (2, 3):
+            yield Case("weak", stage, world_size, ROWS)
+            yield Case("strong", stage, world_size, ROWS // world_size)
+
+
+def idle(machines: Machines) -> float:
+    """Bytes a second that a machine sends while nothing trains; to be subtracted."""
+
+    def sent() -> int:
+        links = [Path("/sys/class/net") / machine.name for machine in machines.machines]
+        # what a machine has sent is what the other end of its link has received
+        return sum(int((link / "statistics/rx_bytes").read_text()) for link in links)
+
+    before = sent()
+    time.sleep(IDLE_SECONDS)
+    return (sent() - before) / IDLE_SECONDS / len(machines.machines)
+
+
+def measured(case: Case, ranks: list[dict[str, Any]], width: int, noise: float) -> Row:
+    """Medians over the steps; of bytes, which come when they come, means.
+
+    noise: bytes a second of the idle machine.
+    """
+
+    def median(rank: dict[str, Any], name: str) -> float:
+        return statistics.median(step[name] for step in rank["steps"])
+
+    held_up = [median(rank, "communication") for rank in ranks]
+    slowest = ranks[held_up.index(min(held_up))]
+    seconds, data = median(slowest, "seconds"), median(slowest, "data")
+    called = slowest["steps"][-1]["called"]
+    sizes = (slowest["trainable"], slowest["frozen"], width, PASSES)
+    return Row(
+        case,
+        seconds,
+        seconds - min(held_up) - data,
+        min(held_up),
+        data,
+        statistics.mean(
+            step["sent"] - noise * step["seconds"] for rank in ranks for step in rank["steps"]
+        ),
+        Volume(*(called.get(name, 0) for name in ("all_reduce", "reduce_scatter", "all_gather"))),
+        volume(case.stage, *sizes),
+        least(case.stage, *sizes),
+    )
+
+
+def predicted(row: Row, one: Row, link: float) -> float:
+    """Seconds of a step, from the step on one machine, the model's bytes and bytes a second."""
+    busy = max(1.0, row.case.world_size / CORES)
+    computation = one.computation * row.case.rows / one.case.rows * busy
+    return computation + one.data + row.gloo_sent / PAYLOAD / link
+
+
+def table(rows: Sequence[Row], megabits: float) -> list[str]:
+    """Lines: bytes, then time."""
+    lines = [
+        "",
+        "MB that a rank sends in a step. paper: what ZeRO needs; model: DeepSpeed's collectives,"
+        " around a ring (and over those",
+        "that it was seen to call); gloo: whose reduce-scatter is an all-reduce; frames: with their"
+        " headers; eth0: measured",
+        f"{'':16s}{'paper':>8s}{'model':>8s}{'model/called':>14s}{'gloo':>8s}{'frames':>8s}"
+        f"{'eth0':>8s}{'eth0/frames':>13s}",
+    ]
+    several = [row for row in rows if row.case.world_size > 1]
+    for row in several:
+        world_size = row.case.world_size
+        model, frames = row.model.sent(world_size), row.gloo_sent / PAYLOAD
+        lines.append(
+            f"{_name(row.case):16s}{row.least.sent(world_size) / 1e6:8.2f}{model / 1e6:8.2f}"
+            f"{model / row.called.sent(world_size):14.4f}{row.gloo_sent / 1e6:8.2f}"
+            f"{frames / 1e6:8.2f}{row.sent / 1e6:8.2f}{row.sent / frames:13.4f}"
+        )
+    link = megabits * 1e6 / 8
+    lines += [
+        "",
+        f"seconds a step; links of {megabits:g} Mbit/s each way, {CORES} cores for all machines;"
+        " link used: by eth0, in the time of communication",
+        f"{'':16s}{'step':>8s}{'computation':>13s}{'communication':>15s}{'data':>8s}"
+        f"{'link used':>11s}{'predicted':>11s}{'predicted/step':>16s}",
+    ]
+    ones = {row.case.stage: row for row in rows if row.case.kind == "one"}
+    for row in rows:
+        line = (
+            f"{_name(row.case):16s}{row.step:8.3f}{row.computation:13.3f}{row.communication:15.3f}"
+            f"{row.data:8.3f}"
+        )
+        if row in several:
+            wanted = predicted(row, ones[row.case.stage], link)
+            used = row.sent / row.communication / link
+            line += f"{used:11.2f}{wanted:11.3f}{wanted / row.step:16.3f}"
+        lines.append(line)
+    return lines
+
+
+def _name(case: Case) -> str:
+    return f"ZeRO-{case.stage} {case.world_size} {case.kind}"
+
+
+def measure(machines: Machines, folder: Path, megabits: float, steps: int, dtype: str) -> list[str]:
+    """All cases; the lines of the tables."""
+    recipe = load_recipe(folder / "store", folder / "runs", model={"scratch": MODEL})
+    store = make_store(folder, recipe.recipe)
+    machines.cap(megabits)
+    ranks = Ranks(machines)
+    noise = idle(machines)
+    print(f"links: {megabits:g} Mbit/s each way; idle, a machine sends {noise:.0f} B/s", flush=True)
+    rows, kept = [], []
+    for case in cases():
+        loaded = load_recipe(
+            store,
+            folder / "runs",
+            model={"scratch": MODEL, "freeze": ["vision"], "dtype": dtype},
+            adaptive=ADAPTIVE,
+            zero={"stage": case.stage, "parameter_persistence": 0},
+            train={
+                "steps": 10 * (WARM_UP + steps),
+                "global_batch": case.rows * case.world_size,
+                "micro_batch": case.rows // PASSES,
+            },
+            cluster={"workers": case.world_size, "cpus_per_worker": 1},
+        )
+        name = f"{dtype}-{case.kind}-{case.stage}-{case.world_size}"
+        (folder / "runs" / name).mkdir(parents=True, exist_ok=True)
+        config = {
+            "recipe": loaded.recipe.model_dump_json(),
+            "recipe_text": loaded.dump(),
+            "run_id": name,
+        }
+        began = time.monotonic()
+        found = ranks.run(case, config, steps)
+        rows.append(measured(case, found, WIDTHS[dtype], noise))
+        kept.append({"case": asdict(case), "ranks": found})
+        row = rows[-1]
+        print(
+            f"{_name(case):18s} {row.step:.3f} s a step, {row.sent / 1e6:.2f} MB sent a rank"
+            f" ({time.monotonic() - began:.0f} s)",
+            flush=True,
+        )
+    partial = folder / ".scaling.json.partial"
+    settings = {"megabits": megabits, "dtype": dtype, "idle_bytes_per_second": noise}
+    partial.write_text(json.dumps({**settings, "cases": kept}), encoding="utf-8")
+    os.replace(partial, folder / "scaling.json")
+    return table(rows, megabits)
+
+
+def main() -> int:
+    """Parse, measure, project."""
+    parser = argparse.ArgumentParser(description="Weak and strong scaling, and the model of it.")
+    parser.add_argument("--megabits", type=float, default=200.0, help="of a link, each way (200)")
+    parser.add_argument("--steps", type=int, default=6, help="measured in each case (default 6)")
+    parser.add_argument("--dtype", choices=WIDTHS, default="float32")
+    parser.add_argument("--folder", type=Path, help="for results (default: a temporary one)")
+    options = parser.parse_args()
+    if options.megabits <= 0 or options.steps < 1:
+        parser.error("--megabits and --steps must be positive")
+    if os.geteuid() != 0:
+        parser.error("network namespaces need root")
+    folder = options.folder or Path(tempfile.mkdtemp(prefix="scaling-"))
+    folder.mkdir(parents=True, exist_ok=True)
+    print(f"results in {folder}", flush=True)
+    with linked(folder / "m") as machines:
+        lines = measure(machines, folder, options.megabits, options.steps, options.dtype)
+    lines += ["", *projection()]
+    print("\n".join(lines), flush=True)
+    (folder / "scaling.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

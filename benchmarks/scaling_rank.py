@@ -1,0 +1,111 @@
+"""One rank of `scaling.py`, on its machine: trains each case that it is given, and measures.
+
+In: a JSON line a case on standard input (`scaling.Case`, rank, folder, the loop's `config`). Out: a
+line of the word `ready` when everything is imported, then a JSON line for each case: the model's
+parameters, and for each measured step seconds (all, held up by communication, waiting for data),
+bytes that eth0 has sent, bytes of whole tensors by collective.
+
+Each case runs in a process of its own, forked here, so that it starts at once.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from support.collectives import Collectives
+from support.ranks import run_rank
+
+from fmray.train import loop
+from fmray.train.progress import Progress
+
+SENT = Path("/sys/class/net/eth0/statistics/tx_bytes")
+
+
+class Enough(Exception):
+    """All steps are measured; what the loop does at the end of a training is of no interest."""
+
+
+def measure(case: dict[str, Any]) -> dict[str, Any]:
+    """Train until the last step of the case."""
+    collectives = Collectives()
+    found: dict[str, Any] = {"steps": []}
+    make_optimizer, engine_config = loop.make_optimizer, loop.engine_config
+
+    def counted_optimizer(model: Any, recipe: Any) -> Any:
+        for learned, name in ((True, "trainable"), (False, "frozen")):
+            sizes = [p.numel() for p in model.parameters() if p.requires_grad is learned]
+            found[name] = sum(sizes)
+        return make_optimizer(model, recipe)
+
+    def large_model_config(*args: Any) -> dict[str, Any]:
+        config = engine_config(*args)
+        if config["zero_optimization"]["stage"] == 3:
+            # else stage 3 would keep what it has gathered: the whole model is within 1e9 parameters
+            config["zero_optimization"]["stage3_max_reuse_distance"] = 0
+            config["zero_optimization"]["stage3_prefetch_bucket_size"] = 0
+        return config
+
+    class Marks(Progress):
+        """A mark at the end of each step, on every rank."""
+
+        def __init__(self, total: int, start: int, enabled: bool) -> None:
+            super().__init__(total, start, enabled=False)
+            self._last: tuple[float, float, int, dict[str, int]] | None = None
+
+        def update(self, step: int, metrics: dict[str, float]) -> None:
+            now = (
+                time.perf_counter(),
+                collectives.seconds,
+                int(SENT.read_text()),
+                dict(collectives.bytes),
+            )
+            if self._last is not None and step > case["warm_up"]:
+                seconds = now[0] - self._last[0]
+                found["steps"].append(
+                    {
+                        "seconds": seconds,
+                        "communication": now[1] - self._last[1],
+                        "data": metrics["waiting_share"] * seconds,
+                        "sent": now[2] - self._last[2],
+                        "called": {k: n - self._last[3].get(k, 0) for k, n in now[3].items()},
+                    }
+                )
+            self._last = now
+            if step == case["warm_up"] + case["steps"]:
+                raise Enough
+
+    loop.make_optimizer, loop.engine_config, loop.Progress = (
+        counted_optimizer,
+        large_model_config,
+        Marks,
+    )
+    try:
+        run_rank(case["rank"], case["world_size"], Path(case["folder"]), case["config"])
+    except Enough:
+        return found
+    raise AssertionError("the training ended before its last measured step")
+
+
+def main() -> None:
+    """Until standard input ends."""
+    answers = os.fdopen(os.dup(1), "w", buffering=1)
+    os.dup2(2, 1)  # what is printed by others must not come among the answers
+    print("ready", file=answers)
+    for line in sys.stdin:
+        child = os.fork()
+        if child == 0:
+            print(json.dumps(measure(json.loads(line))), file=answers)
+            sys.stdout.flush()
+            answers.flush()
+            os._exit(0)  # without the ends of a framework that thinks it is in the middle
+        if os.waitpid(child, 0)[1] != 0:
+            raise SystemExit("a rank failed; its traceback is above")
+
+
+if __name__ == "__main__":
+    main()
