@@ -15,6 +15,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from threading import Thread
+from typing import Any
 
 import torch.distributed as dist
 
@@ -32,6 +33,7 @@ from fmray.train.checkpoint import (
     prune_checkpoints,
     read_state,
     refuse_all,
+    save_checkpoint,
 )
 from fmray.train.manifest import Entry
 from fmray.train.mirror import Mirror, open_mirror, user_mistakes
@@ -92,17 +94,21 @@ class Copies:
             refuse_all(self._run_dir, passed)
         return None  # each node has a part, and no copy was finished: there never was a whole one
 
-    def keep(self, checkpoint: Path, step: int, keep: int, best_step: int | None) -> None:
-        """Remove old ones, and begin to copy the one just made.
+    def save(self, engine: Any, state: TrainState, recipe_text: str, keep: int) -> None:
+        """Write a checkpoint, remove all but `keep`, and begin to copy the new one.
 
-        Waits first until the copy of the one before is finished.
+        Waits before that until the copy of the one before is finished.
         """
+        checkpoint = save_checkpoint(
+            engine, self._run_dir, state, recipe_text, self.here, self.group
+        )
         self.wait()
         if self._leads:
-            prune_checkpoints(self._run_dir, step, keep, best_step)
+            prune_checkpoints(self._run_dir, state.step, keep, state.best_step)
         self._newest = checkpoint
         if self._mirror is not None:
-            kept = kept_checkpoints({*self._there, checkpoint.name}, step, keep, best_step)
+            names = {*self._there, checkpoint.name}
+            kept = kept_checkpoints(names, state.step, keep, state.best_step)
             self._thread = Thread(target=self._copy, args=(self._mirror, checkpoint, kept))
             self._thread.start()
 

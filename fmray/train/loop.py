@@ -196,10 +196,7 @@ def train_worker(config: dict[str, Any]) -> dict[str, Any] | None:
                 )
                 run.flush()
                 status.check()
-                path = checkpoints.save_checkpoint(
-                    engine, run_dir, saved, config["recipe_text"], copies.here, copies.group
-                )
-                copies.keep(path, step, recipe.train.keep_checkpoints, best_step)
+                copies.save(engine, saved, config["recipe_text"], recipe.train.keep_checkpoints)
             if stop is not None:
                 copies.wait()
                 return {"preempted": f"{stop}: checkpoint at step {step}"}

@@ -141,10 +141,7 @@ def train_worker(config: dict[str, Any]) -> dict[str, Any]:
                 )
                 run.flush()
                 status.check()
-                path = checkpoints.save_checkpoint(
-                    engine, run_dir, saved, config["recipe_text"], copies.here, copies.group
-                )
-                copies.keep(path, step, train.keep_checkpoints, None)
+                copies.save(engine, saved, config["recipe_text"], train.keep_checkpoints)
             if stop is not None:
                 copies.wait()
                 return {"preempted": f"{stop}: checkpoint at step {step}"}

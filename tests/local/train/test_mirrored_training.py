@@ -16,6 +16,7 @@ from support.training import ADAPTIVE, load_recipe, make_store
 
 from fmray.config import ClusterConfig
 from fmray.run_view import RunReader
+from fmray.train.checkpoint import TrainState
 from fmray.train.copies import Copies, find_model
 from fmray.train.fewshot.job import train_fewshot
 from fmray.train.job import Result, train
@@ -48,15 +49,15 @@ def wanted(store: Path, tmp_path_factory: pytest.TempPathFactory) -> Result:
 
 def stop_after(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
     """End the process, so to speak, once the checkpoint of `step` is copied."""
-    keep = Copies.keep
+    save = Copies.save
 
-    def keep_and_stop(copies: Copies, path: Path, now: int, *rest: Any) -> None:
-        keep(copies, path, now, *rest)
-        if now == step:
+    def save_and_stop(copies: Copies, engine: Any, state: TrainState, *rest: Any) -> None:
+        save(copies, engine, state, *rest)
+        if state.step == step:
             copies.wait()
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(Copies, "keep", keep_and_stop)
+    monkeypatch.setattr(Copies, "save", save_and_stop)
 
 
 def test_a_run_goes_on_elsewhere_as_it_would_here(
