@@ -95,10 +95,8 @@ class Copies:
         return None  # each node has a part, and no copy was finished: there never was a whole one
 
     def save(self, engine: Any, state: TrainState, recipe_text: str, keep: int) -> None:
-        """Write a checkpoint, remove all but `keep`, and begin to copy the new one.
-
-        Waits before that until the copy of the one before is finished.
-        """
+        """Write a checkpoint; when the copy of the one before is finished, remove all but `keep`
+        and begin to copy the new one."""
         checkpoint = save_checkpoint(
             engine, self._run_dir, state, recipe_text, self.here, self.group
         )
