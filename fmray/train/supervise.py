@@ -52,6 +52,7 @@ from ray.train.v2._internal.execution.controller.state import InitializingState
 
 from fmray.cli import GaveUp, raised_by_fmray
 from fmray.config import Job
+from fmray.preflight import count_of
 from fmray.tracking import Run
 from fmray.train.checkpoint import STORAGE_HOURS
 from fmray.train.copies import last_state
@@ -160,7 +161,7 @@ def why(error: Exception) -> str:
     if isinstance(error, ControllerError):
         cause = error.controller_failure
         if isinstance(cause, WorkerGroupStartupTimeoutError):
-            return f"{cause.num_workers} workers found no room within cluster.timeout_s"
+            return f"{count_of(cause.num_workers, 'worker')} found no room within cluster.timeout_s"
         return f"the workers did not start: {_short(cause)}"
     return f"Ray's training controller died: {_short(error)}"
 

@@ -212,7 +212,8 @@ class Machines:
             *("--temp-dir", str(self.folder / str(machine.number))),
         ]
         if machine is self.head:
-            command += ["--head", "--port", str(PORT), "--include-dashboard", "false"]
+            # with its dashboard, which Ray's cleaner of placement groups asks
+            command += ["--head", "--port", str(PORT)]
         else:
             command += ["--address", self.address]
         machine.kill_all()
