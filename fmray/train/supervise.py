@@ -18,7 +18,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -26,7 +26,10 @@ from typing import Any
 
 import ray
 from ray._private.state import state as ray_state
-from ray.exceptions import RayActorError
+from ray.data._internal.cluster_autoscaler.default_autoscaling_coordinator import (
+    get_or_create_autoscaling_coordinator,
+)
+from ray.exceptions import RayActorError, RayError
 from ray.train import (
     ControllerError,
     FailureConfig,
@@ -40,8 +43,8 @@ from ray.train import (
 )
 from ray.train.torch import TorchConfig, TorchTrainer
 
-# Ray's own, as is `ray_state`: no other door leads to what is drained, to the cause of a failure,
-# and to elastic workers that wait for ever for room
+# Ray's own, as are `ray_state` and the coordinator: no other door leads to what is drained, to the
+# cause of a failure, to elastic workers that wait for ever for room, and to what they reserve
 from ray.train.v2._internal.constants import ENV_VARS_TO_PROPAGATE
 from ray.train.v2._internal.exceptions import (
     WorkerGroupStartupTimeoutError,
@@ -117,9 +120,10 @@ def fit(
     mirror = open_mirror(cluster, run_dir)
     step, in_a_row = _last_step(run_dir, mirror), 0
     while True:
+        trainer = _trainer(recipe, run_id, config, carried, watch)
         try:
             with _signals(), _address():
-                values = _trainer(recipe, run_id, config, carried, watch).fit().return_value
+                values = trainer.fit().return_value
             if "preempted" not in values:
                 return Outcome(values, tuple(restarts))
             reason, lost = values["preempted"], False
@@ -127,6 +131,8 @@ def fit(
         except (TrainingFailedError, RayActorError) as error:
             _raise_mistake(error)
             reason, lost = why(error), True
+            if isinstance(error, RayActorError):
+                _release(trainer)
             if isinstance(error, WorkerGroupError) and not _died(_first(error)[1]):
                 print(error, file=sys.stderr)  # with the workers' tracebacks
         restarts.append(reason)
@@ -189,6 +195,18 @@ def _what(failure: Exception) -> str:
 def _short(error: BaseException) -> str:
     text = " ".join(str(error).split())
     return f"{type(error).__name__}: {text}"[:REASON_LENGTH]
+
+
+def _release(trainer: TorchTrainer) -> None:
+    """Give back what a controller had reserved that was killed: elastic workers would find no room
+    until it expires, after three minutes."""
+    with suppress(RayError):  # of a cluster that is going as a whole
+        ray.get(
+            get_or_create_autoscaling_coordinator().cancel_request.remote(
+                f"train-{trainer.train_run_context.run_id}"
+            ),
+            timeout=DRAIN_SECONDS,
+        )
 
 
 def _wait_for_drained(end: float) -> None:
