@@ -97,5 +97,5 @@ def test_elastic_workers_that_find_no_room_do_not_wait_for_ever(tmp_path: Path) 
     cluster = {"workers": (1, 2), "cpus_per_worker": 3, "timeout_s": 10, "max_failures": 0}
     recipe = load_recipe(tmp_path, tmp_path, train=TRAIN, cluster=cluster).recipe
     run: Any = type("Run", (), {"tag": lambda *_: None})()
-    with pytest.raises(GaveUp, match=r"1 workers found no room within cluster\.timeout_s"):
+    with pytest.raises(GaveUp, match=r"1 worker found no room within cluster\.timeout_s"):
         supervise.fit(recipe, "waiting", {}, dict, run)
