@@ -6,10 +6,14 @@ import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import ray
+from ray.data._internal.cluster_autoscaler.default_autoscaling_coordinator import (
+    get_or_create_autoscaling_coordinator,
+)
 from ray.train import PreemptionInfo
 from ray.train.v2._internal.execution.callback import WorkerGroupCallback
 from support.ray_session import ray_session
@@ -99,3 +103,16 @@ def test_elastic_workers_that_find_no_room_do_not_wait_for_ever(tmp_path: Path) 
     run: Any = type("Run", (), {"tag": lambda *_: None})()
     with pytest.raises(GaveUp, match=r"1 worker found no room within cluster\.timeout_s"):
         supervise.fit(recipe, "waiting", {}, dict, run)
+
+
+def test_what_a_killed_controller_had_reserved_is_given_back() -> None:
+    """Found by the soak: elastic workers found no room until it expired."""
+    coordinator = get_or_create_autoscaling_coordinator()
+    for name in ("train-killed", "train-other"):
+        ray.get(coordinator.request_resources.remote(name, [{"CPU": 1}], expire_after_s=300))
+        assert ray.get(coordinator.get_reserved_resources.remote(name))
+    context = SimpleNamespace(run_id="killed")
+    supervise._release(SimpleNamespace(train_run_context=context))
+    assert ray.get(coordinator.get_reserved_resources.remote("train-killed")) == {}
+    assert ray.get(coordinator.get_reserved_resources.remote("train-other"))
+    ray.get(coordinator.cancel_request.remote("train-other"))
