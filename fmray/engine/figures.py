@@ -81,7 +81,7 @@ class WorkerStats:
     end (both from `submit`). first_token_error, answer_error: median |predicted - measured| /
     measured of recent requests (answers: those that used all their tokens), NaN before there are
     any. calibration_error: of single prefills and decode steps. speed: how much slower than
-    calibrated both run now. callback_errors: listeners that raised; their requests were cancelled.
+    calibrated both run now. callback_errors: listeners that had gone, their requests cancelled.
     """
 
     submitted: int

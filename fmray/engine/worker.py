@@ -83,8 +83,9 @@ class EngineWorker:
     def submit(self, ask: Ask, on_event: Listener, at: float | None = None) -> None:
         """`ask` is queued; what becomes of it is told to `on_event`, in order, from the worker's
         thread: a `Decision` and `Event`s up to a finished one; or, while it still waits, a finished
-        `Event` or a `Refused` alone. `on_event` must return at once; if it raises, its request is
-        cancelled and it hears no more. at: when it was asked, on this worker's clock (now).
+        `Event` or a `Refused` alone. `on_event` must return at once; if nobody is there any more
+        it raises RuntimeError, as a closed event loop does: its request is cancelled and it hears
+        no more. at: when it was asked, on this worker's clock (now).
 
         Raises ValueError for what can never be run, and `Shed`, `RateLimited`, `DeadlineImpossible`
         or `Unavailable` for what cannot be now; then `on_event` is never called.
@@ -209,12 +210,11 @@ class EngineWorker:
                     self._changed.notify_all()
 
     def _tell(self, listener: Listener, delivery: Delivery) -> bool:
-        """Whether the listener took it; one that raises, whatever it raises, ends its own request
-        and no other's."""
+        """Whether the listener took it. One that has gone ends its own request and no other's."""
         try:
             listener(delivery)
-        except Exception:
-            log.exception("a listener failed; its request is cancelled")
+        except RuntimeError as error:
+            log.warning("a listener has gone, its request is cancelled: %s", error)
             with self._changed:
                 self._callback_errors += 1
             return False

@@ -62,9 +62,8 @@ class Live:
             raise ApiError(400, str(error), code="invalid_value") from None
 
     def _deliver(self, item: Decision | Event | Refused) -> None:
-        """Called from the worker's thread; the loop may be gone when a replica shuts down."""
-        if not self._loop.is_closed():
-            self._loop.call_soon_threadsafe(self._queue.put_nowait, item)
+        """Called from the worker's thread. RuntimeError: the loop has gone, the replica ends."""
+        self._loop.call_soon_threadsafe(self._queue.put_nowait, item)
 
     async def next(self) -> Decision | Event:
         """The next thing. Raises ApiError where the answer will not come, or not in time."""
