@@ -11,7 +11,7 @@ more and the links are freed.
 
 Printed, and kept in `--folder`: a line for each fault (seconds until training made a step that it
 had not made before, steps repeated), and a summary, with the losses against those of the same
-training undisturbed. The exit code is 1 when they are further apart than `CLOSE`.
+training undisturbed. The exit code is 1 when a step's differ by more than `TOLERANCE`.
 """
 
 from __future__ import annotations
@@ -30,14 +30,16 @@ from collections import Counter
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from support.chaos import INTERVAL, Training, write_recipe
+from support.chaos import INTERVAL, TOLERANCE, Training, write_recipe
 from support.machines import Machine, Machines, made, until
 from support.training import make_store
 
 MEGABITS, FREE = 8, 1000  # a step takes most of a second over the first
 STEPS_PER_SECOND = 1.0  # of the time to spend: more than it can take; what is left takes moments
 ELASTIC = {"workers": [1, 3]}
-CLOSE = 1e-3  # relative, of the mean loss of the last ten steps: other sums, in another order
+# Sums in another order differ in the last bit, and training must not amplify that. With 2e-3 it
+# does: two workers and three, undisturbed, are 1e-6 apart after 400 steps and 1e-2 after 600.
+LR = 3e-4
 CUT_SECONDS = 30.0
 LONGEST = 600.0
 KINDS = ("worker", "worker", "controller", "raylet", "machine", "link", "drain", "head")
@@ -163,6 +165,7 @@ def run(machines: Machines, folder: Path, minutes: float, every: float, seed: in
             folder / "mlflow.db",
             steps,
             cluster=ELASTIC,
+            train={"lr": LR},
         )
         return Training(machines, run_id, folder / "runs", recipe, folder / "mlflow.db", steps)
 
@@ -191,7 +194,7 @@ def run(machines: Machines, folder: Path, minutes: float, every: float, seed: in
         "".join(json.dumps(asdict(fault)) + "\n" for fault in faults), encoding="utf-8"
     )
     (folder / "soak.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
-    return int(abs(last - last_wanted) > CLOSE * abs(last_wanted))
+    return int(max(apart) > TOLERANCE)
 
 
 def main() -> int:

@@ -202,19 +202,20 @@ def write_recipe(
     """A YAML file of a tiny training on two workers, with a checkpoint every four steps."""
     cluster = {"workers": 2, "cpus_per_worker": 1, "timeout_s": 60} | changes.pop("cluster", {})
     tracking = {"enabled": True, "uri": f"sqlite:///{database}"} | changes.pop("tracking", {})
+    train = {
+        "steps": steps,
+        "global_batch": 24,
+        "micro_batch": 4,
+        "eval_rows": 4,
+        "eval_budgets": (1.0,),
+        "checkpoint_every": INTERVAL,
+    }
     loaded = load_recipe(
         store,
         storage,
         adaptive=ADAPTIVE,
         zero={"stage": 2},
-        train={
-            "steps": steps,
-            "global_batch": 24,
-            "micro_batch": 4,
-            "eval_rows": 4,
-            "eval_budgets": (1.0,),
-            "checkpoint_every": INTERVAL,
-        },
+        train=train | changes.pop("train", {}),
         cluster=cluster,
         tracking=tracking,
         **changes,
