@@ -53,6 +53,8 @@ class Copies:
         # the driver has opened it before: what fails here may pass, and is tried again
         self._mirror = Mirror(cluster.mirror, run_dir) if cluster.mirror is not None else None
         self._rank, self._ranks = dist.get_rank(), dist.get_world_size()
+        if self._mirror is not None and self._rank == 0:
+            self._mirror.claim()
         # one of this thread, and one of the thread that copies
         self.group, self._copying = patient_group(), patient_group()
         self._thread: Thread | None = None

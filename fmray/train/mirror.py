@@ -3,6 +3,7 @@
 In: `cluster.mirror` and a run's folder. Out: `<cluster.mirror>/<run id>/` with what makes the run
 go on elsewhere: checkpoints, log, model. A folder's manifest is the last of its files to come and
 the first to go: what has none is not there. Which rank copies what, and when, is `copies.py`'s.
+`.owner` says who copies: the last worker group that has begun.
 
 Credentials are the environment's or the instance's. An S3 store that does not answer is an error
 within a minute.
@@ -13,6 +14,7 @@ from __future__ import annotations
 import io
 import os
 import shutil
+import uuid
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -28,6 +30,7 @@ from fmray.train.manifest import MANIFEST, Entry, files_of, manifest_text, sha25
 CONNECT_SECONDS = 5
 SILENT_SECONDS = 20  # without a byte; tried three times, as connecting is
 CHUNK = 16 << 20
+OWNER = ".owner"
 
 
 class Mirror:
@@ -37,9 +40,20 @@ class Mirror:
         self.uri, self._run_dir = uri, run_dir
         self._store, path = _open(uri)
         self._root = f"{path}/{run_dir.name}"
+        self._claim: str | None = None
 
     def __str__(self) -> str:
         return f"{self.uri.partition('?')[0]}/{self._run_dir.name}"
+
+    def claim(self) -> None:
+        """From now on no earlier one that has claimed the run seals or removes a folder."""
+        self._claim = uuid.uuid4().hex
+        self._write(OWNER, io.BytesIO(self._claim.encode()))
+
+    def _check(self) -> None:
+        """When the head node is lost, workers outlive their job for minutes."""
+        if self._claim is not None and self.read(OWNER) != self._claim:
+            raise PermissionError(f"another worker group of run {self._run_dir.name} has begun")
 
     def is_folder(self, folder: Path) -> bool:
         """Whether the copies would lie in `folder`."""
@@ -93,11 +107,13 @@ class Mirror:
         return None
 
     def seal(self, folder: str, files: dict[str, Entry]) -> None:
-        """Say that all of `folder` has been copied."""
+        """Say that all of `folder` has been copied. OSError after another's `claim`."""
+        self._check()
         self._write(f"{folder}/{MANIFEST}", io.BytesIO(manifest_text(files).encode()))
 
     def remove(self, folder: str) -> None:
-        """Remove a folder, its manifest first."""
+        """Remove a folder, its manifest first. OSError after another's `claim`."""
+        self._check()
         path = f"{self._root}/{folder}"
         for name in (f"{path}/{MANIFEST}", path):
             kind = self._store.get_file_info(name).type

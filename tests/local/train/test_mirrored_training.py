@@ -69,7 +69,7 @@ def test_a_run_goes_on_elsewhere_as_it_would_here(
         with pytest.raises(KeyboardInterrupt):
             run(store, tmp_path / "first", s3.uri("lost"))
     found = {name.partition("/")[0] for name in s3.names("lost/run")}
-    assert found == {*NAMES[:2], "log.jsonl", "recipe.yaml"}
+    assert found == {*NAMES[:2], "log.jsonl", "recipe.yaml", ".owner"}
     view = RunReader(tmp_path / "first" / "run").read()
     assert (view.state, view.step, view.total, view.checkpoint[0]) == ("failed", 6, 8, 6)
     shutil.rmtree(tmp_path / "first")

@@ -79,6 +79,25 @@ def test_a_checkpoint_without_a_manifest_is_not_there(mirror: Mirror, tmp_path: 
         mirror.read("checkpoint-00000012/a.pt")
 
 
+def test_after_another_group_has_begun_nothing_is_sealed_or_removed(
+    mirror: Mirror, tmp_path: Path
+) -> None:
+    mirror.claim()
+    files = copy(mirror, tmp_path / "run" / NAME)
+    other = Mirror(mirror.uri, tmp_path / "other" / "run")
+    other.claim()
+    for change in (
+        lambda: mirror.seal("checkpoint-00000004", files),
+        lambda: mirror.remove(NAME),
+        lambda: mirror.prune(()),
+    ):
+        with pytest.raises(OSError, match="another worker group of run run has begun"):
+            change()
+    assert other.checkpoints() == [NAME]
+    other.remove(NAME)
+    assert other.checkpoints() == []
+
+
 @pytest.mark.parametrize(
     ("data", "words"),
     [
