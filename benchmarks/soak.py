@@ -37,8 +37,8 @@ from support.training import make_store
 MEGABITS, FREE = 8, 1000  # a step takes most of a second over the first
 STEPS_PER_SECOND = 1.0  # of the time to spend: more than it can take; what is left takes moments
 ELASTIC = {"workers": [1, 3]}
-# Sums in another order differ in the last bit, and training must not amplify that. With 2e-3 it
-# does: two workers and three, undisturbed, are 1e-6 apart after 400 steps and 1e-2 after 600.
+# Sums in another order differ in the last bit, and training must not amplify that, as it does with
+# the 2e-3 of the tests in more steps than theirs (`rounding.py`).
 LR = 3e-4
 CUT_SECONDS = 30.0
 LONGEST = 600.0

@@ -1,0 +1,69 @@
+"""How far the number of workers alone takes a training from itself: nothing else differs.
+
+    PYTHONPATH=tests python benchmarks/rounding.py [--steps 1800] [--lr 2e-3 3e-4] [--workers 3 2]
+
+The soak's recipe (`benchmarks/soak.py`), undisturbed and without Ray, once for each number of
+workers and learning rate. Sums are made in another order, which changes last bits; training
+amplifies that, the more the higher the learning rate. Out: a table of the relative difference of
+the losses, the worst in each stretch of steps, against the first of `--workers`. Minutes a run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+from itertools import pairwise
+from pathlib import Path
+
+from support.chaos import write_recipe
+from support.ranks import train_on
+from support.training import make_store
+
+from fmray.config import load
+from fmray.train.progress import read_log
+
+STRETCHES = 9
+
+
+def losses(folder: Path, store: Path, workers: int, lr: float, steps: int) -> list[float]:
+    """Of each step."""
+    name = f"{lr:g}-{workers}"
+    recipe = write_recipe(
+        folder / f"{name}.yaml",
+        store,
+        folder,
+        folder / "mlflow.db",
+        steps,
+        cluster={"workers": [1, 3]},
+        train={"lr": lr, "checkpoint_every": None},
+        tracking={"enabled": False},
+    )
+    train_on(workers, load(recipe), name)
+    return [line["loss"] for line in read_log(folder / name / "log.jsonl") if "loss" in line]
+
+
+def main() -> None:
+    """Parse, train, print."""
+    parser = argparse.ArgumentParser(description="What the number of workers does to the losses.")
+    parser.add_argument("--steps", type=int, default=1800, help="default 1800")
+    parser.add_argument("--lr", type=float, nargs="+", default=[2e-3, 3e-4])
+    parser.add_argument("--workers", type=int, nargs="+", default=[3, 2])
+    options = parser.parse_args()
+    lines = []
+    ends = [round(options.steps * n / STRETCHES) for n in range(STRETCHES + 1)]
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        store = make_store(folder)
+        for lr in options.lr:
+            found = [losses(folder, store, n, lr, options.steps) for n in options.workers]
+            for workers, other in zip(options.workers[1:], found[1:], strict=True):
+                apart = [abs(a - b) / abs(b) for a, b in zip(other, found[0], strict=True)]
+                worst = [max(apart[a:b]) for a, b in pairwise(ends)]
+                lines.append(f"| {lr:g}, {workers} | " + " | ".join(f"{w:.1e}" for w in worst))
+    print(f"| lr, workers, to step | {' | '.join(map(str, ends[1:]))}")
+    print("| --- " * (STRETCHES + 1))
+    print("\n".join(lines))
+
+
+if __name__ == "__main__":
+    main()
