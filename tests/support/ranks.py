@@ -1,12 +1,11 @@
 """The training loop on several ranks without Ray: one process a rank, gloo between them.
 
-A process is forked from a server that has imported everything, so that a run takes seconds. Ray is
-replaced by what the loop asks it: rank, world size, and no notice.
+Processes are `forked`, so that a run takes seconds. Ray is replaced by what the loop asks it: rank,
+world size, and no notice.
 """
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import traceback
 from collections.abc import Callable
@@ -18,6 +17,7 @@ from typing import Any
 
 import ray.train
 import torch.distributed as dist
+from support.forked import forked
 
 import fmray.train.loop
 from fmray.config import LoadedRecipe
@@ -25,9 +25,6 @@ from fmray.train.zero import import_deepspeed
 
 import_deepspeed()
 SECONDS = 300
-
-_context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload([__name__])
 
 
 def train_on(
@@ -47,10 +44,11 @@ def train_on(
         "recipe_text": loaded.dump(),
         "run_id": run_id,
     }
+    context = forked()
     with TemporaryDirectory() as folder:
-        pipes = [_context.Pipe(duplex=False) for _ in range(world_size)]
+        pipes = [context.Pipe(duplex=False) for _ in range(world_size)]
         ranks = [
-            _context.Process(
+            context.Process(
                 target=_rank,
                 args=(rank, world_size, Path(folder), config, pipe, dict(os.environ), before),
                 daemon=True,

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import multiprocessing
 from collections.abc import Iterator
 
 import numpy as np
 import pytest
 from support.deepspeed_calls import FROZEN, TRAINABLE, called_in_a_step
+from support.forked import forked
 
 from fmray.train.communication import Volume, least, volume
 
@@ -66,9 +66,7 @@ def test_the_paper_needs_twice_the_parameters_and_three_times_for_stage_3() -> N
 @pytest.fixture(scope="module")
 def called() -> dict[tuple[int, int, bool], dict[str, int]]:
     """What DeepSpeed calls in each case, in a process of its own."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([called_in_a_step.__module__])
-    with context.Pool(1, maxtasksperchild=1) as pool:
+    with forked().Pool(1, maxtasksperchild=1) as pool:
         return dict(zip(CASES, pool.starmap(called_in_a_step, CASES, chunksize=1), strict=True))
 
 
