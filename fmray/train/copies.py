@@ -11,8 +11,9 @@ import os
 import shutil
 import time
 import uuid
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from datetime import timedelta
 from pathlib import Path
 from threading import Thread
 from typing import Any
@@ -23,9 +24,11 @@ from fmray.config import ClusterConfig
 from fmray.train import manifest
 from fmray.train.checkpoint import (
     STATE_FILE,
+    STORAGE_HOURS,
     TrainState,
     find_checkpoint,
     kept_checkpoints,
+    load_checkpoint,
     newest_first,
     owner,
     parse_state,
@@ -57,6 +60,7 @@ class Copies:
             self._mirror.claim()
         # one of this thread, and one of the thread that copies
         self.group, self._copying = patient_group(), patient_group()
+        self._timeout = timedelta(seconds=cluster.timeout_s)
         self._thread: Thread | None = None
         self._newest: Path | None = None
         self._there: set[str] = set()  # names of complete ones in the mirror, the same on all ranks
@@ -96,12 +100,26 @@ class Copies:
             refuse_all(self._run_dir, passed)
         return None  # each node has a part, and no copy was finished: there never was a whole one
 
+    def load(self, engine: Any, checkpoint: Path, universal: bool) -> None:
+        """Restore weights, optimizer and learning-rate schedule, on all ranks."""
+        with self._patience():
+            load_checkpoint(engine, checkpoint, universal)
+            dist.barrier(group=self.group)
+
+    @contextmanager
+    def _patience(self) -> Iterator[None]:
+        """Around files DeepSpeed's own barriers are as patient as a `patient_group`."""
+        dist.set_timeout(timedelta(hours=STORAGE_HOURS))
+        yield
+        dist.set_timeout(self._timeout)
+
     def save(self, engine: Any, state: TrainState, recipe_text: str, keep: int) -> None:
         """Write a checkpoint; when the copy of the one before is finished, remove all but `keep`
         and begin to copy the new one."""
-        checkpoint = save_checkpoint(
-            engine, self._run_dir, state, recipe_text, self.here, self.group
-        )
+        with self._patience():
+            checkpoint = save_checkpoint(
+                engine, self._run_dir, state, recipe_text, self.here, self.group
+            )
         self.wait()
         if self._leads:
             prune_checkpoints(self._run_dir, state.step, keep, state.best_step)

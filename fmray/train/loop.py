@@ -106,7 +106,7 @@ def train_worker(config: dict[str, Any]) -> dict[str, Any] | None:
         dist_init_required=False,
     )
     if state is not None:
-        checkpoints.load_checkpoint(engine, resumed, universal)
+        copies.load(engine, resumed, universal)
     step = state.step if state is not None else 0
     best, best_step = (state.best, state.best_step) if state is not None else (None, None)
     if first:

@@ -6,9 +6,11 @@ world size, and no notice.
 
 from __future__ import annotations
 
+import json
 import os
 import traceback
 from collections.abc import Callable
+from datetime import timedelta
 from multiprocessing.connection import Connection
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -103,5 +105,6 @@ def run_rank(
     ray.train.get_preemption_info = lambda: None
     ray.train.report = lambda metrics: None
     store = dist.FileStore(str(folder / "store"), world_size)
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size)
+    timeout = timedelta(seconds=json.loads(config["recipe"])["cluster"]["timeout_s"])
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size, timeout=timeout)
     return fmray.train.loop.train_worker(config)

@@ -92,7 +92,7 @@ def train_worker(config: dict[str, Any]) -> dict[str, Any]:
         checkpoints.make_universal(resumed, ZERO_STAGE, copies.here, copies.group)
     engine = make_engine(learner, train, world_size, universal)
     if state is not None:
-        checkpoints.load_checkpoint(engine, resumed, universal)
+        copies.load(engine, resumed, universal)
     start = state.step if state is not None else 0
     if first:
         share = f"{passes_of(train.episodes_per_step, 1, world_size)} episodes"
