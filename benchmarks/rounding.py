@@ -23,6 +23,7 @@ from fmray.config import load
 from fmray.train.progress import read_log
 
 STRETCHES = 9
+SECONDS_A_STEP = 5.0  # at most, on a busy machine
 
 
 def losses(folder: Path, store: Path, workers: int, lr: float, steps: int) -> list[float]:
@@ -38,7 +39,7 @@ def losses(folder: Path, store: Path, workers: int, lr: float, steps: int) -> li
         train={"lr": lr, "checkpoint_every": None},
         tracking={"enabled": False},
     )
-    train_on(workers, load(recipe), name)
+    train_on(workers, load(recipe), name, seconds=SECONDS_A_STEP * steps)
     return [line["loss"] for line in read_log(folder / name / "log.jsonl") if "loss" in line]
 
 

@@ -34,10 +34,11 @@ def train_on(
     loaded: LoadedRecipe,
     run_id: str,
     before: Callable[[int], None] | None = None,
+    seconds: float = SECONDS,
 ) -> dict[str, Any]:
     """`fmray.train.loop.train_worker` on so many ranks; what rank 0 returned.
 
-    before: called on each rank at the start, with its number.
+    before: called on each rank at the start, with its number. seconds: that it may take.
 
     Raises RuntimeError with the traceback of a rank that failed.
     """
@@ -62,7 +63,7 @@ def train_on(
         try:
             answers = []
             for rank, (pipe, _) in enumerate(pipes):
-                if not pipe.poll(SECONDS):
+                if not pipe.poll(seconds):
                     raise RuntimeError(f"rank {rank} of {world_size} does not answer")
                 answers.append(pipe.recv())
                 if isinstance(answers[-1], str):
