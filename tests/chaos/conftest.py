@@ -1,4 +1,4 @@
-"""Three machines for the tests of a file, storage that fills up or hangs, and what faults cost."""
+"""Three machines for all tests of faults, storage that fills up or hangs, and what faults cost."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ FIGURES = pytest.StashKey[list[str]]()
 SMALL_BYTES = 48 * 2**20
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def folder() -> Iterator[Path]:
     """Short: Ray's sockets lie below it. Its name tells a later run whose it was."""
     path = Path(tempfile.mkdtemp(prefix=f"{PREFIX}{os.getpid()}-"))
@@ -27,13 +27,13 @@ def folder() -> Iterator[Path]:
     shutil.rmtree(path)
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def small_storage(folder: Path) -> Iterator[Path]:
     """A file system of its own, in memory."""
     yield from _mounted(folder / "small", "-t", "tmpfs", "-o", f"size={SMALL_BYTES}", "tmpfs")
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def slow_storage(folder: Path) -> Iterator[Path]:
     """A file system of its own, which can be frozen (`fsfreeze`): writes wait until it thaws."""
     image = folder / "slow.img"
@@ -53,7 +53,7 @@ def _mounted(path: Path, *arguments: str) -> Iterator[Path]:
         subprocess.run(["umount", "--lazy", path], check=True)
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def cluster(folder: Path, small_storage: Path, slow_storage: Path) -> Iterator[Machines]:
     """Up once; the file systems are there before, or the machines would not see them."""
     with made(folder / "m") as machines:
@@ -71,7 +71,7 @@ def machines(cluster: Machines) -> Machines:
     return cluster
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def store(folder: Path) -> Path:
     return make_store(folder)
 
@@ -82,7 +82,7 @@ def train(folder: Path, store: Path, machines: Machines) -> Callable[..., Traini
     return submitter(folder, store, machines)
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def calm(folder: Path, store: Path, cluster: Machines) -> list[float]:
     """Losses of the training that nothing disturbs."""
     cluster.mend()
