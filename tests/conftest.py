@@ -40,7 +40,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(getattr(pytest.mark, folder))
         if folder == "gpu" and not torch.cuda.is_available():
             item.add_marker(pytest.mark.skip(reason="this machine has no GPU"))
-        if folder == "chaos":  # minutes, and not one of them has passed often enough to count on
+        if folder == "chaos":  # 25 minutes
             item.add_marker(pytest.mark.slow)
         if folder == "chaos" and no_machines is not None:
             item.add_marker(pytest.mark.skip(reason=no_machines))
