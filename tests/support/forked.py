@@ -1,7 +1,7 @@
 """Processes that begin in moments: forked from a server that has imported what ranks need.
 
 multiprocessing's server looks for what it shall import on the interpreter's own path, where this
-folder is not, and says nothing when it finds nothing: each process then takes ten seconds.
+folder is not, and says nothing when it finds nothing: each process then takes nine seconds.
 """
 
 from __future__ import annotations

@@ -7,6 +7,7 @@ import inspect
 import json
 import math
 import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -164,7 +165,9 @@ def test_a_retry_is_the_same_run() -> None:
     [mount] = [m for m in head["containers"][0]["volumeMounts"] if m["name"] == "training"]
     script = f"{mount['mountPath']}/train.sh"
     assert job["entrypoint"] == f"bash {script}"
-    assert command.count(f"{mount['mountPath']}/recipe.yaml") == 1
+    recipe = "jobs/recipes/mine.yaml"
+    assert f"cp {mount['mountPath']}/recipe.yaml {recipe} " in data["train.sh"]
+    assert command.count(f"--config {recipe} ") == 1
 
 
 def _machines(item: Object, nodes: int) -> list[Machine]:
@@ -181,9 +184,9 @@ def _machines(item: Object, nodes: int) -> list[Machine]:
 def test_both_sizes_can_be_placed(
     kind: str, nodes: int, workers: int, micro_batch: int, tmp_path: Path
 ) -> None:
-    text = one("ConfigMap")["data"]["recipe.yaml"]
-    path = tmp_path / "recipe.yaml"
-    path.write_text(text.replace("/home/ray/fmray", str(ROOT)))
+    recipes = shutil.copytree(ROOT / "jobs" / "recipes", tmp_path / "recipes")
+    path = recipes / "mine.yaml"
+    path.write_text(one("ConfigMap")["data"]["recipe.yaml"])
     size = [f"cluster.workers={workers}", f"train.micro_batch={micro_batch}"]
     recipe = load(path, size, (Recipe,)).recipe
     if nodes == 1:
