@@ -29,12 +29,12 @@ from PIL import Image
 from timing import compare, seconds
 from torch.utils.data import DataLoader, Dataset
 
-from fmray.data.encoding import decode_image
+from fmray.config.fewshot import FewshotRecipe
 from fmray.data.image_ingest import prepare_images
 from fmray.data.image_store import ImageStore
+from fmray.data.records import decode_image
 from fmray.data.tfrecord import example, parse_example, write_records
 from fmray.fewshot import EpisodeSampler
-from fmray.fewshot_config import FewshotRecipe
 
 WAYS, SHOTS, QUERIES = 15, 1, 9
 BAR = 0.2

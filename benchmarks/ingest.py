@@ -23,16 +23,15 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import ray
 
-from fmray.config import Recipe
+from fmray.config import AdaLlavaRecipe
 from fmray.data import shapes
-from fmray.data.encoding import decode_image, encode, image_tokens
-from fmray.data.ingest import prepare
+from fmray.data.ingest import ROW_GROUP, SCHEMA, prepare
 from fmray.data.loader import InstructionLoader
 from fmray.data.processor import load_processor, scratch_processor
-from fmray.data.shard import ROW_GROUP, SCHEMA
+from fmray.data.records import decode_image, encode, image_tokens
 
 
-def write_plainly(source: Path, target: Path, recipe: Recipe) -> int:
+def write_plainly(source: Path, target: Path, recipe: AdaLlavaRecipe) -> int:
     """The peer: one process, one file a split. Returns the number of rows."""
     splits = {
         split: json.loads((source / f"{split}.json").read_text())
@@ -72,7 +71,7 @@ def compare_ingest(arguments: argparse.Namespace, folder: Path) -> None:
     """Print rows/s of both sides, run in turn, and the median ratio."""
     # The set is generated once, outside the clock, and read as files like anybody's data.
     config = {"pictures": arguments.pictures, "image_size": arguments.side}
-    shapes_config = Recipe(name="b", data={"shapes": config}).data.shapes
+    shapes_config = AdaLlavaRecipe(name="b", data={"shapes": config}).data.shapes
     shapes.generate(folder / "source", shapes_config, seed=0)
     data = {
         "train": folder / "source" / "train.json",
@@ -80,8 +79,8 @@ def compare_ingest(arguments: argparse.Namespace, folder: Path) -> None:
         "rows_per_shard": max(64, arguments.pictures // (4 * arguments.cpus)),
     }
 
-    def recipe(run: int) -> Recipe:
-        return Recipe(name="b", data={**data, "store": folder / f"store{run}"})
+    def recipe(run: int) -> AdaLlavaRecipe:
+        return AdaLlavaRecipe(name="b", data={**data, "store": folder / f"store{run}"})
 
     ray.init(address="local", num_cpus=arguments.cpus, include_dashboard=False)
     cold = seconds(lambda: prepare(recipe(0)))
@@ -105,7 +104,7 @@ def compare_ingest(arguments: argparse.Namespace, folder: Path) -> None:
 def measure_loader(arguments: argparse.Namespace, folder: Path) -> None:
     """Print samples/s and CPU time for a batch."""
     config = {"pictures": arguments.pictures, "image_size": arguments.side}
-    recipe = Recipe(name="b", data={"shapes": config, "store": folder / "store"})
+    recipe = AdaLlavaRecipe(name="b", data={"shapes": config, "store": folder / "store"})
     ray.init(address="local", num_cpus=arguments.cpus, include_dashboard=False)
     prepare(recipe)
     ray.shutdown()

@@ -15,9 +15,10 @@ import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
 
-from fmray.config import Recipe, job_path, load
-from fmray.memory import GIB, Sizes, estimate, measure, model_config
-from fmray.train.communication import least, volume
+from communication import least, volume
+
+from fmray.config import AdaLlavaRecipe, job_path, load
+from fmray.runtime.gpu_memory import GIB, Sizes, estimate, measure, model_config
 
 RECIPES = ("llava15_7b_zero3.yaml", "llava15_13b_zero3.yaml")
 GPUS = (8, 64, 512)
@@ -48,7 +49,7 @@ class Hardware:
         return one * self.link_efficiency
 
 
-def step_flops(sizes: Sizes, recipe: Recipe, rows: int) -> float:
+def step_flops(sizes: Sizes, recipe: AdaLlavaRecipe, rows: int) -> float:
     """Of a rank's rows, all as long as `data.max_length`, each with a picture.
 
     Two a parameter and token forward, four backward; attention's two products, 4 x length x hidden
@@ -64,7 +65,7 @@ def step_flops(sizes: Sizes, recipe: Recipe, rows: int) -> float:
     return rows * ((4 if recipe.train.gradient_checkpointing else 3) * forward + seen)
 
 
-def batches(recipe: Recipe, gpus: int) -> Iterator[tuple[str, int]]:
+def batches(recipe: AdaLlavaRecipe, gpus: int) -> Iterator[tuple[str, int]]:
     """Rows of a rank: the recipe's global batch kept (strong), or its rows a rank (weak)."""
     rows = recipe.train.global_batch // recipe.cluster.most_workers
     if recipe.train.global_batch % gpus == 0:
@@ -73,7 +74,9 @@ def batches(recipe: Recipe, gpus: int) -> Iterator[tuple[str, int]]:
         yield "weak", rows
 
 
-def lines_of(recipe: Recipe, gpu_counts: Sequence[int], hardware: Hardware) -> Iterator[str]:
+def lines_of(
+    recipe: AdaLlavaRecipe, gpu_counts: Sequence[int], hardware: Hardware
+) -> Iterator[str]:
     """A table of one recipe."""
     sizes = measure(recipe)
     width = 2 if recipe.model.dtype == "bfloat16" else 4
@@ -131,7 +134,7 @@ def assumptions(hardware: Hardware) -> list[str]:
         f" {hardware.link_efficiency:.0%} are reached; rings, no latency, no congestion",
         "  every row as long as data.max_length, with one picture; layers that are switched off are"
         " computed (masked)",
-        "  bytes of DeepSpeed 0.19 (fmray.train.communication), `paper` what ZeRO would need;"
+        "  bytes of DeepSpeed 0.19 (benchmarks/communication.py), `paper` what ZeRO would need;"
         " ZeRO-3 gathers"
         " what learns twice a pass (with its defaults a little less: `volume`)",
         "  a step: from communication wholly hidden behind computation to not hidden at all (stages"
@@ -139,7 +142,7 @@ def assumptions(hardware: Hardware) -> list[str]:
         " the optimizer, checkpoints",
         "  strong: the recipe's global batch, where every GPU gets a row; weak: the recipe's rows a"
         " GPU, and so a larger batch, which may need another learning rate",
-        "  GiB: fmray.memory's estimate of a GPU; ! does not fit",
+        "  GiB: fmray.runtime.gpu_memory's estimate of a GPU; ! does not fit",
     ]
 
 

@@ -20,7 +20,7 @@ from support.ranks import train_on
 from support.training import make_store
 
 from fmray.config import load
-from fmray.train.progress import read_log
+from fmray.runtime.run_log import read_log
 
 STRETCHES = 9
 SECONDS_A_STEP = 5.0  # at most, on a busy machine

@@ -9,8 +9,8 @@ hands them their rank, is left out, and with it its heartbeats on the links and 
 (`support/ranks.py`). Each stage of ZeRO, on one machine, then two and three with as many rows a
 rank (weak) and with the same global batch (strong), two accumulation passes in each.
 
-Three things are compared. Bytes: what `fmray.train.communication` says that a rank sends, around a
-ring, against what its eth0 has sent. Time: a step is split into computation, communication (the
+Three things are compared. Bytes: what `benchmarks/communication.py` says that a rank sends, around
+a ring, against what its eth0 has sent. Time: a step is split into computation, communication (the
 least that any rank was held up in a collective: the others wait for that rank too) and waiting for
 data. And both together: a step predicted from computation on one machine, the bytes and the link,
 against the step.
@@ -40,11 +40,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from communication import Volume, least, volume
 from projection import projection
 from support.machines import Machine, Machines, linked
 from support.training import ADAPTIVE, load_recipe, make_store
-
-from fmray.train.communication import Volume, least, volume
 
 STAGES = (0, 1, 2, 3)
 PASSES = 2

@@ -20,8 +20,8 @@ from typing import Any
 from support.collectives import Collectives
 from support.ranks import run_rank
 
+from fmray.runtime.run_log import Progress
 from fmray.train import loop
-from fmray.train.progress import Progress
 
 SENT = Path("/sys/class/net/eth0/statistics/tx_bytes")
 

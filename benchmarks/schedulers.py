@@ -20,10 +20,9 @@ import numpy as np
 import pyarrow.parquet as pq
 
 from fmray.config import load
-from fmray.job_arguments import job_path
-from fmray.train.evaluate import evaluate_run
+from fmray.config.arguments import job_path
+from fmray.train.adallava.evaluate import evaluate_run, paired_test
 from fmray.train.job import train
-from fmray.train.statistics import paired_test
 
 RIVALS = (
     ("random plans, same model", "learned", "random"),

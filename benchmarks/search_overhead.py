@@ -15,10 +15,10 @@ from pathlib import Path
 
 from timing import seconds
 
-from fmray.cluster import start_or_join
 from fmray.config import load
-from fmray.fewshot_config import FewshotRecipe
-from fmray.search.config import SearchRecipe
+from fmray.config.fewshot import FewshotRecipe
+from fmray.config.search import SearchRecipe
+from fmray.runtime.cluster import start_or_join
 from fmray.search.run import base_path, search
 from fmray.search.trial import load_base
 from fmray.train.fewshot.job import train_fewshot

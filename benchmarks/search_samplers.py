@@ -23,8 +23,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from fmray.config import LoadedRecipe, Recipe, load
-from fmray.search.config import ObjectiveConfig, SearchRecipe
+from fmray.config import AdaLlavaRecipe, LoadedRecipe, load
+from fmray.config.search import ObjectiveConfig, SearchRecipe
 from fmray.search.pareto import hypervolume, judged, trial_points
 from fmray.search.run import base_path
 from fmray.search.space import load_space
@@ -32,7 +32,7 @@ from fmray.search.state import Finished, append, read_finished
 from fmray.search.suggest import Suggester
 from fmray.search.trial import is_metric
 from fmray.search.trial import judged as evaluation
-from fmray.train.job import absolute_paths, train
+from fmray.train.job import train
 
 ALONE = ("cluster.workers=0", "tracking.enabled=false")
 
@@ -44,10 +44,10 @@ def run_search(config: Path, settings: list[str], sampler: str, seed: int, folde
     recipe, path = loaded.recipe, folder / f"{sampler}-{seed}" / "trials.jsonl"
     path.parent.mkdir(parents=True, exist_ok=True)
 
-    def trial_recipe(overrides: list[str]) -> LoadedRecipe[Recipe]:
+    def trial_recipe(overrides: list[str]) -> LoadedRecipe[AdaLlavaRecipe]:
         storage = f"cluster.storage={path.parent}"
         found = load(base_path(loaded), [*recipe.base_set, *overrides, *ALONE, storage])
-        return LoadedRecipe(absolute_paths(found.recipe), found.origins)
+        return LoadedRecipe(found.recipe.with_absolute_paths(), found.origins)
 
     space = load_space(recipe.space, trial_recipe([]).recipe, recipe.options)
     finished = read_finished(path)

@@ -17,12 +17,12 @@ import argparse
 from pathlib import Path
 
 from fmray.config import load
-from fmray.fewshot_config import FewshotRecipe
-from fmray.search.config import SearchRecipe
-from fmray.search.held_out import held_out_gains
+from fmray.config.fewshot import FewshotRecipe
+from fmray.config.search import SearchRecipe
 from fmray.search.pareto import hypervolume, judged, trial_points
 from fmray.search.run import SearchResult, base_path, search
 from fmray.search.trial import load_base
+from fmray.search.verdict import held_out_gains
 
 
 def main() -> None:

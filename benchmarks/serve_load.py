@@ -37,9 +37,9 @@ from torch import nn
 
 from fmray.adallava import AdaptiveVLM, SwitchLayout
 from fmray.adallava.store import save
+from fmray.config.serve import ServeConfig
 from fmray.data.processor import load_processor
 from fmray.serve.replica import Answerer, open_answerer
-from fmray.serve.settings import ServeConfig
 
 LOADS = (0.5, 0.9, 1.2, 1.5, 2.0, 3.0)
 MODES = {"b=1": {"budget": "1"}, "b=0.6": {"budget": "0.6"}, "auto": {}}
@@ -221,7 +221,7 @@ async def bare_engine(answerer: Answerer, question: Question, number: int) -> fl
     """Seconds of the worker alone: the prompt made before, from submit to the last event."""
     from fmray.engine.policy import Ask
     from fmray.engine.requests import Sampling
-    from fmray.serve.openai_api import ChatRequest
+    from fmray.serve.openai import ChatRequest
     from fmray.serve.replica import Live
 
     prompt = answerer._prompts.make(ChatRequest.model_validate(question.body))

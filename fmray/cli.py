@@ -10,24 +10,30 @@ from __future__ import annotations
 
 import argparse
 import importlib
-import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 from fmray import __version__
+from fmray.errors import exit_code
 
 COMMANDS = {
     "quickstart": (
-        "fmray.quickstart",
+        "fmray.commands.quickstart",
         "train, finetune and measure a small adaptive model on this machine",
     ),
-    "ask": ("fmray.ask", "ask a trained model a question about an image, under a budget"),
-    "serve": ("fmray.serve.command", "an OpenAI-style endpoint for a trained model, on Ray Serve"),
-    "cost": ("fmray.adallava.cost_table", "what a budget buys: layers, operations, roofline time"),
-    "top": ("fmray.top", "what a run is doing: workers, step, speed, checkpoints, what happened"),
-    "doctor": ("fmray.doctor", "what is installed, what Ray sees, and whether a recipe fits"),
+    "ask": ("fmray.commands.ask", "ask a trained model a question about an image, under a budget"),
+    "serve": ("fmray.commands.serve", "an OpenAI-style endpoint for a trained model, on Ray Serve"),
+    "cost": ("fmray.commands.cost", "what a budget buys: layers, operations, roofline time"),
+    "top": (
+        "fmray.commands.top",
+        "what a run is doing: workers, step, speed, checkpoints",
+    ),
+    "doctor": (
+        "fmray.commands.doctor",
+        "what is installed, what Ray sees, whether a recipe fits",
+    ),
     "config": (
-        "fmray.config_command",
+        "fmray.commands.config",
         "a recipe resolved, with the origin of each value; or the JSON Schema",
     ),
 }
@@ -50,46 +56,3 @@ def main(argv: Sequence[str] | None = None) -> int:
             command.set_defaults(run=module.run)
     arguments = parser.parse_args(words)
     return exit_code(arguments.run, arguments)
-
-
-class GaveUp(RuntimeError):
-    """A job has failed as often as it may; its text says why, and how it goes on."""
-
-
-def exit_code(function: Callable[..., int | None], *arguments: object) -> int:
-    """Call `function` and turn its outcome into an exit code; what a job script ends with.
-
-    A user's mistake (a ValueError that fmray itself raised, or a file that is not there or may not
-    be read) is one line on stderr and 2. Anything else, a ValueError from inside a library too, is
-    a bug and keeps its traceback.
-    """
-    try:
-        code = function(*arguments) or 0
-        sys.stdout.flush()  # where a closed pipe can still be caught
-        return code
-    except (FileNotFoundError, PermissionError, NotADirectoryError, IsADirectoryError) as error:
-        print(f"fmray: {error}", file=sys.stderr)
-    except ValueError as error:
-        if not raised_by_fmray(error):
-            raise
-        print(f"fmray: {error}", file=sys.stderr)
-    except BrokenPipeError:
-        # The reader (`| head`) has seen enough. Nothing is left to flush into the closed pipe.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 141  # as a shell reports a process that SIGPIPE ended
-    except GaveUp as error:
-        print(f"fmray: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("fmray: interrupted", file=sys.stderr)
-        return 130
-    return 2
-
-
-def raised_by_fmray(error: BaseException) -> bool:
-    """Whether the error comes from fmray's own code, not from a library's."""
-    trace = error.__traceback__
-    assert trace is not None, "only raised errors come here"
-    while trace.tb_next is not None:
-        trace = trace.tb_next
-    return trace.tb_frame.f_globals.get("__name__", "").partition(".")[0] == "fmray"

@@ -12,16 +12,16 @@ from __future__ import annotations
 
 import sys
 
-from fmray.cli import exit_code
-from fmray.config import Recipe
-from fmray.fewshot_config import FewshotRecipe
-from fmray.job_arguments import job_arguments
+from fmray.config import AdaLlavaRecipe
+from fmray.config.arguments import job_arguments
+from fmray.config.fewshot import FewshotRecipe
+from fmray.errors import exit_code
 
 
 def main() -> None:
     """Parse, and evaluate by the recipe's kind."""
     loaded, run_id = job_arguments(
-        None, "Evaluate a trained model, or encoder.", (Recipe, FewshotRecipe)
+        None, "Evaluate a trained model, or encoder.", (AdaLlavaRecipe, FewshotRecipe)
     )
     # each kind's imports take seconds, and the other has no use for them
     if isinstance(loaded.recipe, FewshotRecipe):
@@ -29,7 +29,7 @@ def main() -> None:
 
         evaluate_encoder(loaded, run_id)
     else:
-        from fmray.train.evaluate import evaluate_run
+        from fmray.train.adallava.evaluate import evaluate_run
 
         evaluate_run(loaded, run_id)
 

@@ -11,17 +11,17 @@ from __future__ import annotations
 
 import sys
 
-from fmray.cli import exit_code
-from fmray.config import Job, Recipe
+from fmray.config import AdaLlavaRecipe, BaseRecipe
+from fmray.config.arguments import job_arguments
+from fmray.config.fewshot import FewshotRecipe
 from fmray.data.image_ingest import prepare_images
 from fmray.data.ingest import prepare
-from fmray.fewshot_config import FewshotRecipe
-from fmray.job_arguments import job_arguments
+from fmray.errors import exit_code
 
 
 def main() -> None:
     """Parse, and prepare."""
-    kinds: tuple[type[Job], ...] = (Recipe, FewshotRecipe)
+    kinds: tuple[type[BaseRecipe], ...] = (AdaLlavaRecipe, FewshotRecipe)
     loaded, _ = job_arguments(None, "Read or generate data into a Parquet store.", kinds)
     if isinstance(loaded.recipe, FewshotRecipe):
         prepare_images(loaded.recipe)

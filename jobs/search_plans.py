@@ -11,9 +11,9 @@ from __future__ import annotations
 
 import sys
 
-from fmray.cli import exit_code
-from fmray.job_arguments import job_arguments
-from fmray.search.config import PlansRecipe
+from fmray.config.arguments import job_arguments
+from fmray.config.search import PlansRecipe
+from fmray.errors import exit_code
 from fmray.search.plans import search_plans
 
 

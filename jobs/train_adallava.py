@@ -11,8 +11,8 @@ from __future__ import annotations
 
 import sys
 
-from fmray.cli import exit_code
-from fmray.job_arguments import job_arguments
+from fmray.config.arguments import job_arguments
+from fmray.errors import exit_code
 from fmray.train.job import train
 
 

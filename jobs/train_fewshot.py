@@ -11,9 +11,9 @@ from __future__ import annotations
 
 import sys
 
-from fmray.cli import exit_code
-from fmray.fewshot_config import FewshotRecipe
-from fmray.job_arguments import job_arguments
+from fmray.config.arguments import job_arguments
+from fmray.config.fewshot import FewshotRecipe
+from fmray.errors import exit_code
 from fmray.train.fewshot.job import train_fewshot
 
 

@@ -7,7 +7,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from fmray.config import Recipe, Section
+from fmray.config import AdaLlavaRecipe, Section
 from fmray.search.space import Choice, Parameter, Real, Space, Values, override, warm_start
 
 
@@ -41,13 +41,13 @@ class Options(Section):
     )
 
 
-def space(base: Recipe, options: Options) -> Space:
+def space(base: AdaLlavaRecipe, options: Options) -> Space:
     """Warm start: the base recipe itself, where it lies inside.
 
     Raises ValueError for a base recipe of another kind, without `adaptive`, or without the LoRA
     whose rank is to be varied.
     """
-    if not isinstance(base, Recipe):
+    if not isinstance(base, AdaLlavaRecipe):
         raise ValueError(f"it varies recipes of kind adallava; the base is of kind {base.kind}")
     if base.adaptive is None:
         raise ValueError("the base recipe has adaptive: null; give it a section adaptive")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pydantic import Field
 
 from fmray.config import Section
-from fmray.fewshot_config import FewshotRecipe
+from fmray.config.fewshot import FewshotRecipe
 from fmray.search.space import Choice, Parameter, Real, Space, Values, override, warm_start
 
 

@@ -12,7 +12,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from fmray.config import Section
-from fmray.fewshot_config import FewshotRecipe
+from fmray.config.fewshot import FewshotRecipe
 from fmray.search.space import Choice, Parameter, Space, Subset, Tasks, Values, WarmStart, override
 from fmray.selection import selected_count
 

@@ -22,6 +22,7 @@ from transformers import (
     SiglipVisionConfig,
 )
 
+from fmray.adallava.cost import CostModel, Tokens
 from fmray.adallava.layout import text_config_of
 
 
@@ -110,4 +111,97 @@ def load(source: str) -> CostedModel:
         vision_config=vision if visual and isinstance(feature_layer, int) else None,
         feature_layer=feature_layer if isinstance(feature_layer, int) else -2,
         visual_tokens=visual,
+    )
+
+
+# The roofline time of a prefill: what a data sheet allows at best, never a measurement.
+#
+# In: a `CostModel` (for sizes), prompt lengths, a number of switches, a device. Out: seconds, the
+# sum over operators of max(operations / peak, bytes / bandwidth), with the operator list of
+# LLM-Viewer (Yuan et al. 2024), from which the paper's "prefill time" comes: projections, QK^T,
+# softmax, AV, norms, residual adds, activation, lm_head; 16-bit weights and activations; each
+# operator reads its inputs from memory and writes its output there (no fusion, no FlashAttention).
+#
+# Against the dissertation (tables 5.1 and C.2, V100, whole milliseconds) all 15 times of LLaVA-1.5
+# 7B, 13B, FastV, PruMerge and PruMerge+ come out within 0.6 ms; two of them would print one lower:
+# 7B at 0.60 is 48.4 (49 printed), PruMerge at 0.85 is 13.4 (14 printed).
+
+_BYTES = 2  # per weight and activation, float16 and bfloat16 alike
+
+
+@dataclass(frozen=True)
+class Device:
+    """Dense 16-bit peak (operations/s, float32 accumulation) and memory bandwidth (bytes/s)."""
+
+    name: str
+    peak: float
+    bandwidth: float
+
+
+# NVIDIA's data sheets. Where they print a figure with sparsity (L4, H100, H200) this is half of it.
+# V100 is the PCIe card (112e12), which the paper's times assume; the SXM2 card has 125e12.
+DEVICES = {
+    device.name: device
+    for device in (
+        Device("V100", 112e12, 900e9),
+        Device("A100-80GB", 312e12, 2039e9),
+        Device("H100-SXM", 989.5e12, 3350e9),
+        Device("H200", 989.5e12, 4800e9),
+        Device("L4", 121e12, 300e9),
+        Device("RTX-4090", 165.2e12, 1008e9),
+    )
+}
+
+
+def device(name: str) -> Device:
+    """The device called `name`; ValueError lists the known ones."""
+    if name not in DEVICES:
+        raise ValueError(f"device {name!r} is unknown; there are {', '.join(DEVICES)}")
+    return DEVICES[name]
+
+
+def prefill_seconds(model: CostModel, tokens: Tokens, units_on: int, on: Device) -> float:
+    """Roofline seconds of one prompt with `units_on` switches (a number, 0..K), lm_head included.
+
+    A switch of h query heads takes h/H of its layer's time, as in the cost model's attribution; the
+    switches on are the most expensive ones.
+    """
+    layout = model.layout
+    lengths = model.lengths(tokens)
+    layer_seconds = {n: _seconds(_layer_operators(model, float(n)), on) for n in set(lengths)}
+    total = sum(layer_seconds[n] for n in lengths[: layout.first])
+    total += sum(
+        layer_seconds[lengths[layer]] * heads / layout.num_heads
+        for layer, heads in model.charged_units(tokens, units_on)
+    )
+    weights = layout.hidden_size * model.vocab_size
+    # LLM-Viewer counts one operation per multiply-accumulate here; memory decides either way.
+    lm_head = (weights, weights + layout.hidden_size + model.vocab_size)
+    return total + _seconds([lm_head], on)
+
+
+def _layer_operators(model: CostModel, n: float) -> list[tuple[float, float]]:
+    """(operations, values moved) of each operator of one decoder layer at n tokens."""
+    layout = model.layout
+    hidden, mlp = layout.hidden_size, layout.intermediate_size
+    query, key = layout.num_heads * layout.head_dim, layout.num_kv_heads * layout.head_dim
+    scores = n * n * layout.num_heads
+    projections = [(hidden, query), (hidden, key), (hidden, key), (query, hidden)]
+    projections += [(hidden, mlp)] * (model.mlp_matrices - 1) + [(mlp, hidden)]
+    operators = [(2 * n * a * b, a * b + n * (a + b)) for a, b in projections]
+    operators += [
+        (2 * scores * layout.head_dim, n * (query + key) + scores),
+        (5 * scores, 2 * scores),
+        (2 * scores * layout.head_dim, scores + n * (query + key)),
+    ]
+    operators += [(7 * hidden * n, 2 * hidden * n)] * 2  # norms
+    operators += [(hidden * n, 2 * hidden * n)] * 2  # residual adds
+    operators += [(2 * hidden * n, 3 * hidden * n)]  # activation, at LLM-Viewer's width
+    return operators
+
+
+def _seconds(operators: list[tuple[float, float]], on: Device) -> float:
+    return sum(
+        max(operations / on.peak, _BYTES * values / on.bandwidth)
+        for operations, values in operators
     )

@@ -26,7 +26,7 @@ import pyarrow.parquet as pq
 from tqdm import tqdm
 
 from fmray.config import ClusterConfig
-from fmray.data.class_splits import splits_table
+from fmray.config.fewshot import FewshotRecipe
 from fmray.data.image_shuffle import (
     PORTION,
     VERSION,
@@ -42,7 +42,7 @@ from fmray.data.image_shuffle import (
     sorted_runs,
     write_part,
 )
-from fmray.data.image_sources import Collection, Piece, find_collection
+from fmray.data.image_sources import Collection, Piece, find_collection, splits_table
 from fmray.data.image_store import (
     INDEX_SCHEMA,
     SPECIFICATION,
@@ -52,7 +52,6 @@ from fmray.data.image_store import (
 )
 from fmray.data.ray_tasks import run_tasks
 from fmray.data.records import BadRow, stop_at_bad_rows
-from fmray.fewshot_config import FewshotRecipe
 
 ROWS_AT_ONCE = 2_000_000  # whose digests are compared by one task
 DUPLICATES = ("collection", "class_name", "source", "kept_class_name", "kept_source")

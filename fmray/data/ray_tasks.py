@@ -12,8 +12,8 @@ from typing import Any, TypeVar
 
 import ray
 
-from fmray.cluster import start_or_join
 from fmray.config import ClusterConfig
+from fmray.runtime.cluster import start_or_join
 
 T = TypeVar("T")
 R = TypeVar("R")

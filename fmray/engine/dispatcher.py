@@ -17,13 +17,11 @@ from typing import Protocol
 
 import numpy as np
 
+from fmray.engine.admission import Entry, Estimates, Intake, WorkerSettings
 from fmray.engine.calibration import CostToTime
 from fmray.engine.controller import LoadController, LoadTarget, Queued
-from fmray.engine.estimates import Entry, Estimates
 from fmray.engine.fairness import FairQueue, Limits
-from fmray.engine.figures import Ledger, WorkerStats
 from fmray.engine.forecast import Forecast, Moment, Row
-from fmray.engine.intake import Intake, WorkerSettings
 from fmray.engine.policy import (
     Ask,
     Budgets,
@@ -34,6 +32,7 @@ from fmray.engine.policy import (
     largest_within,
 )
 from fmray.engine.requests import EngineStats, Event, Request, StepTiming
+from fmray.engine.stats import Ledger, WorkerStats
 
 LOOK_AHEAD = 256  # requests in line that the level is set for
 Delivery = tuple[str, Decision | Event | Refused]

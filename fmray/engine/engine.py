@@ -18,12 +18,11 @@ from typing import Any
 import torch
 
 from fmray.adallava import AdaptiveVLM
-from fmray.engine.draw import draw, generator_of
 from fmray.engine.forward import Decode, Prefill, Row, places_of
-from fmray.engine.memory import KVMemory
+from fmray.engine.kv_memory import KVMemory
 from fmray.engine.requests import EngineStats, Event, FinishReason, Request, Result, StepTiming
 from fmray.engine.reuse import PrefixCache, TensorCache
-from fmray.engine.text import TextStream
+from fmray.engine.tokens import TextStream, draw, generator_of
 
 MIB = 1 << 20
 _COUNTERS = (

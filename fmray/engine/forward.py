@@ -16,11 +16,10 @@ from fmray.adallava import AdaptiveVLM
 from fmray.adallava.execution import LayerInputs
 from fmray.adallava.passes import Draw, Prompt
 from fmray.adallava.sampling import gumbel_noise
-from fmray.engine.draw import generator_of
-from fmray.engine.memory import Arena, DecodeCache, KVMemory, PrefillCache
+from fmray.engine.kv_memory import Arena, DecodeCache, KVMemory, PrefillCache
 from fmray.engine.requests import Request
 from fmray.engine.reuse import Prefix, PrefixCache, TensorCache
-from fmray.engine.text import TextStream
+from fmray.engine.tokens import TextStream, generator_of
 
 
 @dataclass(eq=False)

@@ -19,10 +19,10 @@ from transformers import LlamaConfig
 
 from fmray.adallava.cost import CostModel
 from fmray.adallava.layout import SwitchLayout
+from fmray.engine.admission import WorkerSettings
 from fmray.engine.calibration import CostToTime
 from fmray.engine.dispatcher import Dispatcher
 from fmray.engine.fairness import CallerLimits, Limits
-from fmray.engine.intake import WorkerSettings
 from fmray.engine.policy import Ask, Budgets, Decision, Refused
 from fmray.engine.requests import EngineStats, Event, Request, Sampling, StepTiming
 

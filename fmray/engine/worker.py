@@ -13,13 +13,13 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
+from fmray.engine.admission import WorkerSettings
 from fmray.engine.calibration import CostToTime
 from fmray.engine.dispatcher import Delivery, Dispatcher, Steps
 from fmray.engine.fairness import CallerLimits, Limits
-from fmray.engine.figures import WorkerStats
-from fmray.engine.intake import WorkerSettings
 from fmray.engine.policy import Ask, Budgets, Decision, Refused, Unavailable
 from fmray.engine.requests import Event
+from fmray.engine.stats import WorkerStats
 
 __all__ = ["EngineWorker", "Health", "WorkerSettings"]
 

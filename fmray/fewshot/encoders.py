@@ -12,21 +12,204 @@ from __future__ import annotations
 
 import difflib
 import inspect
+import io
 import json
 import logging
+import math
 import os
 import tempfile
-from dataclasses import asdict
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+import numpy as np
 import torch
+from PIL import Image, UnidentifiedImageError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.nn import functional
 
-from fmray.fewshot.preprocess import Preprocess
-from fmray.fewshot.small_encoders import SIZE, SmallConv, SmallViT
+# Encoded images to pixels: one preprocessing for support, query and every job.
+#
+# In: JPEG or PNG bytes. Out: uint8 [n, 3, size, size], and float32 normalised as the encoder was
+# trained. Decoding and normalising are apart, so that pixels can be kept as bytes, augmented, and
+# moved to a device at a quarter of the size.
+
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
+@dataclass(frozen=True)
+class Preprocess:
+    """How one encoder sees an image.
+
+    size: pixels, of the square that comes out. mean, std: per RGB channel, of values in 0..1.
+    shorter: pixels the shorter side is resized to before the centre crop; default `size`. squash:
+    resize to the square without a crop, whatever the aspect.
+    """
+
+    size: int
+    mean: tuple[float, float, float] = IMAGENET_MEAN
+    std: tuple[float, float, float] = IMAGENET_STD
+    shorter: int | None = None
+    squash: bool = False
+    interpolation: Literal["bicubic", "bilinear"] = "bicubic"
+
+    def decode(self, images: Sequence[bytes]) -> Tensor:
+        """uint8 [n, 3, size, size] of n encoded images, any mode and aspect, greyscale included.
+
+        Raises ValueError naming the image's place for bytes that are no readable image.
+        """
+        pixels = np.empty((len(images), self.size, self.size, 3), dtype=np.uint8)
+        for place, encoded in enumerate(images):
+            try:
+                with Image.open(io.BytesIO(encoded)) as image:
+                    pixels[place] = self._square(image.convert("RGB"))
+            except (UnidentifiedImageError, OSError, Image.DecompressionBombError) as error:
+                raise ValueError(f"image {place} of {len(images)} is not readable: {error}") from (
+                    error
+                )
+        return torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous()
+
+    def normalise(self, pixels: Tensor) -> Tensor:
+        """float32 of the same shape [..., 3, H, W]: (value - mean) / std.
+
+        pixels: uint8, or floats in 0..1 (augmented views).
+        """
+        if not pixels.is_floating_point():
+            pixels = pixels.float() / 255
+        mean, std = (
+            torch.tensor(values, device=pixels.device)[:, None, None]
+            for values in (self.mean, self.std)
+        )
+        return (pixels - mean) / std
+
+    def resized(self, size: int) -> Preprocess:
+        """The same for squares of another size, the crop's share of the image kept."""
+        shorter = None if self.shorter is None else round(self.shorter * size / self.size)
+        return Preprocess(size, self.mean, self.std, shorter, self.squash, self.interpolation)
+
+    def _square(self, image: Image.Image) -> Image.Image:
+        width, height = image.size
+        box = (0.0, 0.0, float(width), float(height))
+        if not self.squash:
+            # the crop's box in the source: cropped and resized in one pass
+            side = min(width, height) * self.size / max(self.shorter or 0, self.size)
+            left, top = (width - side) / 2, (height - side) / 2
+            box = (left, top, left + side, top + side)
+        resample = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
+        return image.resize((self.size, self.size), resample[self.interpolation], box=box)
+
+
+# Our own small encoders: for pictures of 32 to 64 pixels, quick on a CPU, trained from scratch by
+# `fmray.fewshot.pretrain`.
+#
+# In: normalised pixels [B, 3, H, W], H = W, a multiple of 8. Out: features [B, d]. Neither keeps
+# batch statistics: an image's features do not depend on the batch it came in, nor on how many
+# workers shared it.
+
+SIZE = 32  # pixels, where nothing else is asked for
+
+
+class SmallViT(nn.Module):
+    """A vision transformer on 8x8-pixel steps: strided convolutions for a patch (Xiao et al. 2021),
+    fixed sine positions (as MoCo v3's), pre-norm blocks, mean over tokens. 0.7 M parameters,
+    d = 96.
+    """
+
+    def __init__(self, width: int = 96, depth: int = 6, heads: int = 3) -> None:
+        super().__init__()
+        self.stem = nn.Sequential(
+            nn.Conv2d(3, width // 4, 3, stride=2, padding=1),
+            nn.GroupNorm(8, width // 4),
+            nn.GELU(),
+            nn.Conv2d(width // 4, width // 2, 3, stride=2, padding=1),
+            nn.GroupNorm(8, width // 2),
+            nn.GELU(),
+            nn.Conv2d(width // 2, width, 3, stride=2, padding=1),
+        )
+        self.blocks = nn.Sequential(*(_Block(width, heads) for _ in range(depth)))
+        self.norm = nn.LayerNorm(width)
+
+    def forward(self, images: Tensor) -> Tensor:
+        grid = self.stem(images)  # [B, width, H/8, W/8]
+        tokens = grid.flatten(2).mT
+        return self.norm(self.blocks(tokens + _positions(grid)).mean(1))
+
+
+class SmallConv(nn.Module):
+    """A residual network with group norm: four stages of one block, mean over places. 0.9 M
+    parameters, d = 192.
+    """
+
+    def __init__(self, widths: tuple[int, ...] = (32, 64, 128, 192)) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, widths[0], 5, stride=2, padding=2, bias=False)
+        before = (widths[0], *widths[:-1])
+        self.stages = nn.Sequential(
+            *(
+                _Residual(inputs, outputs, stride=1 if stage == 0 else 2)
+                for stage, (inputs, outputs) in enumerate(zip(before, widths, strict=True))
+            )
+        )
+
+    def forward(self, images: Tensor) -> Tensor:
+        return functional.relu(self.stages(self.stem(images))).mean((2, 3))
+
+
+class _Block(nn.Module):
+    """Self-attention and a two-layer perceptron, each on the normalised residual stream."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.norm_attention, self.norm_mlp = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.qkv = nn.Linear(width, 3 * width)
+        self.output = nn.Linear(width, width)
+        self.mlp = nn.Sequential(
+            nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width)
+        )
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        query, key, value = (
+            part.unflatten(-1, (self.heads, -1)).transpose(1, 2)  # [B, heads, T, width / heads]
+            for part in self.qkv(self.norm_attention(tokens)).chunk(3, dim=-1)
+        )
+        attended = functional.scaled_dot_product_attention(query, key, value)
+        tokens = tokens + self.output(attended.transpose(1, 2).flatten(2))
+        return tokens + self.mlp(self.norm_mlp(tokens))
+
+
+class _Residual(nn.Module):
+    """A pre-activation residual block (He et al. 2016) with group norm."""
+
+    def __init__(self, inputs: int, outputs: int, stride: int) -> None:
+        super().__init__()
+        self.norm_first, self.norm_second = nn.GroupNorm(8, inputs), nn.GroupNorm(8, outputs)
+        self.first = nn.Conv2d(inputs, outputs, 3, stride=stride, padding=1, bias=False)
+        self.second = nn.Conv2d(outputs, outputs, 3, padding=1, bias=False)
+        same = stride == 1 and inputs == outputs
+        self.shortcut = nn.Identity() if same else nn.Conv2d(inputs, outputs, 1, stride, bias=False)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        hidden = functional.relu(self.norm_first(inputs))
+        return self.shortcut(inputs) + self.second(
+            functional.relu(self.norm_second(self.first(hidden)))
+        )
+
+
+def _positions(grid: Tensor) -> Tensor:
+    """Sines and cosines of row and column, [H * W, width], for a grid [B, width, H, W]."""
+    _, width, height, columns = grid.shape
+    steps = width // 4
+    frequency = torch.exp(torch.arange(steps, device=grid.device) * (-math.log(1e4) / steps))
+    row, column = (torch.arange(n, device=grid.device)[:, None] * frequency for n in grid.shape[2:])
+    parts = [part[:, None].expand(height, columns, steps) for part in (row.sin(), row.cos())] + [
+        part[None].expand(height, columns, steps) for part in (column.sin(), column.cos())
+    ]
+    return torch.cat(parts, dim=-1).flatten(0, 1).to(grid.dtype)
+
 
 DESCRIPTION, WEIGHTS, FORMAT = "encoder.json", "model.safetensors", 1
 SMALL = {"vit": SmallViT, "conv": SmallConv}

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from fmray.fewshot.finetune import classification_loss, linear_head
+from fmray.fewshot.methods import classification_loss, linear_head
 
 PROJECTION = 128  # width of what contrastive losses compare
 

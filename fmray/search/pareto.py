@@ -19,7 +19,7 @@ from typing import Literal
 import numpy as np
 from numpy.typing import ArrayLike
 
-from fmray.search.config import ObjectiveConfig
+from fmray.config.search import ObjectiveConfig
 from fmray.search.state import Finished
 
 Mode = Literal["max", "min"]

@@ -19,24 +19,22 @@ from typing import TYPE_CHECKING, Any
 
 from ray import tune
 
-from fmray import tracking
-from fmray.cluster import start_or_join
-from fmray.config import Job, LoadedRecipe
+from fmray.config import BaseRecipe, LoadedRecipe
+from fmray.config.fewshot import FewshotRecipe
+from fmray.config.search import SearchRecipe
 from fmray.data.image_store import ImageStore
-from fmray.fewshot_config import FewshotRecipe
-from fmray.preflight import machines_of_cluster
-from fmray.search import places
-from fmray.search.config import SearchRecipe
+from fmray.runtime import placement as places
+from fmray.runtime import tracking
+from fmray.runtime.cluster import start_or_join
+from fmray.runtime.placement import machines_of_cluster
 from fmray.search.pareto import front_of, recommend, rule_of
 from fmray.search.report import write_report
 from fmray.search.space import Tasks, load_space
 from fmray.search.state import Finished, read_finished
-from fmray.search.stopping import make_scheduler
-from fmray.search.suggest import Suggester
-from fmray.search.surrogate import LEAST, rank_correlations
-from fmray.search.table import TrialTable, describe, final_table
+from fmray.search.suggest import Suggester, make_scheduler
 from fmray.search.trial import load_base, metrics_of, run_trial
-from fmray.search.watch import Books, Suggestions, Watcher
+from fmray.search.verdict import LEAST, rank_correlations
+from fmray.search.watch import Books, Suggestions, TrialTable, Watcher, describe, final_table
 from fmray.train import checkpoint as checkpoints
 from fmray.train.job import POLL_SECONDS
 
@@ -168,7 +166,7 @@ def _run_trials(recipe: SearchRecipe, books: Books, together: int, every: int, s
         raise KeyboardInterrupt
 
 
-def _check_objectives(recipe: SearchRecipe, base: Job) -> None:
+def _check_objectives(recipe: SearchRecipe, base: BaseRecipe) -> None:
     known = metrics_of(base)
     for i, objective in enumerate(recipe.objectives):
         if objective.metric not in known:
@@ -243,7 +241,7 @@ def _task_notes(
     return [str(one) for one in found]
 
 
-def _result(recipe: SearchRecipe, base: Job, books: Books, notes: list[str]) -> SearchResult:
+def _result(recipe: SearchRecipe, base: BaseRecipe, books: Books, notes: list[str]) -> SearchResult:
     """The end: a table, the recommended trial and the report."""
     finished, path = books.finished, books.run_dir / "report.html"
     recommended, rule = None, recipe.recommend
@@ -279,7 +277,7 @@ def _result(recipe: SearchRecipe, base: Job, books: Books, notes: list[str]) -> 
 def _verdict(base: FewshotRecipe, books: Books, best: Finished) -> list[str]:
     """The recommended trial beside Algorithm 1's tasks and all of them, on held-out tasks."""
     # imports torch and an encoder's library, which a search has no use for until here
-    from fmray.search.held_out import held_out_gains
+    from fmray.search.verdict import held_out_gains
 
     models, notes = {f"trial {best.number}": books.model_dir(best.number)}, []
     for peer in books.finished:

@@ -20,8 +20,8 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from fmray.config import Job, Section
-from fmray.recipe_file import dump_value, parse_override
+from fmray.config import BaseRecipe, Section
+from fmray.config.yaml_file import dump_value, parse_override
 
 Values = Mapping[str, Any]  # by parameter; of a Subset, a tuple of its items in their order
 
@@ -232,7 +232,10 @@ def warm_start(name: str, parameters: Sequence[Parameter], values: Values) -> tu
 
 
 def load_space(
-    name: str, base: Job, options: Mapping[str, Any], tasks: Callable[[], Tasks] | None = None
+    name: str,
+    base: BaseRecipe,
+    options: Mapping[str, Any],
+    tasks: Callable[[], Tasks] | None = None,
 ) -> Space:
     """The space `name` of `tune_spaces/`, for a base recipe, checked.
 

@@ -11,16 +11,25 @@ import math
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import ray
+import torch
 from ray import tune
 from ray.train import Checkpoint
 from ray.tune.integration.ray_train import TuneReportCallback
 
-from fmray.config import Job, LoadedRecipe, Recipe, TrackingConfig, load
-from fmray.fewshot_config import FewshotRecipe
+from fmray.adallava import AdaptiveVLM
+from fmray.adallava.passes import prompt_ends
+from fmray.config import AdaLlavaRecipe, BaseRecipe, LoadedRecipe, TrackingConfig, load
+from fmray.config.fewshot import FewshotRecipe
+from fmray.data.loader import evaluation_batches
+from fmray.data.processor import load_processor
 from fmray.train import job as adallava
+from fmray.train.adallava.batches import model_inputs
 from fmray.train.fewshot import job as fewshot
 
 METRICS = ("accuracy", "seconds", "tasks", "operations", "share", "latency")
@@ -48,7 +57,7 @@ def is_metric(name: str) -> bool:
     return name in METRICS or name.startswith(FAMILIES)
 
 
-def metrics_of(base: Job) -> list[str]:
+def metrics_of(base: BaseRecipe) -> list[str]:
     """What trials of a base recipe can be judged by.
 
     accuracy: mean over budgets or shots; seconds: of the whole job; tasks: finetuned on (few-shot);
@@ -77,7 +86,7 @@ def load_base(
 
     Raises ValueError for a recipe that is wrong, or cannot be a trial.
     """
-    loaded = load(path, overrides, kinds=(Recipe, FewshotRecipe))
+    loaded = load(path, overrides, kinds=(AdaLlavaRecipe, FewshotRecipe))
     recipe = loaded.recipe
     if recipe.cluster.workers == 0:
         raise ValueError(
@@ -101,9 +110,8 @@ def load_base(
             "tracking": tracking,
         }
     )
-    absolute = fewshot.absolute_paths if is_fewshot else adallava.absolute_paths
     changed = {"train.eval_every": "search", "cluster.storage": "search"}
-    return LoadedRecipe(absolute(recipe), loaded.origins | changed)
+    return LoadedRecipe(recipe.with_absolute_paths(), loaded.origins | changed)
 
 
 def run_trial(config: Mapping[str, Any]) -> None:
@@ -126,7 +134,6 @@ def run_trial(config: Mapping[str, Any]) -> None:
     costs["seconds"] = time.monotonic() - began
     if trial.latency:
         # imports a model's library, which a trial's driver has no other use for
-        from fmray.search.latency import latency_on_ray
 
         costs |= latency_on_ray(recipe, result.model_dir)
     tune.report(judged(result.metrics) | costs)
@@ -154,3 +161,66 @@ class _Evaluations(TuneReportCallback):
         evaluated = any(name.startswith("accuracy/") for name in metrics[0])
         if evaluated and metrics[0]["step"] < self._steps:
             super().after_report(run_context, [judged(metrics[0])], None)
+
+
+# How long a trained adaptive model takes at each budget, measured where its trial was trained.
+#
+# In: the recipe of a trial and the model it made. Out: `latency/BUDGET`, milliseconds to the first
+# token of one question alone (picture, prefill, one token), and `latency`, their mean. On a machine
+# that other trials train on at the same time, it contains what they take: for figures that are only
+# of the model, give a trial the whole machine (`cluster.cpus_per_worker` of the base recipe).
+
+QUESTIONS = 8
+ROUNDS = 5  # each asks every question at every budget, in turns; the median counts
+
+
+def latency_on_ray(recipe: AdaLlavaRecipe, model_dir: Path) -> dict[str, float]:
+    """`measure_latency` in a task that has what a worker of the trial had."""
+    cluster = recipe.cluster
+    task = ray.remote(measure_latency).options(
+        num_cpus=cluster.cpus_per_worker,
+        num_gpus=cluster.gpus_per_worker,
+        max_retries=0,
+        scheduling_strategy="DEFAULT",  # not the trial's own place, which holds its driver alone
+    )
+    threads = max(1, int(cluster.cpus_per_worker))
+    return ray.get(task.remote(model_dir, recipe.data.store, recipe.train.eval_budgets, threads))
+
+
+def measure_latency(
+    model_dir: Path, store: Path, budgets: tuple[float, ...], threads: int
+) -> dict[str, float]:
+    """Milliseconds to the first token, the median over questions of the validation split.
+
+    Args:
+        threads: of torch, on a CPU.
+    """
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    torch.set_num_threads(threads)
+    model = AdaptiveVLM.from_pretrained(model_dir).to(device).eval()
+    dtype = next(model.parameters()).dtype
+    batches = evaluation_batches(store, "validation", load_processor(store / "processor"), 1)
+    prompts = []
+    for batch in islice(batches, QUESTIONS):
+        inputs = model_inputs(batch, dtype, device)
+        labels = inputs.pop("labels")
+        end = int(prompt_ends(inputs["input_ids"], inputs["attention_mask"], labels))
+        length = labels.shape[1]  # what is given a token ends where the prompt does
+        prompts.append(
+            {
+                name: value[:, :end] if value.shape[:2] == (1, length) else value
+                for name, value in inputs.items()
+            }
+        )
+    seconds = {budget: [] for budget in budgets}
+    for round_ in range(ROUNDS + 1):
+        for prompt in prompts:
+            for budget in budgets:
+                began = time.perf_counter()
+                model.generate(**prompt, budget=budget, max_new_tokens=1)
+                if device.type == "cuda":
+                    torch.cuda.synchronize()
+                if round_:  # the first one warms up
+                    seconds[budget].append(time.perf_counter() - began)
+    found = {f"latency/{budget:g}": 1000 * float(np.median(seconds[budget])) for budget in budgets}
+    return found | {"latency": sum(found.values()) / len(found)}

@@ -1,9 +1,8 @@
 """Task selection: which of the tasks at hand help a target. Knows numpy and scipy, no platform."""
 
-from fmray.selection.algorithm import Selection, select_tasks, selected_count
-from fmray.selection.coverage import coverage, similarity
+from fmray.selection.baselines import choose_peer
+from fmray.selection.coverage import Selection, coverage, select_tasks, selected_count, similarity
 from fmray.selection.moments import MomentStream, TaskMoments
-from fmray.selection.peers import choose_peer
 
 __all__ = [
     "MomentStream",

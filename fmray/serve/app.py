@@ -21,9 +21,9 @@ from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle
 from ray.serve.schema import LoggingConfig
 
+from fmray.config.serve import ServeConfig
 from fmray.serve.keys import load_keys
 from fmray.serve.metrics import Board, Metrics, render
-from fmray.serve.settings import ServeConfig
 
 _logger = logging.getLogger("fmray.serve")
 _PUBLISH_SECONDS = 5.0
@@ -140,7 +140,7 @@ def find_directory(settings: ServeConfig) -> Path:
             )
         return directory
     from fmray.config import TrackingConfig
-    from fmray.tracking import production
+    from fmray.runtime.tracking import production
 
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
     return production(TrackingConfig(uri=settings.tracking_uri), settings.storage, name)

@@ -18,9 +18,9 @@ import traceback
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from fmray.config.serve import ServeConfig
 from fmray.serve.keys import Caller, KeyRing
-from fmray.serve.openai_api import ApiError
-from fmray.serve.settings import ServeConfig
+from fmray.serve.openai import ApiError
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -26,8 +26,8 @@ import yaml
 from pydantic import Field, TypeAdapter, ValidationError, model_validator
 
 from fmray.config import Section
+from fmray.config.serve import BudgetText
 from fmray.engine.fairness import CallerLimits
-from fmray.serve.settings import BudgetText
 
 VARIABLE = "FMRAY_API_KEYS"
 ANONYMOUS = "anonymous"

@@ -27,8 +27,7 @@ from prometheus_client.registry import Collector
 if TYPE_CHECKING:
     from fmray.engine.requests import Result
     from fmray.engine.worker import EngineWorker
-    from fmray.serve.answers import Fmray
-    from fmray.serve.openai_api import ApiError
+    from fmray.serve.openai import ApiError, Fmray
 
 _BUDGETS = tuple(tenths / 20 for tenths in range(1, 21))
 _SECONDS = (0.01, 0.025, 0.05, 0.1, 0.2, 0.3, 0.5, 0.75, 1, 1.5, 2, 3, 5, 7.5, 10, 20, 30, 60, 120)

@@ -21,14 +21,13 @@ import torch
 from PIL import Image
 
 from fmray.adallava import AdaptiveVLM
+from fmray.config.serve import ServeConfig
 from fmray.data.processor import load_processor
 from fmray.engine.policy import Ask, Decision, Refused, Unavailable
 from fmray.engine.requests import Event, Result, Sampling
-from fmray.serve.answers import Fmray
 from fmray.serve.keys import KeyRing, load_keys
-from fmray.serve.openai_api import ApiError, ChatRequest, Message
+from fmray.serve.openai import ApiError, ChatRequest, Fmray, Message
 from fmray.serve.prompts import Prompt, PromptMaker
-from fmray.serve.settings import ServeConfig
 
 if TYPE_CHECKING:
     from transformers import ProcessorMixin

@@ -25,10 +25,14 @@ from starlette.types import ASGIApp
 from fmray import __version__
 from fmray.engine.policy import Decision
 from fmray.engine.requests import Result
-from fmray.serve.answers import (
+from fmray.serve.guards import Arrival, Guard, gone, log_failure
+from fmray.serve.metrics import Metrics
+from fmray.serve.openai import (
     AnswerMessage,
+    ApiError,
     ChatChunk,
     ChatCompletion,
+    ChatRequest,
     Choice,
     ChunkChoice,
     Delta,
@@ -37,10 +41,8 @@ from fmray.serve.answers import (
     ModelCard,
     ModelList,
     Usage,
+    parse_request,
 )
-from fmray.serve.guards import Arrival, Guard, gone, log_failure
-from fmray.serve.metrics import Metrics
-from fmray.serve.openai_api import ApiError, ChatRequest, parse_request
 from fmray.serve.replica import Answerer, Live
 
 _SMALL = 64 * 1024  # bytes of a body that is parsed where it stands

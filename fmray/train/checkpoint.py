@@ -27,9 +27,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from fmray.config import Recipe
-from fmray.train import manifest
-from fmray.train.progress import event
+from fmray.config import AdaLlavaRecipe
+from fmray.runtime import files as manifest
+from fmray.runtime.run_log import event
 
 STATE_FILE = "state.json"
 TAG = "deepspeed"
@@ -70,7 +70,7 @@ class TrainState:
     best_step: int | None
 
 
-def training_settings(recipe: Recipe) -> dict[str, Any]:
+def training_settings(recipe: AdaLlavaRecipe) -> dict[str, Any]:
     """Dotted settings that decide what a run computes.
 
     A checkpoint is only resumed under equal ones.
@@ -118,7 +118,7 @@ def parse_state(text: str, where: str) -> TrainState:
     return TrainState(**values)
 
 
-def check_state(state: TrainState, recipe: Recipe, checkpoint: Path | str) -> None:
+def check_state(state: TrainState, recipe: AdaLlavaRecipe, checkpoint: Path | str) -> None:
     """Raises ValueError, naming the settings, when recipe and checkpoint do not go together."""
     check_settings(state, training_settings(recipe), checkpoint)
 

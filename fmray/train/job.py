@@ -16,14 +16,13 @@ from typing import Any
 
 from ray.train import UserCallback
 
-from fmray import tracking
-from fmray.cluster import start_or_join
-from fmray.config import Job, LoadedRecipe, Recipe
-from fmray.node_checks import check_nodes
-from fmray.preflight import machines_of_cluster, preflight
+from fmray.config import AdaLlavaRecipe, BaseRecipe, LoadedRecipe
+from fmray.runtime import tracking
+from fmray.runtime.cluster import start_or_join
+from fmray.runtime.nodes import check_nodes
+from fmray.runtime.placement import machines_of_cluster, preflight
 from fmray.train import checkpoint as checkpoints
-from fmray.train.copies import get_folder, last_state, put_files
-from fmray.train.mirror import open_mirror
+from fmray.train.mirror import get_folder, last_state, open_mirror, put_files
 from fmray.train.supervise import fit
 
 POLL_SECONDS = "0.5"  # how often Ray's controller collects reports; a report waits for it
@@ -53,7 +52,7 @@ def train(
     Raises ValueError for a recipe, data store or checkpoint that does not fit, and what
     `fmray.train.supervise.fit` raises.
     """
-    recipe = absolute_paths(loaded.recipe)
+    recipe = loaded.recipe.with_absolute_paths()
     run_dir = recipe.cluster.storage / run_id
     _check_store(recipe)
     mirror = open_mirror(recipe.cluster, run_dir)
@@ -95,28 +94,6 @@ def train(
     return result
 
 
-def absolute_paths(recipe: Recipe) -> Recipe:
-    """The recipe with absolute paths: workers run in another directory."""
-    data = recipe.data
-    changed: dict[str, Any] = {
-        name: Path(value).absolute()
-        for name in ("store", "train", "validation", "image_folder")
-        if (value := getattr(data, name)) is not None
-    }
-    model = recipe.model
-    if model.source != "scratch" and Path(model.source).is_dir():
-        model = model.model_copy(update={"source": str(Path(model.source).absolute())})
-    return recipe.model_copy(
-        update={
-            "model": model,
-            "data": data.model_copy(update=changed),
-            "cluster": recipe.cluster.model_copy(
-                update={"storage": recipe.cluster.storage.absolute()}
-            ),
-        }
-    )
-
-
 def _train_worker(config: dict[str, Any]) -> dict[str, Any] | None:
     # the loop's imports take seconds, and the driver and Ray's controller have no use for them
     from fmray.train.loop import train_worker
@@ -131,7 +108,7 @@ def _train_here(config: dict[str, Any]) -> dict[str, Any] | None:
 
 
 @contextmanager
-def session(recipe: Job) -> Iterator[None]:
+def session(recipe: BaseRecipe) -> Iterator[None]:
     """A Ray that has room for the recipe's workers, on nodes that can work together.
 
     Raises ValueError when they would wait for ever for what Ray does not have, and when a node has
@@ -154,7 +131,7 @@ def session(recipe: Job) -> Iterator[None]:
         yield
 
 
-def _check_store(recipe: Recipe) -> None:
+def _check_store(recipe: AdaLlavaRecipe) -> None:
     store = recipe.data.store
     for part in ("processor", "train", "validation", "manifest.json"):
         if not (store / part).exists():
@@ -164,7 +141,7 @@ def _check_store(recipe: Recipe) -> None:
             )
 
 
-def _table(recipe: Recipe, run_id: str, result: Result) -> list[str]:
+def _table(recipe: AdaLlavaRecipe, run_id: str, result: Result) -> list[str]:
     """The end of the job in a few lines."""
     metrics = result.metrics
     lines = [

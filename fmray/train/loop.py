@@ -23,17 +23,13 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from fmray import tracking
-from fmray.config import Recipe
+from fmray.config import AdaLlavaRecipe
 from fmray.data.loader import Batch, InstructionLoader, evaluation_batches
 from fmray.data.processor import load_processor
+from fmray.runtime import tracking
+from fmray.runtime.run_log import Progress, StatusFile, StepLog, event
 from fmray.train import checkpoint as checkpoints
-from fmray.train.checkpoint import TrainState
-from fmray.train.copies import Copies
-from fmray.train.models import DTYPES, build_model, merge_lora
-from fmray.train.notice import Notice
-from fmray.train.progress import Progress, StepLog, event
-from fmray.train.samples import (
+from fmray.train.adallava.batches import (
     answer_tokens,
     blank_row,
     draw,
@@ -41,13 +37,11 @@ from fmray.train.samples import (
     score_answers,
     with_picture,
 )
-from fmray.train.status import StatusFile
-from fmray.train.zero import (
-    engine_config,
-    import_deepspeed,
-    make_optimizer,
-    make_schedule,
-)
+from fmray.train.adallava.model import DTYPES, build_model, merge_lora
+from fmray.train.checkpoint import TrainState
+from fmray.train.engine import engine_config, import_deepspeed, make_optimizer, make_schedule
+from fmray.train.mirror import Copies
+from fmray.train.supervise import Notice
 
 if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine
@@ -62,7 +56,7 @@ def train_worker(config: dict[str, Any]) -> dict[str, Any] | None:
 
     Raises ValueError for what does not fit.
     """
-    recipe = Recipe.model_validate_json(config["recipe"])
+    recipe = AdaLlavaRecipe.model_validate_json(config["recipe"])
     run_dir = recipe.cluster.storage / config["run_id"]
     context = ray.train.get_context()
     rank, world_size = context.get_world_rank(), context.get_world_size()
@@ -240,7 +234,7 @@ def train_here(config: dict[str, Any]) -> dict[str, Any] | None:
 
 def evaluate_budgets(
     engine: DeepSpeedEngine,
-    recipe: Recipe,
+    recipe: AdaLlavaRecipe,
     processor: ProcessorMixin,
     rank: int,
     world_size: int,
@@ -290,7 +284,9 @@ def evaluate_budgets(
     return results
 
 
-def _find_state(recipe: Recipe, copies: Copies) -> tuple[Path, TrainState] | tuple[None, None]:
+def _find_state(
+    recipe: AdaLlavaRecipe, copies: Copies
+) -> tuple[Path, TrainState] | tuple[None, None]:
     """The run's newest whole checkpoint, checked against the recipe."""
     newest = copies.find()
     if newest is None:
@@ -300,7 +296,7 @@ def _find_state(recipe: Recipe, copies: Copies) -> tuple[Path, TrainState] | tup
     return newest, state
 
 
-def _levels(recipe: Recipe, model: nn.Module) -> range:
+def _levels(recipe: AdaLlavaRecipe, model: nn.Module) -> range:
     """The numbers of switches that training draws from.
 
     Raises ValueError for a budget that no plan can keep.
@@ -313,7 +309,7 @@ def _levels(recipe: Recipe, model: nn.Module) -> range:
     return range(lowest, model.layout.num_units + 1)
 
 
-def _operations(recipe: Recipe, model: nn.Module) -> dict[str, float]:
+def _operations(recipe: AdaLlavaRecipe, model: nn.Module) -> dict[str, float]:
     """What a prefill of `data.max_length` tokens costs by the cost model.
 
     `operations/BUDGET` and, of the full decoder's layers, `share/BUDGET`; their means `operations`

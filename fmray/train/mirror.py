@@ -14,18 +14,40 @@ from __future__ import annotations
 import io
 import os
 import shutil
+import time
 import uuid
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
+from datetime import timedelta
 from pathlib import Path
-from typing import BinaryIO
+from threading import Thread
+from typing import Any, BinaryIO
 from urllib.parse import parse_qsl, urlsplit
 
 import pyarrow
+import torch.distributed as dist
 from pyarrow import fs
 
 from fmray.config import ClusterConfig
-from fmray.train.manifest import MANIFEST, Entry, files_of, manifest_text, sha256
+from fmray.runtime import files as manifest
+from fmray.runtime.files import MANIFEST, Entry, files_of, manifest_text, sha256
+from fmray.runtime.run_log import event
+from fmray.train.checkpoint import (
+    STATE_FILE,
+    STORAGE_HOURS,
+    TrainState,
+    find_checkpoint,
+    kept_checkpoints,
+    load_checkpoint,
+    newest_first,
+    owner,
+    parse_state,
+    patient_group,
+    prune_checkpoints,
+    read_state,
+    refuse_all,
+    save_checkpoint,
+)
 
 CONNECT_SECONDS = 5
 SILENT_SECONDS = 20  # without a byte; tried three times, as connecting is
@@ -200,3 +222,295 @@ def _is(path: Path, entry: Entry) -> bool:
     return (
         path.is_file() and path.stat().st_size == entry["bytes"] and sha256(path) == entry["sha256"]
     )
+
+
+# A run's checkpoints as one rank sees them: in its node's folder, and in the mirror.
+#
+# In: the run's folder, of one node or shared, and `cluster.mirror`. Out: the checkpoint to go on
+# from, fetched where it is not there; and copies of each new one, made while training goes on.
+# Every rank copies its own files; rank 0 writes the manifest when all of them are there.
+
+LOG = "log.jsonl"
+
+
+class Copies:
+    """Every rank makes one, and calls its methods in the same order as the others.
+
+    here: the ranks that see the same folder as this one: all of them, or those of its node.
+    """
+
+    def __init__(self, cluster: ClusterConfig, run_dir: Path) -> None:
+        self._run_dir = run_dir
+        # the driver has opened it before: what fails here may pass, and is tried again
+        self._mirror = Mirror(cluster.mirror, run_dir) if cluster.mirror is not None else None
+        self._rank, self._ranks = dist.get_rank(), dist.get_world_size()
+        if self._mirror is not None and self._rank == 0:
+            self._mirror.claim()
+        # one of this thread, and one of the thread that copies
+        self.group, self._copying = patient_group(), patient_group()
+        self._timeout = timedelta(seconds=cluster.timeout_s)
+        self._thread: Thread | None = None
+        self._newest: Path | None = None
+        self._there: set[str] = set()  # names of complete ones in the mirror, the same on all ranks
+        self.here = list(range(self._ranks)) if self._mirror is None else self._who_is_here()
+        self._leads = self._rank == self.here[0]  # does what is done once a folder
+
+    def find(self) -> Path | None:
+        """The newest checkpoint that is whole, by the contents of the files; each rank reads its
+        share of them. What is missing or altered in a folder comes from the mirror.
+
+        One line for each newer checkpoint that is passed over. Raises ValueError where there are
+        some and none is whole.
+        """
+        passed: list[str] = []
+        # rank 0 looks: other nodes may see a shared folder a moment later
+        found: list[set[str] | None] = [None, None]
+        if self._rank == 0:
+            found = [{path.name for path in newest_first(self._run_dir)}, set()]
+            if self._mirror is not None:
+                found[1] = set(self._mirror.checkpoints())
+                if not (self._run_dir / LOG).exists():
+                    self._mirror.get(LOG)
+        dist.broadcast_object_list(found, group=self.group)
+        local, self._there = found
+        for name in sorted(local | self._there, reverse=True):
+            path = self._run_dir / name
+            wrong = self._first(self._fault(path), self.group)
+            if wrong is not None and name in self._there:
+                self._say(f"{name}: {wrong}; fetched from {self._mirror}")
+                wrong = self._fetch(path)
+            if wrong is None:
+                self._newest = path
+                return path
+            passed.append(f"{name}: {wrong}")
+            self._say(f"{passed[-1]}; passed over for the one before")
+        if len(self.here) == self._ranks or self._there:
+            refuse_all(self._run_dir, passed)
+        return None  # each node has a part, and no copy was finished: there never was a whole one
+
+    def load(self, engine: Any, checkpoint: Path, universal: bool) -> None:
+        """Restore weights, optimizer and learning-rate schedule, on all ranks."""
+        with self._patience():
+            load_checkpoint(engine, checkpoint, universal)
+            dist.barrier(group=self.group)
+
+    @contextmanager
+    def _patience(self) -> Iterator[None]:
+        """Around files DeepSpeed's own barriers are as patient as a `patient_group`."""
+        dist.set_timeout(timedelta(hours=STORAGE_HOURS))
+        yield
+        dist.set_timeout(self._timeout)
+
+    def save(self, engine: Any, state: TrainState, recipe_text: str, keep: int) -> None:
+        """Write a checkpoint; when the copy of the one before is finished, remove all but `keep`
+        and begin to copy the new one."""
+        with self._patience():
+            checkpoint = save_checkpoint(
+                engine, self._run_dir, state, recipe_text, self.here, self.group
+            )
+        self.wait()
+        if self._leads:
+            prune_checkpoints(self._run_dir, state.step, keep, state.best_step)
+        self._newest = checkpoint
+        if self._mirror is not None:
+            names = {*self._there, checkpoint.name}
+            kept = kept_checkpoints(names, state.step, keep, state.best_step)
+            self._thread = Thread(target=self._copy, args=(self._mirror, checkpoint, kept))
+            self._thread.start()
+
+    def wait(self) -> None:
+        """Until nothing is being copied."""
+        if self._thread is not None:
+            if self._thread.is_alive():
+                self._say("waits for the copy of a checkpoint")
+            self._thread.join()
+            self._thread = None
+
+    def finish(self) -> None:
+        """Wait, and copy `model/`. Raises OSError when the last checkpoint, or the model, cannot be
+        copied."""
+        self.wait()
+        if self._mirror is None:
+            return
+        if self._newest is not None and self._newest.name not in self._there:
+            self._copy(self._mirror, self._newest, {*self._there, self._newest.name})
+            if self._newest.name not in self._there:
+                raise OSError(f"{self._newest.name} could not be copied to {self._mirror}")
+        if self._rank == 0:
+            put_folder(self._mirror, self._run_dir / "model")
+
+    def _copy(self, mirror: Mirror, checkpoint: Path, kept: set[str]) -> None:
+        """In a thread: all ranks' files, then the manifest; then old copies go."""
+        name, began = checkpoint.name, time.monotonic()
+        files = manifest.files_of((checkpoint / manifest.MANIFEST).read_text(encoding="utf-8"))
+        # one made by more ranks is copied by those that are left
+        mine = [f"{name}/{k}" for k in files if (owner(k) or 0) % self._ranks == self._rank]
+
+        def close() -> None:
+            mirror.put([LOG])
+            mirror.seal(name, files)
+            mirror.prune(kept)
+
+        wrong = (
+            self._all(lambda: mirror.remove(name) if self._rank == 0 else None)
+            or self._all(lambda: mirror.put(mine))
+            or self._all(lambda: close() if self._rank == 0 else None)
+        )
+        if wrong is not None:
+            self._say(f"{name} was not copied to {mirror}: {wrong}")
+            return
+        self._there = {*(self._there & kept), name}
+        size = sum(entry["bytes"] for entry in files.values()) / 1e6
+        seconds = time.monotonic() - began
+        self._say(f"{name} is in {mirror} ({size:.1f} MB in {seconds:.1f} s)")
+
+    def _all(self, work: Callable[[], None]) -> str | None:
+        """Do `work` on every rank; what went wrong on the first of those that failed."""
+        wrong = None
+        try:
+            work()
+        except OSError as error:
+            wrong = f"rank {self._rank}: {' '.join(str(error).split())}"
+        return self._first(wrong, self._copying)
+
+    def _first(self, wrong: str | None, group: dist.ProcessGroup) -> str | None:
+        if self._ranks == 1:
+            return wrong
+        found: list[str | None] = [None] * self._ranks
+        dist.all_gather_object(found, wrong, group=group)
+        return next((text for text in found if text is not None), None)
+
+    def _fault(self, path: Path) -> str | None:
+        place = self.here.index(self._rank)
+        return manifest.fault(path, True, place, len(self.here), self._needed)
+
+    def _needed(self, files: dict[str, Entry]) -> dict[str, Entry]:
+        """The files that this rank's folder must have: the shards of the ranks here, and what all
+        ranks read. After a change of their number all of them, which are converted in each folder.
+        """
+        shards = {owner(name) for name in files} - {None}
+        if shards and shards != set(range(self._ranks)):
+            return files
+        return {k: v for k, v in files.items() if owner(k) in {None, *self.here}}
+
+    def _fetch(self, path: Path) -> str | None:
+        """Fetch what is not there of a complete checkpoint; what is wrong with it, or None."""
+        found: list[dict[str, Entry] | str | None] = [None]
+        if self._rank == 0:
+            try:
+                found = [self._mirror.manifest(path.name)]
+            except ValueError as error:
+                found = [str(error)]
+        dist.broadcast_object_list(found, group=self.group)
+        [files] = found
+        if isinstance(files, str):
+            return files
+        if self._leads:
+            begin_folder(path, files)
+        dist.barrier(group=self.group)
+        place = self.here.index(self._rank)
+        wrong = None
+        for name, entry in list(self._needed(files).items())[place :: len(self.here)]:
+            wrong = wrong or self._mirror.get(f"{path.name}/{name}", entry)
+        wrong = self._first(wrong, self.group)
+        if wrong is None and self._leads:
+            manifest.write_manifest(path, files)
+        dist.barrier(group=self.group)
+        return wrong
+
+    def _who_is_here(self) -> list[int]:
+        """Each rank leaves a file, and looks which of the others' it sees."""
+        token = [f".here-{uuid.uuid4().hex}" if self._rank == 0 else None]
+        dist.broadcast_object_list(token, group=self.group)
+        self._run_dir.mkdir(parents=True, exist_ok=True)
+        files = [self._run_dir / f"{token[0]}-{rank}" for rank in range(self._ranks)]
+        files[self._rank].touch()
+        dist.barrier(group=self.group)
+        here = [rank for rank, file in enumerate(files) if file.exists()]
+        dist.barrier(group=self.group)
+        files[self._rank].unlink()
+        return here
+
+    def _say(self, text: str) -> None:
+        if self._rank == 0:
+            event(self._run_dir, text)
+
+
+def begin_folder(path: Path, files: dict[str, Entry]) -> None:
+    """Make room for a checkpoint; what is there of it stays, of another it goes."""
+    if path.is_dir():
+        try:
+            text = (path / manifest.MANIFEST).read_text(encoding="utf-8")
+            same = manifest.files_of(text) == files
+        except (FileNotFoundError, ValueError):
+            same = False
+        if same:
+            return
+        shutil.rmtree(path)
+    path.mkdir()
+
+
+def last_state(run_dir: Path, mirror: Mirror | None) -> tuple[str, TrainState] | None:
+    """(where, state) of the newest checkpoint that seems whole, of the folder or of the mirror, as
+    the driver sees them; None where there is none.
+
+    Raises ValueError where there are some and none is whole, and for a mirror that fails.
+    """
+    if mirror is None:
+        path = find_checkpoint(run_dir)
+        return None if path is None else (str(path), read_state(path))
+    with user_mistakes(mirror.uri):
+        whole = (p for p in newest_first(run_dir) if manifest.fault(p, hashes=False) is None)
+        local, copied = next(whole, None), next(iter(mirror.checkpoints()), None)
+        if local is not None and (copied is None or local.name >= copied):
+            return str(local), read_state(local)
+        if copied is None:
+            return None
+        where = f"{mirror}/{copied}"
+        return where, parse_state(mirror.read(f"{copied}/{STATE_FILE}"), where)
+
+
+def put_files(mirror: Mirror | None, *names: str) -> None:
+    """Copy files of the run, if it has a mirror. Raises ValueError when that cannot be written."""
+    if mirror is not None:
+        with user_mistakes(mirror.uri):
+            mirror.put(names)
+
+
+def put_folder(mirror: Mirror, folder: Path) -> None:
+    """Copy a folder that one rank has written."""
+    files = manifest.describe_files(folder, [p for p in folder.rglob("*") if p.is_file()])
+    mirror.remove(folder.name)
+    mirror.put(f"{folder.name}/{name}" for name in files)
+    mirror.seal(folder.name, files)
+
+
+def get_folder(mirror: Mirror | None, folder: Path) -> None:
+    """Fetch what `put_folder` has copied, unless it is there. OSError when it is not whole."""
+    if mirror is None or folder.is_dir():
+        return
+    partial = folder.with_name(f".{folder.name}.partial")
+    for name, entry in mirror.manifest(folder.name).items():
+        wrong = mirror.get(f"{folder.name}/{name}", entry, into=partial)
+        if wrong is not None:
+            raise OSError(wrong)
+    os.replace(partial / folder.name, folder)
+    partial.rmdir()
+
+
+def find_model(cluster: ClusterConfig, run_dir: Path, script: str) -> Path:
+    """The model that `script` has made in `run_dir`, fetched from the mirror where it is not there.
+
+    Raises ValueError when the run has none yet.
+    """
+    model = run_dir / "model"
+    if not model.is_dir():
+        with suppress(FileNotFoundError):  # not in the mirror either
+            get_folder(open_mirror(cluster, run_dir), model)
+    if not model.is_dir():
+        also = f" or cluster.mirror {cluster.mirror}" if cluster.mirror else ""
+        raise ValueError(
+            f"{run_dir}: no model/ to evaluate; --run-id must name a finished run of {script} in"
+            f" cluster.storage {cluster.storage}{also}"
+        )
+    return model

@@ -22,9 +22,11 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import ray
+import ray.train
 from ray._private.state import state as ray_state
 from ray.data._internal.cluster_autoscaler.default_autoscaling_coordinator import (
     get_or_create_autoscaling_coordinator,
@@ -42,9 +44,6 @@ from ray.train import (
     WorkerGroupError,
 )
 from ray.train.torch import TorchConfig, TorchTrainer
-
-# Ray's own, as are `ray_state` and the coordinator: no other door leads to what is drained, to the
-# cause of a failure, to elastic workers that wait for ever for room, and to what they reserve
 from ray.train.v2._internal.constants import ENV_VARS_TO_PROPAGATE
 from ray.train.v2._internal.exceptions import (
     WorkerGroupStartupTimeoutError,
@@ -53,14 +52,69 @@ from ray.train.v2._internal.exceptions import (
 from ray.train.v2._internal.execution.callback import ControllerCallback
 from ray.train.v2._internal.execution.controller.state import InitializingState
 
-from fmray.cli import GaveUp, raised_by_fmray
-from fmray.config import Job
-from fmray.preflight import count_of
-from fmray.tracking import Run
+from fmray.config import BaseRecipe
+from fmray.errors import GaveUp, raised_by_fmray
+from fmray.runtime.placement import count_of
+from fmray.runtime.run_log import event
+from fmray.runtime.tracking import Run
 from fmray.train.checkpoint import STORAGE_HOURS
-from fmray.train.copies import last_state
-from fmray.train.mirror import Mirror, open_mirror
-from fmray.train.progress import event
+from fmray.train.mirror import Mirror, last_state, open_mirror
+
+# Whether a worker has been told to stop soon: its node is drained, or its process got SIGTERM.
+#
+# In: Ray's notice of a drain (spot machines that are taken back, `ray drain-node`), and SIGTERM
+# where training runs in this process; in a Ray worker SIGTERM is Ray's, and ends it. Out: one line
+# for all ranks at the same step, after which they write a checkpoint and return.
+#
+# Asking Ray is a broadcast from rank 0 over an actor, milliseconds; so rank 0 decides when it is
+# time to ask, and says so in the sum over the ranks that ends each step anyway.
+
+# how often Ray's own watcher looks
+ASK_SECONDS = float(os.environ.get("RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S", "5"))
+
+
+class Notice:
+    """A context manager: it takes SIGTERM while it is open, in a process of one rank."""
+
+    def __init__(self, rank: int) -> None:
+        self._rank, self._asked = rank, time.monotonic()
+        self._terminated = False
+        # Ray's workers train in a thread of their own
+        self._alone = threading.current_thread() is threading.main_thread()
+
+    def __enter__(self) -> Notice:
+        if self._alone:
+            self._kept = signal.signal(signal.SIGTERM, self._terminate)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self._alone:
+            signal.signal(signal.SIGTERM, self._kept)
+
+    def _terminate(self, number: int, frame: FrameType | None) -> None:
+        self._terminated = True
+
+    def due(self) -> float:
+        """1.0 on rank 0 when it is time to ask, else 0.0; the ranks call `given` if any has 1.0."""
+        return float(
+            self._terminated or (self._rank == 0 and time.monotonic() - self._asked >= ASK_SECONDS)
+        )
+
+    def given(self) -> str | None:
+        """Why to stop, or None; every rank must call this."""
+        self._asked = time.monotonic()
+        if self._terminated:
+            return "told to stop (SIGTERM)"
+        info = ray.train.get_preemption_info()
+        if info is None:
+            return None
+        nodes = ", ".join(node[:8] for node in info.preempted_node_ids)
+        return f"node {nodes} (rank {', '.join(map(str, info.preempted_ranks))}) is drained"
+
+
+# Ray's own, as are `ray_state` and the coordinator: no other door leads to what is drained, to the
+# cause of a failure, to elastic workers that wait for ever for room, and to what they reserve
+
 
 PAUSE_SECONDS = 5.0  # before the second restart in a row without a new checkpoint; then 10, 15, ...
 LONGEST_PAUSE = 60.0
@@ -85,7 +139,7 @@ class Outcome:
 
 
 def fit(
-    recipe: Job,
+    recipe: BaseRecipe,
     run_id: str,
     config: dict[str, Any],
     loop: Loop,
@@ -299,7 +353,7 @@ def _address() -> Iterator[None]:
 
 
 def _trainer(
-    recipe: Job,
+    recipe: BaseRecipe,
     run_id: str,
     config: dict[str, Any],
     loop: Loop,

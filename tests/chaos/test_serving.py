@@ -14,8 +14,8 @@ import yaml
 from support.machines import Machine, Machines, until
 from support.serving import Load, chat, data_url, make_model_directory, picture
 
+from fmray.config.serve import ServeConfig
 from fmray.serve.replica import open_answerer
-from fmray.serve.settings import ServeConfig
 
 KEY = "sk-0123456789abcdef"
 PORT = 8000

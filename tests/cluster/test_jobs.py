@@ -15,9 +15,9 @@ import ray
 from ray.job_submission import JobStatus, JobSubmissionClient
 
 from fmray.cli import main
-from fmray.cluster import Session, check_answers, start_or_join, submit
 from fmray.config import ClusterConfig
-from fmray.preflight import machines_of_cluster
+from fmray.runtime.cluster import Session, check_answers, start_or_join, submit
+from fmray.runtime.placement import machines_of_cluster
 
 JOB = """
 import os, sys, time
@@ -67,7 +67,8 @@ def test_a_job_that_runs_elsewhere_gets_the_folder(
 
 def test_interrupting_stops_the_job(session: Session, script: Path) -> None:
     program = (
-        "import signal\nfrom pathlib import Path\nfrom fmray.cluster import Session, submit\n"
+        "import signal\nfrom pathlib import Path\n"
+        "from fmray.runtime.cluster import Session, submit\n"
         # a shell's background jobs, and so a CI started as one, ignore the signal otherwise
         "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
         f"session = Session({session.address!r}, {session.dashboard!r}, True)\n"

@@ -9,9 +9,9 @@ import pytest
 import ray
 from ray.cluster_utils import Cluster
 
-from fmray import node_checks
-from fmray.config import ClusterConfig, Recipe
-from fmray.node_checks import check_nodes
+from fmray.config import AdaLlavaRecipe, ClusterConfig
+from fmray.runtime import nodes as node_checks
+from fmray.runtime.nodes import check_nodes
 from fmray.train.job import session
 
 ROOT = Path(__file__).parents[2]
@@ -51,7 +51,7 @@ def test_a_job_is_refused_where_a_node_has_other_packages(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     cluster = ClusterConfig(storage=tmp_path, workers=1, cpus_per_worker=0.5, data_cpus=0.5)
-    recipe = Recipe(name="two", cluster=cluster)
+    recipe = AdaLlavaRecipe(name="two", cluster=cluster)
     with session(recipe):
         assert "2 nodes see cluster.storage" in capsys.readouterr().out
     monkeypatch.setattr(node_checks, "_versions", lambda: {"ray": "0.1"})

@@ -69,7 +69,7 @@ def test_the_prompt_is_the_one_of_training(
 
     from PIL import Image
 
-    from fmray.data.encoding import chat_messages
+    from fmray.data.records import chat_messages
 
     ask(app, chat(data_url(picture((48, 32)))))
     processor = answerer._prompts._processor

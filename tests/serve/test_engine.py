@@ -18,9 +18,9 @@ from PIL import Image
 from support.serving import chat, data_url, make_app, make_model_directory, picture, serving
 
 from fmray.adallava import AdaptiveVLM
+from fmray.config.serve import ServeConfig
 from fmray.data.processor import load_processor
 from fmray.serve.replica import Answerer, open_answerer
-from fmray.serve.settings import ServeConfig
 
 
 @pytest.fixture(scope="module", params=["layers", "heads"])

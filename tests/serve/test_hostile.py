@@ -17,8 +17,8 @@ from hypothesis import strategies as st
 from PIL import Image
 from support.serving import ScriptedWorker, chat, client_of, data_url, picture
 
-from fmray.serve.images import decode, read_data_url
-from fmray.serve.openai_api import ApiError, parse_request
+from fmray.serve.openai import ApiError, parse_request
+from fmray.serve.prompts import decode, read_data_url
 
 
 def png_header(width: int, height: int) -> bytes:

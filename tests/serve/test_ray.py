@@ -23,9 +23,9 @@ from ray import serve
 from ray.serve._private.api import call_user_app_builder_with_args_if_necessary
 from support.serving import Load, chat, data_url, picture
 
+from fmray.config.serve import ServeConfig
 from fmray.serve.app import build
 from fmray.serve.replica import open_answerer
-from fmray.serve.settings import ServeConfig
 
 KEY = "sk-0123456789abcdef"
 HEADERS = {"authorization": f"Bearer {KEY}"}

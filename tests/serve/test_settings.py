@@ -12,13 +12,13 @@ from pydantic import ValidationError
 from ray.serve.schema import ServeDeploySchema
 
 from fmray.cli import main
+from fmray.commands import serve as command
 from fmray.config import TrackingConfig
-from fmray.job_arguments import job_path
-from fmray.registry import register
-from fmray.serve import command
+from fmray.config.arguments import job_path
+from fmray.config.serve import ServeConfig
+from fmray.runtime.registry import register
 from fmray.serve.app import build, find_directory
 from fmray.serve.keys import VARIABLE
-from fmray.serve.settings import ServeConfig
 
 
 def options(*words: str) -> argparse.Namespace:
@@ -143,6 +143,6 @@ def test_serving_needs_no_deepspeed() -> None:
 
     program = (
         "import sys; import fmray.serve.app, fmray.serve.replica, fmray.serve.routes; "
-        "import fmray.serve.command; assert 'deepspeed' not in sys.modules"
+        "import fmray.commands.serve; assert 'deepspeed' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", program], check=True)

@@ -23,8 +23,8 @@ import pytest
 from support.machines import ROOT, Job, Machine, Machines, until
 from support.training import ADAPTIVE, load_recipe
 
-from fmray.mlflow_store import RUN_ID_TAG
-from fmray.train.progress import read_log
+from fmray.runtime.registry import RUN_ID_TAG
+from fmray.runtime.run_log import read_log
 
 STEPS, INTERVAL = 24, 4
 TOLERANCE = 1e-4  # relative: two workers or three, resumed or not, sum in another order

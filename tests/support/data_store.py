@@ -8,9 +8,9 @@ from typing import Any
 
 from fmray.config import ScratchConfig, ShapesConfig
 from fmray.data import shapes
-from fmray.data.manifest import Manifest
+from fmray.data.ingest import ShardTask, write_shard
 from fmray.data.processor import fingerprint, scratch_processor
-from fmray.data.shard import ShardTask, write_shard
+from fmray.data.store import Manifest
 
 
 def make_store(

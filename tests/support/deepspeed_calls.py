@@ -15,7 +15,7 @@ from support.collectives import Collectives
 from torch import nn
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from fmray.train.zero import import_deepspeed
+from fmray.train.engine import import_deepspeed
 
 deepspeed = import_deepspeed()
 TRAINABLE, FROZEN = 48 * 48 + 48 + 48 * 24 + 24, 24 * 48 + 48

@@ -12,10 +12,10 @@ from support.selection import color_recipe
 from torch import Tensor
 
 from fmray.config import LoadedRecipe
+from fmray.config.fewshot import FewshotRecipe
 from fmray.data.image_store import ImageStore
 from fmray.fewshot import create_encoder
-from fmray.fewshot_config import FewshotRecipe
-from fmray.train.progress import read_log
+from fmray.runtime.run_log import read_log
 
 ENCODER = {"name": "small/conv", "pretrained": False, "image_size": 16}
 TRAIN = {"steps": 6, "episodes_per_step": 2, "lr": 0.02}

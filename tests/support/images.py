@@ -15,10 +15,10 @@ import pytest
 from PIL import Image
 from support.tasks import run_here
 
+from fmray.config.fewshot import FewshotRecipe
 from fmray.data import image_ingest
 from fmray.data.image_store import ImageManifest
 from fmray.data.tfrecord import example, write_records
-from fmray.fewshot_config import FewshotRecipe
 
 
 def picture(seed: int, side: int = 8) -> bytes:

@@ -23,7 +23,7 @@ from support.forked import forked
 
 import fmray.train.loop
 from fmray.config import LoadedRecipe
-from fmray.train.zero import import_deepspeed
+from fmray.train.engine import import_deepspeed
 
 import_deepspeed()
 SECONDS = 300

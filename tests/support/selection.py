@@ -13,9 +13,9 @@ from support.images import image_recipe, parquet, prepare_here
 from torch import Tensor, nn
 
 from fmray.config import LoadedRecipe
+from fmray.config.fewshot import FewshotRecipe
 from fmray.data.image_store import ImageStore
 from fmray.fewshot import Encoder, Preprocess
-from fmray.fewshot_config import FewshotRecipe
 
 COLORS = {
     "crimson": (200, 40, 40),

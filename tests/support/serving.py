@@ -23,16 +23,16 @@ from support.tiny_models import adaptive
 
 from fmray.adallava import AdaptiveVLM
 from fmray.config import ScratchConfig
+from fmray.config.serve import ServeConfig
 from fmray.data.processor import load_processor, scratch_processor
-from fmray.engine.figures import Histogram, WorkerStats
 from fmray.engine.policy import Ask, Decision, Refused
 from fmray.engine.requests import Event, Result
+from fmray.engine.stats import Histogram, WorkerStats
 from fmray.serve.keys import KeyRing
 from fmray.serve.metrics import Metrics
 from fmray.serve.replica import Answerer
 from fmray.serve.routes import create_app
-from fmray.serve.settings import ServeConfig
-from fmray.train.models import scratch_model
+from fmray.train.adallava.model import scratch_model
 
 SCRATCH = ScratchConfig(
     layers=4,

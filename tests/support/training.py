@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from support.tasks import run_here
 
-from fmray.config import LoadedRecipe, Recipe
+from fmray.config import AdaLlavaRecipe, LoadedRecipe
 from fmray.data import ingest
 
 SCRATCH = {
@@ -45,11 +45,11 @@ def load_recipe(store: Path, storage: Path, **sections: Any) -> LoadedRecipe:
             values[section] = values[section] | changes
         else:
             values[section] = changes
-    recipe = Recipe.model_validate(values)
+    recipe = AdaLlavaRecipe.model_validate(values)
     return LoadedRecipe(recipe, dict.fromkeys(_keys(recipe.model_dump(mode="json"), ""), "test"))
 
 
-def make_store(folder: Path, recipe: Recipe | None = None) -> Path:
+def make_store(folder: Path, recipe: AdaLlavaRecipe | None = None) -> Path:
     """Prepare `<folder>/store` in this process, without Ray; by default `load_recipe`'s shapes."""
     store = folder / "store"
 

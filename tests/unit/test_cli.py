@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from fmray.cli import COMMANDS, exit_code, main
+from fmray.cli import COMMANDS, main
+from fmray.errors import exit_code
 
 
 def test_help_names_all_commands_and_imports_nothing_heavy() -> None:
@@ -71,7 +72,7 @@ def test_exit_code_tells_mistakes_from_bugs(capsys: pytest.CaptureFixture[str]) 
 @pytest.mark.parametrize("lines", [1, 100_000])
 def test_a_reader_that_closes_the_pipe_is_no_bug(lines: int) -> None:
     program = (
-        "import sys; from fmray.cli import exit_code\n"
+        "import sys; from fmray.errors import exit_code\n"
         f"sys.exit(exit_code(print, 'many lines\\n' * {lines}))"
     )
     writer = subprocess.Popen(

@@ -12,11 +12,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from fmray.config import ConfigError, Recipe, load
-from fmray.config_command import schema
-from fmray.fewshot_config import FewshotRecipe
-from fmray.job_arguments import job_arguments, job_path
-from fmray.search.config import PlansRecipe, SearchRecipe
+from fmray.commands.config import schema
+from fmray.config import AdaLlavaRecipe, ConfigError, load
+from fmray.config.arguments import job_arguments, job_path
+from fmray.config.fewshot import FewshotRecipe
+from fmray.config.search import PlansRecipe, SearchRecipe
 
 RECIPES = sorted(
     path
@@ -346,7 +346,7 @@ def test_dump_loads_as_the_same_recipe(
 ) -> None:
     folder = tmp_path_factory.mktemp("dump")
     first = load(write(folder, json.dumps(values, ensure_ascii=False)))
-    assert first.recipe == Recipe.model_validate(values)
+    assert first.recipe == AdaLlavaRecipe.model_validate(values)
     again = load(write(folder, first.dump(), "again.yaml"))
     assert again.recipe == first.recipe
     assert again.hash == first.hash
@@ -369,7 +369,7 @@ def test_any_text_loads_or_is_a_config_error_of_one_line(
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.name)
 def test_recipes_of_the_project_load_and_fit_the_schema(path: Path) -> None:
-    loaded = load(path, (), (Recipe, FewshotRecipe, SearchRecipe, PlansRecipe))
+    loaded = load(path, (), (AdaLlavaRecipe, FewshotRecipe, SearchRecipe, PlansRecipe))
     jsonschema.validate(yaml.safe_load(path.read_text()), schema())
     assert loaded.recipe.name
 
@@ -386,13 +386,15 @@ def test_schema_refuses_what_the_loader_refuses() -> None:
 
 def test_a_number_of_workers_that_changes_need_not_divide_the_batch() -> None:
     train = {"global_batch": 100, "micro_batch": 8}
-    recipe = Recipe.model_validate({"name": "a", "train": train, "cluster": {"workers": [3, 7]}})
+    recipe = AdaLlavaRecipe.model_validate(
+        {"name": "a", "train": train, "cluster": {"workers": [3, 7]}}
+    )
     assert list(recipe.cluster.world_sizes) == [3, 4, 5, 6, 7]
 
 
 def test_conflicts_are_refused_without_a_file_too() -> None:
     with pytest.raises(ValidationError, match=r"train.global_batch: 100 is not a multiple"):
-        Recipe.model_validate({"name": "a", "train": {"global_batch": 100}})
+        AdaLlavaRecipe.model_validate({"name": "a", "train": {"global_batch": 100}})
 
 
 @pytest.mark.parametrize(

@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 import yaml
 
-from fmray import doctor
 from fmray.cli import main
+from fmray.commands import doctor
 
 
 @pytest.fixture

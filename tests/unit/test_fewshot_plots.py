@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from fmray.fewshot_plots import Accuracy, comparison, coverage_curve, similarity_bars
+from fmray.plots.fewshot import Accuracy, comparison, coverage_curve, similarity_bars
 
 BLUE, ORANGE, GREY, RED = (0, 114, 178), (230, 159, 0), (184, 184, 184), (213, 94, 0)
 

@@ -9,21 +9,21 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from fmray.adallava import AdaptiveVLM, SwitchLayout
-from fmray.config import Recipe
-from fmray.memory import Sizes, estimate, layer_activations, measure
+from fmray.config import AdaLlavaRecipe
+from fmray.runtime.gpu_memory import Sizes, estimate, layer_activations, measure
 
 PARAMETERS, LARGEST = 7_000_000_000, 130_000_000
 SIZES = Sizes(PARAMETERS, PARAMETERS, LARGEST, 4096, 32, 32, 4096, 11008, 32064)
 
 
-def recipe(workers: int = 8, **sections: Any) -> Recipe:
+def recipe(workers: int = 8, **sections: Any) -> AdaLlavaRecipe:
     values = {
         "name": "a",
         "model": {"source": "llava-hf/llava-1.5-7b-hf", "dtype": "bfloat16"},
         "cluster": {"workers": workers, "gpus_per_worker": 1},
         "train": {"global_batch": workers * 16},
     }
-    return Recipe.model_validate({**values, **sections})
+    return AdaLlavaRecipe.model_validate({**values, **sections})
 
 
 @pytest.mark.parametrize("workers", [1, 3, 8])
@@ -137,7 +137,7 @@ def test_known_models_need_no_network(
 def test_adaptive_parts_are_counted_as_they_are_built(design: str) -> None:
     from transformers import AutoModelForImageTextToText
 
-    from fmray.memory import model_config
+    from fmray.runtime.gpu_memory import model_config
 
     values = {
         "model": {"scratch": {"layers": 4}},

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from fmray.node_checks import NodeReport, judge
+from fmray.runtime.nodes import NodeReport, judge
 
 FOLDERS = {"cluster.storage": Path("/shared/runs"), "data.store": Path("/shared/store")}
 HERE = NodeReport("here", {"Python": "3.11.9", "ray": "2.60.0", "timm": None}, 0.0, {})

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import subprocess
 import sys
 from pathlib import Path
@@ -11,17 +10,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from fmray.plots import (
+from fmray.plots.budget import (
     CurvePoint,
-    LossPoint,
     PlanExample,
-    PlanUse,
-    _running_mean,
-    _shares,
     budget_curve,
-    loss_curve,
     plan_pictures,
-    plan_usage,
 )
 
 
@@ -98,51 +91,11 @@ def test_plan_pictures_take_what_users_ask(tmp_path):
     assert (tmp_path / "plans.png").stat().st_size > 5000
 
 
-def test_loss_curve_marks_values_that_are_not_finite(tmp_path):
-    history = [LossPoint("base", step, math.exp(-step / 50)) for step in range(100)]
-    loss_curve(history, tmp_path / "clean.png")
-    loss_curve([*history, LossPoint("base", 100, math.nan)], tmp_path / "broken.png")
-    assert (tmp_path / "clean.png").read_bytes() != (tmp_path / "broken.png").read_bytes()
-    loss_curve([LossPoint("base", 0, math.inf)], tmp_path / "only.png")
-    assert rgb("#0072B2") in colors_of(tmp_path / "only.png")
-
-
-def test_running_mean_equals_the_loop():
-    values = np.random.default_rng(0).normal(size=50)
-    expected = [values[max(0, i - 3) : i + 4].mean() for i in range(50)]
-    np.testing.assert_allclose(_running_mean(values, 7), expected, atol=1e-12)
-    np.testing.assert_allclose(_running_mean(values, 1), values, atol=1e-12)
-
-
-def test_plan_usage_counts_shares(tmp_path):
-    uses = [PlanUse(0.5, [True, False], "color"), PlanUse(0.5, [False, False], "count")]
-    uses.append(PlanUse(1.0, [True, True], "color"))
-    shares = _shares(uses, [1.0, 0.75, 0.5], 2)
-    np.testing.assert_array_equal(shares[[0, 2]], [[1.0, 1.0], [0.5, 0.0]])
-    assert np.isnan(shares[1]).all()
-    plan_usage(uses, tmp_path / "all.png")
-    plan_usage(uses, tmp_path / "types.png", by_question_type=True)
-    with Image.open(tmp_path / "all.png") as whole, Image.open(tmp_path / "types.png") as typed:
-        assert typed.size[0] > 1.5 * whole.size[0]
-
-
-def test_many_units_and_types_without_a_name(tmp_path):
-    uses = [PlanUse(b, [b > 0.6] * 200, None) for b in (0.5, 0.7, 1.0)]
-    plan_usage(uses, tmp_path / "usage.png", by_question_type=True)
-    assert (tmp_path / "usage.png").stat().st_size > 5000
-
-
 @pytest.mark.parametrize(
     ("draw", "message"),
     [
         (lambda path: budget_curve([], 0.9, path), "no points"),
         (lambda path: plan_pictures([], path), "no examples"),
-        (lambda path: loss_curve([], path), "no points"),
-        (lambda path: plan_usage([], path), "no plans"),
-        (
-            lambda path: plan_usage([PlanUse(1.0, [True]), PlanUse(1.0, [True] * 2)], path),
-            r"different lengths \[1, 2\]",
-        ),
     ],
 )
 def test_nothing_to_draw_is_said(draw, message, tmp_path):

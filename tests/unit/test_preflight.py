@@ -8,16 +8,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fmray.config import Recipe
-from fmray.preflight import Machine, preflight
+from fmray.config import AdaLlavaRecipe
+from fmray.runtime.placement import Machine, preflight
 
 
-def recipe(**cluster: Any) -> Recipe:
+def recipe(**cluster: Any) -> AdaLlavaRecipe:
     train = {"global_batch": 32 * 27 * 5 * 7, "micro_batch": 1}
-    return Recipe.model_validate({"name": "a", "cluster": cluster, "train": train})
+    return AdaLlavaRecipe.model_validate({"name": "a", "cluster": cluster, "train": train})
 
 
-def levels(recipe: Recipe, *machines: Machine) -> list[str]:
+def levels(recipe: AdaLlavaRecipe, *machines: Machine) -> list[str]:
     return [finding.level for finding in preflight(recipe, machines)]
 
 

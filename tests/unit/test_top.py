@@ -15,9 +15,8 @@ import pytest
 from rich.console import Console
 
 from fmray.cli import main
-from fmray.run_view import RunReader, judge
-from fmray.top import duration, picture
-from fmray.train.status import STATUS_FILE, Status, Worker, birth, read_status
+from fmray.commands.top import duration, picture
+from fmray.runtime.run_log import STATUS_FILE, RunReader, Status, Worker, birth, judge, read_status
 
 HERE = Worker(0, platform.node(), None, os.getpid(), birth(os.getpid()), 0.5, None)
 FAR = Worker(1, "another.machine", "ab12cd34ef", 4242, 17, 1.0, "cuda:3")

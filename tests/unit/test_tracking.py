@@ -18,10 +18,10 @@ from pathlib import Path
 
 import pytest
 
-from fmray import tracking
 from fmray.config import TrackingConfig
-from fmray.registry import TrackingError, production, register
-from fmray.tracking import open_run, tracking_uri
+from fmray.runtime import tracking
+from fmray.runtime.registry import TrackingError, production, register
+from fmray.runtime.tracking import open_run, tracking_uri
 
 SQLITE = TrackingConfig()
 
@@ -126,7 +126,7 @@ def test_a_killed_process_loses_at_most_a_flush_and_its_run_is_reopened(tmp_path
         import sys, time
         from pathlib import Path
         from fmray.config import TrackingConfig
-        from fmray.tracking import open_run
+        from fmray.runtime.tracking import open_run
         run = open_run(TrackingConfig(), Path(sys.argv[1]), "job", {"lr": 1})
         for step in range(10):
             run.log(step, loss=float(step))
@@ -375,7 +375,8 @@ def test_a_run_id_that_breaks_the_search_is_refused(run_id, tmp_path):
 
 
 def test_importing_tracking_does_not_import_mlflow():
-    code = "import fmray.tracking, sys; sys.exit(bool({'mlflow', 'sqlalchemy'} & set(sys.modules)))"
+    heavy = "{'mlflow', 'sqlalchemy'}"
+    code = f"import fmray.runtime.tracking, sys; sys.exit(bool({heavy} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
@@ -384,7 +385,7 @@ def test_nothing_is_printed(tmp_path):
         import sys
         from pathlib import Path
         from fmray.config import TrackingConfig
-        from fmray.tracking import open_run, register
+        from fmray.runtime.tracking import open_run, register
         with open_run(TrackingConfig(), Path(sys.argv[1]), "job", {}) as run:
             run.log(1, loss=1.0)
         (Path(sys.argv[1]) / "a.safetensors").write_bytes(b"x")

@@ -23,14 +23,16 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import ray
 
-from fmray import fewshot_plots, tracking
 from fmray.config import LoadedRecipe
+from fmray.config.fewshot import FewshotRecipe, Selection, TargetConfig
 from fmray.data.image_ingest import prepare_images
 from fmray.data.image_store import ImageManifest, ImageStore
 from fmray.fewshot import Encoder, confidence_interval
-from fmray.fewshot_config import FewshotRecipe, Selection, TargetConfig
-from fmray.train.fewshot.cells import (
+from fmray.plots import fewshot as fewshot_plots
+from fmray.runtime import tracking
+from fmray.train.fewshot.comparison import (
     Cell,
+    Comparison,
     Measured,
     digest,
     make_cell,
@@ -39,12 +41,8 @@ from fmray.train.fewshot.cells import (
     weights_digest,
     write_cell,
 )
-from fmray.train.fewshot.comparison import Comparison
-from fmray.train.fewshot.embed import TaskFeatures
-from fmray.train.fewshot.encoder import load_encoder
+from fmray.train.fewshot.encoder import TaskFeatures, decode_all, load_encoder
 from fmray.train.fewshot.evaluate import percent, shots_name
-from fmray.train.fewshot.job import absolute_paths
-from fmray.train.fewshot.pictures import decode_all
 from fmray.train.fewshot.pretrain import pretrain
 from fmray.train.fewshot.select import candidate_tasks, choose, measure
 from fmray.train.job import session
@@ -57,7 +55,7 @@ def compare(loaded: LoadedRecipe[FewshotRecipe], run_id: str) -> Comparison:
 
     Raises ValueError for a recipe that has no targets, or whose data do not allow an episode.
     """
-    recipe = absolute_paths(loaded.recipe)
+    recipe = loaded.recipe.with_absolute_paths()
     if not recipe.compare.targets:
         raise ValueError("compare.targets: name at least one target, such as {collection: NAME}")
     run_dir = recipe.cluster.storage / run_id

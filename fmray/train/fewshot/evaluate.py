@@ -17,8 +17,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from fmray import tracking
 from fmray.config import LoadedRecipe
+from fmray.config.fewshot import FewshotEvaluateConfig, FewshotRecipe, TargetConfig
 from fmray.data.image_store import ImageStore, Rows
 from fmray.fewshot import (
     Encoder,
@@ -29,11 +29,9 @@ from fmray.fewshot import (
     evaluate_tasks,
     paired_interval,
 )
-from fmray.fewshot_config import FewshotEvaluateConfig, FewshotRecipe, TargetConfig
-from fmray.train.copies import find_model
-from fmray.train.fewshot.encoder import embed, load_encoder
-from fmray.train.fewshot.job import absolute_paths
-from fmray.train.fewshot.pictures import Pictures
+from fmray.runtime import tracking
+from fmray.train.fewshot.encoder import Pictures, embed, load_encoder
+from fmray.train.mirror import find_model
 
 DIRECT = "direct"
 VARIABLE = 0  # shots and ways of meta_dataset_v1: another number in each task
@@ -75,7 +73,7 @@ def evaluate_encoder(loaded: LoadedRecipe[FewshotRecipe], run_id: str) -> Evalua
 
     Raises ValueError for a recipe without a target, or a run without a model.
     """
-    recipe = absolute_paths(loaded.recipe)
+    recipe = loaded.recipe.with_absolute_paths()
     if recipe.target is None:
         raise ValueError("target: this needs one: set target.collection, and target.split")
     run_dir = recipe.cluster.storage / run_id

@@ -17,13 +17,12 @@ from typing import Any
 
 from ray.train import UserCallback
 
-from fmray import tracking
 from fmray.config import LoadedRecipe
+from fmray.config.fewshot import FewshotRecipe
 from fmray.data.image_store import ImageStore
-from fmray.fewshot_config import FewshotRecipe
-from fmray.train.copies import get_folder, put_files
+from fmray.runtime import tracking
 from fmray.train.job import session
-from fmray.train.mirror import open_mirror
+from fmray.train.mirror import get_folder, open_mirror, put_files
 from fmray.train.supervise import fit
 
 
@@ -51,7 +50,7 @@ def train_fewshot(
     Raises ValueError for a recipe, store or checkpoint that does not fit, and what
     `fmray.train.supervise.fit` raises.
     """
-    recipe = absolute_paths(loaded.recipe)
+    recipe = loaded.recipe.with_absolute_paths()
     check_trainable(recipe)
     run_dir = recipe.cluster.storage / run_id
     run_dir.mkdir(parents=True, exist_ok=True)
@@ -89,24 +88,6 @@ def train_fewshot(
             run_id,
         )
     return result
-
-
-def absolute_paths(recipe: FewshotRecipe) -> FewshotRecipe:
-    """The recipe with absolute paths: workers run in another directory."""
-
-    def absolute(section: Any, *names: str) -> Any:
-        found = {name: getattr(section, name) for name in names}
-        return section.model_copy(
-            update={name: path.absolute() for name, path in found.items() if path is not None}
-        )
-
-    return recipe.model_copy(
-        update={
-            "images": absolute(recipe.images, "store", "cache"),
-            "encoder": absolute(recipe.encoder, "checkpoint"),
-            "cluster": absolute(recipe.cluster, "storage"),
-        }
-    )
 
 
 def check_trainable(recipe: FewshotRecipe) -> None:

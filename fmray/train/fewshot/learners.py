@@ -10,6 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from fmray.config.fewshot import FewshotTrainConfig
 from fmray.fewshot import (
     Encoder,
     classification_loss,
@@ -18,10 +19,8 @@ from fmray.fewshot import (
     log_temperature,
     multitask_loss,
 )
-from fmray.fewshot.maml import maml_loss
-from fmray.fewshot_config import FewshotTrainConfig
-from fmray.train.fewshot.encoder import embed
-from fmray.train.fewshot.pictures import Pictures
+from fmray.fewshot.methods import maml_loss
+from fmray.train.fewshot.encoder import Pictures, embed
 from fmray.train.fewshot.tasks import TrainingSet
 
 PROBE_BATCH = 256  # pictures an encoder call

@@ -21,25 +21,22 @@ import ray.train.torch
 import torch
 import torch.distributed as dist
 
-from fmray import tracking
+from fmray.config.fewshot import FewshotRecipe, FewshotTrainConfig
 from fmray.data.image_store import ImageStore
-from fmray.data.schedule import passes_of
+from fmray.data.loader import passes_of
 from fmray.fewshot import Encoder, finetuning_mode
-from fmray.fewshot_config import FewshotRecipe, FewshotTrainConfig
+from fmray.runtime import tracking
+from fmray.runtime.run_log import Progress, StatusFile, StepLog, event
 from fmray.train import checkpoint as checkpoints
 from fmray.train.checkpoint import TrainState
-from fmray.train.copies import Copies
-from fmray.train.fewshot.encoder import export_encoder, load_encoder
-from fmray.train.fewshot.engine import ZERO_STAGE, TorchEngine, make_engine
+from fmray.train.engine import ZERO_STAGE, TorchEngine, import_deepspeed, make_engine
+from fmray.train.fewshot.encoder import Pictures, export_encoder, load_encoder
 from fmray.train.fewshot.evaluate import measure, shots_name, task_samplers
 from fmray.train.fewshot.learners import make_learner
-from fmray.train.fewshot.pictures import Pictures
 from fmray.train.fewshot.select import candidate_tasks
 from fmray.train.fewshot.tasks import TrainingSet, read_ahead
-from fmray.train.notice import Notice
-from fmray.train.progress import Progress, StepLog, event
-from fmray.train.status import StatusFile
-from fmray.train.zero import import_deepspeed
+from fmray.train.mirror import Copies
+from fmray.train.supervise import Notice
 
 if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine

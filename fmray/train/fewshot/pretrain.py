@@ -16,17 +16,15 @@ from typing import Any
 import numpy as np
 import torch
 
-from fmray import tracking
 from fmray.config import LoadedRecipe
+from fmray.config.fewshot import FewshotRecipe, PretrainConfig
 from fmray.data.image_store import ImageStore
 from fmray.fewshot import Encoder, create_encoder
 from fmray.fewshot.pretrain import MoCo, SimCLR, Supervised, augment
-from fmray.fewshot_config import FewshotRecipe, PretrainConfig
-from fmray.train.fewshot.encoder import export_encoder
-from fmray.train.fewshot.job import absolute_paths
-from fmray.train.fewshot.pictures import Pictures, decode_all
-from fmray.train.progress import Progress, StepLog
-from fmray.train.zero import lr_factor
+from fmray.runtime import tracking
+from fmray.runtime.run_log import Progress, StepLog
+from fmray.train.engine import lr_factor
+from fmray.train.fewshot.encoder import Pictures, decode_all, export_encoder
 
 STATE_EVERY = 250  # steps
 WARMUP = 0.05  # of the steps
@@ -42,7 +40,7 @@ class Pretrained:
 
 def pretrain_encoder(loaded: LoadedRecipe[FewshotRecipe], run_id: str) -> Pretrained:
     """The job: pretrain, print the end. Raises ValueError as `pretrain`."""
-    recipe = absolute_paths(loaded.recipe)
+    recipe = loaded.recipe.with_absolute_paths()
     run_dir = recipe.cluster.storage / run_id
     run_dir.mkdir(parents=True, exist_ok=True)
     (run_dir / "recipe.yaml").write_text(loaded.dump(), encoding="utf-8")

@@ -20,17 +20,17 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from scipy.special import softmax
 
-from fmray import fewshot_plots, tracking
-from fmray.cluster import start_or_join
 from fmray.config import LoadedRecipe
+from fmray.config.fewshot import EpisodeConfig, FewshotRecipe, Selection, TargetConfig
 from fmray.data.image_store import ImageStore, Rows
 from fmray.fewshot import Encoder, EpisodeSampler
-from fmray.fewshot_config import EpisodeConfig, FewshotRecipe, Selection, TargetConfig
+from fmray.plots import fewshot as fewshot_plots
+from fmray.runtime import tracking
+from fmray.runtime.cluster import start_or_join
 from fmray.selection import Selection as Choice
 from fmray.selection import TaskMoments, choose_peer, select_tasks
-from fmray.selection.peers import class_responses, leep, logme
-from fmray.train.fewshot.embed import TaskFeatures, open_pool
-from fmray.train.fewshot.encoder import load_encoder
+from fmray.selection.baselines import class_responses, leep, logme
+from fmray.train.fewshot.encoder import TaskFeatures, load_encoder, open_pool
 
 TASK_SCHEMA = pa.schema(
     [

@@ -16,10 +16,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fmray.config.fewshot import EpisodeConfig
 from fmray.data.image_store import ImageStore
 from fmray.fewshot import EpisodeSampler
-from fmray.fewshot_config import EpisodeConfig
-from fmray.train.fewshot.pictures import Pictures
+from fmray.train.fewshot.encoder import Pictures
 from fmray.train.fewshot.select import CandidateTask
 
 

@@ -19,12 +19,11 @@ import pytest
 import ray
 from PIL import Image
 
-from fmray.config import Recipe
+from fmray.config import AdaLlavaRecipe
 from fmray.data import ingest
-from fmray.data.encoding import chat_messages
 from fmray.data.ingest import SCHEMA, prepare
 from fmray.data.processor import load_processor
-from fmray.data.records import find_bad_rows
+from fmray.data.records import chat_messages, find_bad_rows
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -37,8 +36,8 @@ def ray_session() -> Iterator[None]:
         ray.shutdown()
 
 
-def recipe(store: Path, **data: Any) -> Recipe:
-    return Recipe.model_validate({"name": "test", "data": {"store": str(store), **data}})
+def recipe(store: Path, **data: Any) -> AdaLlavaRecipe:
+    return AdaLlavaRecipe.model_validate({"name": "test", "data": {"store": str(store), **data}})
 
 
 def llava_file(folder: Path, rows: int, side: int = 20) -> Path:
@@ -129,10 +128,10 @@ def test_killed_half_way_it_goes_on(tmp_path: Path) -> None:
     values = recipe(tmp_path / "killed", **options).model_dump(mode="json")
     script = (
         "import ray\n"
-        "from fmray.config import Recipe\n"
+        "from fmray.config import AdaLlavaRecipe\n"
         "from fmray.data.ingest import prepare\n"
         "ray.init(address='local', num_cpus=1, include_dashboard=False)\n"
-        f"prepare(Recipe.model_validate({values}))\n"
+        f"prepare(AdaLlavaRecipe.model_validate({values}))\n"
     )
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     process = subprocess.Popen(
@@ -238,17 +237,17 @@ def test_missing_files_are_named(tmp_path: Path) -> None:
     settings = recipe(tmp_path / "m", train=str(file)).model_dump(mode="json")
     settings["model"]["source"] = str(tmp_path / "nowhere")
     with pytest.raises(ValueError, match=r"model.source: .*nowhere: holds no processor"):
-        prepare(Recipe.model_validate(settings))
+        prepare(AdaLlavaRecipe.model_validate(settings))
 
 
 def test_a_trained_models_directory_finds_the_store_of_its_processor(tmp_path: Path) -> None:
     options = {"shapes": {"pictures": 30, "validation_pictures": 5}}
     settings = recipe(tmp_path / "store", **options).model_dump(mode="json")
-    manifest = prepare(Recipe.model_validate(settings))
+    manifest = prepare(AdaLlavaRecipe.model_validate(settings))
     load_processor(tmp_path / "store" / "processor").save_pretrained(tmp_path / "model")
     settings["model"]["source"] = str(tmp_path / "model")
     before = (tmp_path / "store" / "manifest.json").stat().st_mtime_ns
-    assert prepare(Recipe.model_validate(settings)) == manifest
+    assert prepare(AdaLlavaRecipe.model_validate(settings)) == manifest
     assert (tmp_path / "store" / "manifest.json").stat().st_mtime_ns == before
 
 

@@ -24,7 +24,7 @@ from support.selection import color_store
 from support.training import ADAPTIVE, load_recipe, make_store
 
 from fmray.config import LoadedRecipe, load
-from fmray.search.config import SearchRecipe
+from fmray.config.search import SearchRecipe
 from fmray.search.run import search
 from fmray.search.state import read_finished
 

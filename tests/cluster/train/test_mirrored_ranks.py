@@ -14,8 +14,7 @@ from support.s3 import MIRRORED, NAMES, S3, die_while_copying, own_folder
 from support.training import ADAPTIVE, load_recipe, make_store
 
 from fmray.config import LoadedRecipe
-from fmray.train.progress import read_log
-from fmray.train.status import read_status
+from fmray.runtime.run_log import read_log, read_status
 
 TRAIN = MIRRORED | {"micro_batch": 4}
 

@@ -13,11 +13,11 @@ import ray
 from mlflow import MlflowClient
 from support.selection import color_encoder, color_recipe, color_store
 
-from fmray import tracking
 from fmray.config import ClusterConfig
 from fmray.data.image_store import ImageStore
+from fmray.runtime import tracking
 from fmray.train.fewshot import select as selection
-from fmray.train.fewshot.embed import open_pool
+from fmray.train.fewshot.encoder import open_pool
 from fmray.train.fewshot.select import choose, measure, select_run
 
 

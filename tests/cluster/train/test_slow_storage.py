@@ -12,7 +12,7 @@ import torch
 from support.ranks import train_on
 from support.training import load_recipe, make_store
 
-from fmray.train.status import read_status
+from fmray.runtime.run_log import read_status
 
 TIMEOUT, SLOW = 10, 15  # seconds
 

@@ -19,10 +19,10 @@ from ray.train.v2._internal.execution.callback import WorkerGroupCallback
 from support.ray_session import ray_session
 from support.training import ADAPTIVE, load_recipe, make_store
 
-from fmray.cli import GaveUp
+from fmray.errors import GaveUp
+from fmray.runtime.run_log import read_log
 from fmray.train import supervise
 from fmray.train.job import train
-from fmray.train.progress import read_log
 
 TESTS = Path(__file__).parents[2]
 TRAIN = {"lr": 2e-3, "steps": 12, "global_batch": 16, "micro_batch": 4, "eval_rows": 4}

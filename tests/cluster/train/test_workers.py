@@ -18,9 +18,9 @@ import ray
 from support.ray_session import ray_session
 from support.training import ADAPTIVE, load_recipe, make_store
 
+from fmray.runtime.run_log import read_log
 from fmray.train.checkpoint import find_checkpoint, read_state
 from fmray.train.job import Result, train
-from fmray.train.progress import read_log
 
 TWO = {"workers": 2}
 ROOT = Path(__file__).parents[3]

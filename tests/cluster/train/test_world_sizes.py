@@ -17,7 +17,7 @@ from support.ranks import train_on
 from support.training import ADAPTIVE, load_recipe, make_store
 
 from fmray.config import LoadedRecipe
-from fmray.train.progress import read_log
+from fmray.runtime.run_log import read_log
 
 TOLERANCE = {"float32": 1e-5, "bfloat16": 1e-2}
 MOVES = [(2, 1), (1, 2), (2, 3)]

@@ -16,14 +16,14 @@ from support.training import ADAPTIVE, load_recipe, make_store
 
 from fmray.adallava import AdaptiveVLM
 from fmray.config import LoadedRecipe, load
+from fmray.config.arguments import job_path
+from fmray.config.search import PlansRecipe
 from fmray.data.loader import evaluation_batches
 from fmray.data.processor import load_processor
-from fmray.job_arguments import job_path
-from fmray.search import plan_answers
-from fmray.search.config import PlansRecipe
+from fmray.search import plans as plan_answers
 from fmray.search.plans import PlansResult, search_plans
+from fmray.train.adallava.batches import model_inputs, score_answers
 from fmray.train.job import train
-from fmray.train.samples import model_inputs, score_answers
 
 UNITS = 6  # two in each of three layers
 SIZES = {0.5: 2, 0.75: 4}  # the layer that always runs is as much as two units

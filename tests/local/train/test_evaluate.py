@@ -15,9 +15,9 @@ from transformers import AutoModelForImageTextToText
 from fmray.config import EvaluateConfig, LoadedRecipe
 from fmray.data.loader import evaluation_batches
 from fmray.data.processor import load_processor
-from fmray.train.evaluate import Evaluation, evaluate, evaluate_run
+from fmray.train.adallava.batches import model_inputs, score_answers
+from fmray.train.adallava.evaluate import Evaluation, evaluate, evaluate_run
 from fmray.train.job import train
-from fmray.train.samples import model_inputs, score_answers
 
 BUDGETS = (0.25, 0.5, 0.75, 1.0)
 KINDS = ("learned", "random", "static", "importance")

@@ -14,18 +14,18 @@ import torch
 from support.fewshot import TRAIN, fewshot_recipe, forget_after, losses, start_encoder, weights
 from support.selection import color_store
 
+from fmray.config.arguments import job_path
 from fmray.data.image_store import ImageStore
 from fmray.fewshot import MetaDatasetSampler, confidence_interval, create_encoder
-from fmray.job_arguments import job_path
-from fmray.train.fewshot import cells, compare
+from fmray.runtime.files import MANIFEST, describe_files, write_manifest
+from fmray.train.fewshot import compare
+from fmray.train.fewshot import comparison as cells
 from fmray.train.fewshot import pretrain as pretraining
-from fmray.train.fewshot.encoder import load_encoder
+from fmray.train.fewshot.encoder import Pictures, load_encoder
 from fmray.train.fewshot.evaluate import evaluate_encoder, measure, task_samplers
 from fmray.train.fewshot.job import train_fewshot
 from fmray.train.fewshot.loop import EVALUATION_SEED
-from fmray.train.fewshot.pictures import Pictures
 from fmray.train.fewshot.pretrain import pretrain_encoder
-from fmray.train.manifest import MANIFEST, describe_files, write_manifest
 
 TARGETS = [{"collection": "target"}, {"collection": "sea", "split": "all"}]
 COMPARE = {

@@ -15,12 +15,11 @@ from support.selection import color_store
 from support.training import ADAPTIVE, load_recipe, make_store
 
 from fmray.config import ClusterConfig
-from fmray.run_view import RunReader
+from fmray.runtime.run_log import RunReader
 from fmray.train.checkpoint import TrainState
-from fmray.train.copies import Copies, find_model
 from fmray.train.fewshot.job import train_fewshot
 from fmray.train.job import Result, train
-from fmray.train.mirror import Mirror
+from fmray.train.mirror import Copies, Mirror, find_model
 
 TRAIN = MIRRORED | {"micro_batch": 8}
 

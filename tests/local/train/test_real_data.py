@@ -8,9 +8,9 @@ import pytest
 from support.training import SCRATCH, load_recipe, make_store
 
 from fmray.config import LoadedRecipe
-from fmray.train.evaluate import evaluate_run
+from fmray.runtime.run_log import read_log
+from fmray.train.adallava.evaluate import evaluate_run
 from fmray.train.job import train
-from fmray.train.progress import read_log
 
 
 @pytest.fixture

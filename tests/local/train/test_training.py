@@ -17,11 +17,10 @@ from torch.nn import functional
 from fmray.adallava import AdaptiveVLM
 from fmray.data.loader import InstructionLoader
 from fmray.data.processor import load_processor
+from fmray.runtime.run_log import STATUS_FILE, StepLog, read_log, read_status
+from fmray.train.adallava.model import build_model
 from fmray.train.checkpoint import find_checkpoint, read_state
 from fmray.train.job import Result, train
-from fmray.train.models import build_model
-from fmray.train.progress import StepLog, read_log
-from fmray.train.status import STATUS_FILE, read_status
 
 TRAIN = {"lr": 2e-3, "steps": 8, "global_batch": 16, "micro_batch": 8, "eval_rows": 8}
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from support.tiny_models import adaptive, batch, tiny_llava
 
-from fmray.adallava.baselines import best_static_plan, importance_scores
+from fmray.adallava.static_plans import best_static_plan, importance_scores
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +47,7 @@ def test_best_static_plan_is_the_best_of_all(model, batches, k: int) -> None:
 
 
 def test_one_at_a_time_beyond_the_limit(model, batches, monkeypatch) -> None:
-    monkeypatch.setattr("fmray.adallava.baselines.EXHAUSTIVE_LIMIT", 1)
+    monkeypatch.setattr("fmray.adallava.static_plans.EXHAUSTIVE_LIMIT", 1)
     one = best_static_plan(model, batches, 1)
     two = best_static_plan(model, batches, 2)
     assert int(two.sum()) == 2 and bool((two & one).sum())

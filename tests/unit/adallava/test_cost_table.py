@@ -6,8 +6,8 @@ import json
 import pytest
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, PhiConfig
 
-from fmray.adallava.cost_table import add_arguments, run
 from fmray.adallava.presets import PRESETS
+from fmray.commands.cost import add_arguments, run
 
 
 @pytest.fixture

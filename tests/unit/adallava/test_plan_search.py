@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from fmray.adallava.plan_search import crossed, plan_score, search_plan, swapped
+from fmray.adallava.static_plans import crossed, plan_score, search_plan, swapped
 
 
 class Door:

@@ -7,8 +7,7 @@ from transformers import LlamaConfig
 
 from fmray.adallava.cost import CostModel
 from fmray.adallava.layout import SwitchLayout
-from fmray.adallava.presets import preset
-from fmray.adallava.roofline import DEVICES, Device, device, prefill_seconds
+from fmray.adallava.presets import DEVICES, Device, device, prefill_seconds, preset
 
 MEAN = preset("llava-1.5-7b").tokens
 

@@ -16,8 +16,8 @@ from ray.scripts import scripts as ray_scripts
 from support.cluster_files import CLUSTER, ROOT, one
 
 from fmray.cli import COMMANDS, main
-from fmray.config import Recipe
-from fmray.job_arguments import job_arguments
+from fmray.config import AdaLlavaRecipe
+from fmray.config.arguments import job_arguments
 
 TEXT = (CLUSTER / "README.md").read_text()
 BLOCKS = re.findall(r"```(\w+)\n(.*?)```", TEXT, re.S)
@@ -69,7 +69,7 @@ def test_jobs_take_their_command_lines(checkout: Path) -> None:
     for script, *words in found:
         assert (ROOT / script).is_file()
         loaded, run_id = job_arguments(words, script)
-        assert isinstance(loaded.recipe, Recipe)
+        assert isinstance(loaded.recipe, AdaLlavaRecipe)
         if script.startswith("jobs/train"):
             assert run_id == words[words.index("--run-id") + 1]
         sizes.add((loaded.recipe.cluster.workers, loaded.recipe.train.micro_batch))
@@ -84,7 +84,7 @@ def test_the_table_of_sizes_is_what_the_files_say(checkout: Path) -> None:
         words = [f"{key}={value}" for key, value in size.items()]
         arguments = ["--config", MINE, *(w for word in words for w in ("--set", word))]
         recipe = job_arguments(arguments, "")[0].recipe
-        assert isinstance(recipe, Recipe)
+        assert isinstance(recipe, AdaLlavaRecipe)
         nodes = {8: 1, 64: 8}[recipe.cluster.workers]
         assert recipe.cluster.workers == nodes * 8
     written = yaml.safe_load(one("ConfigMap")["data"]["recipe.yaml"])

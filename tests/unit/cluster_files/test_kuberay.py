@@ -29,8 +29,8 @@ from support.cluster_files import (
     refusals,
 )
 
-from fmray.config import Recipe, load
-from fmray.preflight import Machine, preflight
+from fmray.config import AdaLlavaRecipe, load
+from fmray.runtime.placement import Machine, preflight
 from fmray.serve.app import build
 
 RAY_KINDS = ["RayCluster", "RayJob", "RayService"]
@@ -188,7 +188,7 @@ def test_both_sizes_can_be_placed(
     path = recipes / "mine.yaml"
     path.write_text(one("ConfigMap")["data"]["recipe.yaml"])
     size = [f"cluster.workers={workers}", f"train.micro_batch={micro_batch}"]
-    recipe = load(path, size, (Recipe,)).recipe
+    recipe = load(path, size, (AdaLlavaRecipe,)).recipe
     if nodes == 1:
         assert recipe == load(path).recipe
     assert recipe.cluster.storage.is_relative_to("/shared")

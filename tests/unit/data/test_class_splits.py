@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fmray.data.class_splits import file_split, hash_split, merge_splits, splits_table
+from fmray.data.image_sources import file_split, hash_split, merge_splits, splits_table
 
 
 @given(st.sets(st.text(max_size=5), min_size=1, max_size=60), st.integers(0, 9), st.randoms())

@@ -20,8 +20,8 @@ from transformers import (
 )
 
 from fmray.config import ScratchConfig
-from fmray.data.encoding import chat_messages, encode, image_tokens
 from fmray.data.processor import scratch_processor
+from fmray.data.records import chat_messages, encode, image_tokens
 
 CONVERSATION = [
     {"from": "human", "value": "<image>\nwhat color topleft ?"},

@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 from support.images import class_folders, image_recipe, parquet, picture, prepare_here, tfrecords
 
+from fmray.config.fewshot import CollectionConfig
 from fmray.data.image_sources import Collection, FoundImage, find_collection, read_piece
 from fmray.data.records import BadRow
 from fmray.data.tfrecord import example, write_records
-from fmray.fewshot_config import CollectionConfig
 
 
 def find(path: Path, **config: Any) -> Collection:

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import csv
 import io
-import json
 import os
 import threading
 import tracemalloc
@@ -21,12 +20,11 @@ import pytest
 from PIL import Image
 from support.images import class_folders, image_recipe, parquet, picture, prepare_here, tfrecords
 
-from fmray.data import image_cache, image_ingest
-from fmray.data.episode_store import EpisodeReader, write_episodes
+from fmray.config.fewshot import FewshotRecipe
+from fmray.data import image_ingest
+from fmray.data import image_store as image_cache
 from fmray.data.image_store import ImageStore
 from fmray.data.tfrecord import example, write_records
-from fmray.fewshot import EpisodeSampler
-from fmray.fewshot_config import FewshotRecipe
 
 
 def contents(store: ImageStore) -> dict[tuple[str, str, str], list[bytes]]:
@@ -318,32 +316,6 @@ def test_groups_of_alphabets(real_data: Path, tmp_path: Path) -> None:
     assert [len(group) for group in store.groups("omniglot", "val")] == [17]  # Tagalog
     assert store.groups("cifar10", "train") is None
     assert set(np.concatenate(groups)) == set(store.select("omniglot", "train").labels)
-
-
-def test_episodes_with_their_images(tmp_path: Path) -> None:
-    tree = class_folders(tmp_path / "tree", dict.fromkeys("abcde", 6))
-    prepare_here(image_recipe(tmp_path / "store", {"c": {"path": tree, "split": "hash"}}))
-    store = ImageStore.open(tmp_path / "store")
-    chosen = store.select("c")
-    sampler = EpisodeSampler(chosen.labels, 3, 2, 4, seed=1, split="train", rows=chosen.rows)
-    episodes = [sampler[number] for number in range(5)]
-    path = tmp_path / "episodes.parquet"
-    write_episodes(store, episodes, path)
-    reader = EpisodeReader(path, store)
-    assert len(reader) == 5 and pq.ParquetFile(path).num_row_groups == 5
-    shares = [list(reader.stream(rank, 2)) for rank in range(2)]
-    assert [len(share) for share in shares] == [3, 2]
-    for number, episode in enumerate(episodes):
-        stored = shares[number % 2][number // 2]
-        assert stored.images == store.images(stored.rows)
-        for part, query in ((episode.support, False), (episode.query, True)):
-            for label in range(3):
-                here = (stored.labels == label) & (stored.query == query)
-                assert list(stored.rows[here]) == list(part[label])
-    manifest = json.loads((tmp_path / "store/manifest.json").read_text())
-    (tmp_path / "store/manifest.json").write_text(json.dumps(manifest | {"fingerprint": "new"}))
-    with pytest.raises(ValueError, match="write the episodes again"):
-        EpisodeReader(path, ImageStore.open(tmp_path / "store"))
 
 
 def test_a_link_to_nothing_is_said(tmp_path: Path) -> None:

@@ -18,12 +18,18 @@ from support.data_store import make_store, shapes_store
 
 from fmray.config import ScratchConfig, ShapesConfig
 from fmray.data import loader as loader_module
-from fmray.data.encoding import chat_messages, encode
-from fmray.data.loader import IGNORED, Batch, InstructionLoader, evaluation_batches
+from fmray.data.loader import (
+    IGNORED,
+    Batch,
+    InstructionLoader,
+    Schedule,
+    evaluation_batches,
+    lanes_of,
+)
 from fmray.data.processor import load_processor, scratch_processor
-from fmray.data.schedule import Schedule, lanes_of
+from fmray.data.records import chat_messages, encode
 from fmray.data.store import StoreSplit
-from fmray.train.samples import answer_tokens
+from fmray.train.adallava.batches import answer_tokens
 
 PICTURES = 500
 

@@ -12,10 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fmray.config import ScratchConfig
-from fmray.data.encoding import encode
+from fmray.data.ingest import SCHEMA
 from fmray.data.processor import scratch_processor
-from fmray.data.records import check_record, find_bad_rows, read_records, record_id
-from fmray.data.shard import SCHEMA
+from fmray.data.records import check_record, encode, find_bad_rows, read_records, record_id
 
 ASK = {"from": "human", "value": "<image>\nwhat ?"}
 ANSWER = {"from": "gpt", "value": "red"}

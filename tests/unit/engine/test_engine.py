@@ -11,9 +11,9 @@ from support.engine import model_of, request_for, row_for, run
 from support.tiny_models import adaptive, tiny_llava
 from transformers.generation.logits_process import TemperatureLogitsWarper, TopPLogitsWarper
 
-from fmray.engine.draw import draw, generator_of
 from fmray.engine.engine import Engine
 from fmray.engine.requests import Request, Sampling
+from fmray.engine.tokens import draw, generator_of
 
 NEW = 8
 

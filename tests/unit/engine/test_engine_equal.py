@@ -20,7 +20,7 @@ from torch import Tensor
 
 from fmray.adallava import AdaptiveVLM
 from fmray.engine.engine import Engine
-from fmray.engine.memory import TokenBytes
+from fmray.engine.kv_memory import TokenBytes
 
 BUDGETS = ["0.5", "0.6", "0.75", "0.9", "1"]
 NEW = 10  # of the answers to compare with; greedy ones of fewer tokens begin with the same

@@ -9,7 +9,7 @@ from support.tiny_models import tiny_llava
 from torch import nn
 
 from fmray.adallava import SwitchLayout
-from fmray.engine.memory import Arena, DecodeCache, KVMemory, PrefillCache
+from fmray.engine.kv_memory import Arena, DecodeCache, KVMemory, PrefillCache
 
 HEADS, DIM = 2, 4
 

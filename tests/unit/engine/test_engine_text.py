@@ -10,7 +10,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models
 from transformers import PreTrainedTokenizerFast
 
 from fmray.engine.engine import Engine
-from fmray.engine.text import TextStream
+from fmray.engine.tokens import TextStream
 
 
 def byte_level() -> PreTrainedTokenizerFast:

@@ -16,10 +16,10 @@ from support.tiny_models import tiny_llava
 from transformers import LlamaConfig
 
 from fmray.adallava import AdaptiveVLM, CostModel, SwitchLayout
+from fmray.engine.admission import WorkerSettings
 from fmray.engine.dispatcher import Dispatcher
 from fmray.engine.fairness import CallerLimits, Limits
 from fmray.engine.forecast import Forecast, Row, Waiting
-from fmray.engine.intake import WorkerSettings
 from fmray.engine.policy import Ask, Budgets, DeadlineImpossible, Decision, largest_within
 from fmray.engine.requests import Event, Request, Sampling
 from fmray.engine.simulation import (

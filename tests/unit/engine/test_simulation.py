@@ -10,8 +10,8 @@ from functools import cache
 import numpy as np
 import pytest
 
+from fmray.engine.admission import WorkerSettings
 from fmray.engine.fairness import CallerLimits
-from fmray.engine.intake import WorkerSettings
 from fmray.engine.simulation import (
     Rate,
     Report,

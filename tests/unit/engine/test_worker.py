@@ -17,7 +17,6 @@ from fmray.adallava import AdaptiveVLM, SwitchLayout
 from fmray.engine.calibration import calibrate
 from fmray.engine.engine import Engine
 from fmray.engine.fairness import CallerLimits
-from fmray.engine.figures import Histogram, Tally
 from fmray.engine.policy import (
     Ask,
     Budgets,
@@ -35,6 +34,7 @@ from fmray.engine.simulation import (
     reference_budgets,
     reference_cost,
 )
+from fmray.engine.stats import Histogram, Tally
 from fmray.engine.worker import EngineWorker, WorkerSettings
 
 PATIENCE = 20.0  # seconds; a test that waits so long has failed

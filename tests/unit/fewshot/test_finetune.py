@@ -12,7 +12,7 @@ from sklearn.linear_model import LogisticRegression
 from torch import nn
 
 from fmray.fewshot import create_encoder
-from fmray.fewshot.finetune import (
+from fmray.fewshot.methods import (
     classification_loss,
     finetuning_mode,
     linear_head,

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from fmray.fewshot.intervals import confidence_interval, paired_interval
+from fmray.fewshot.evaluation import confidence_interval, paired_interval
 
 ACCURACIES = st.lists(st.floats(0, 1), min_size=2, max_size=50)
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from fmray.fewshot import create_encoder, finetuning_mode
-from fmray.fewshot.maml import adapt, maml_loss
+from fmray.fewshot.methods import adapt, maml_loss
 
 VALUES = st.floats(-3, 3)
 

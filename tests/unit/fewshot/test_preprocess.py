@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from timm.data import create_transform
 
-from fmray.fewshot.preprocess import IMAGENET_MEAN, IMAGENET_STD, Preprocess
+from fmray.fewshot.encoders import IMAGENET_MEAN, IMAGENET_STD, Preprocess
 
 
 def encode(image: Image.Image, kind: str = "PNG") -> bytes:

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from support.search import finished
 
-from fmray.search.config import ObjectiveConfig
+from fmray.config.search import ObjectiveConfig
 from fmray.search.pareto import front, front_of, hypervolume, recommend, rule_of
 from fmray.search.state import Finished
 

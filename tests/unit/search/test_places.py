@@ -9,8 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fmray.config import ClusterConfig
-from fmray.preflight import Machine
-from fmray.search.places import concurrency
+from fmray.runtime.placement import Machine, concurrency
 
 
 def trials(machines: list[Machine], **cluster: Any) -> int:

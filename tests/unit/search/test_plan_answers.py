@@ -10,7 +10,7 @@ import torch
 from support.tiny_models import adaptive, batch, tiny_llava
 
 from fmray.data.loader import Batch
-from fmray.search.plan_answers import PlanAnswers, digits
+from fmray.search.plans import PlanAnswers, digits
 
 ORIGIN = {"model": "a", "rows": 5}
 

@@ -12,9 +12,8 @@ import pytest
 from PIL import Image
 from support.search import finished
 
-from fmray.search.config import ObjectiveConfig
-from fmray.search.report import write_report
-from fmray.search.report_plots import pareto_figure
+from fmray.config.search import ObjectiveConfig
+from fmray.search.report import pareto_figure, write_report
 from fmray.search.state import Finished
 
 BOTH = (ObjectiveConfig(metric="accuracy"), ObjectiveConfig(metric="operations", mode="min"))

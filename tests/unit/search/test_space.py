@@ -13,11 +13,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from support.selection import color_recipe, color_store
 
-from fmray.config import Recipe, load
-from fmray.config_command import schema
-from fmray.fewshot_config import FewshotRecipe
+from fmray.commands.config import schema
+from fmray.config import AdaLlavaRecipe, load
+from fmray.config.fewshot import FewshotRecipe
+from fmray.config.search import SearchRecipe
 from fmray.search import space as space_module
-from fmray.search.config import SearchRecipe
 from fmray.search.space import (
     Choice,
     Integer,
@@ -33,7 +33,7 @@ from fmray.selection import selected_count
 from fmray.train.fewshot.job import _tasks
 
 FEWSHOT = FewshotRecipe.model_validate({"name": "few", "target": {"collection": "mnist"}})
-ADAPTIVE = Recipe.model_validate({"name": "adaptive", "adaptive": {}})
+ADAPTIVE = AdaLlavaRecipe.model_validate({"name": "adaptive", "adaptive": {}})
 # the worked example of method/fewshot.md section 3: {A, B} for 0 <= p < 12, {A} above
 TASKS = Tasks(["A", "B"], ["A", "B", "C", "D"], [0.97, 0.89, 0.0, -1.0], [1, 13, 143 / 57, 2])
 
@@ -89,7 +89,7 @@ def test_the_base_recipe_goes_first_where_it_lies_inside() -> None:
     """Of design layers, whatever its unit: that does not count."""
     [start] = load_space("budgets", ADAPTIVE, {"unit": [2, 4]}).warm_starts
     assert start.name == "the base recipe" and start.values["train.lr"] == ADAPTIVE.train.lr
-    heads = Recipe.model_validate({"name": "a", "adaptive": {"design": "heads", "unit": 8}})
+    heads = AdaLlavaRecipe.model_validate({"name": "a", "adaptive": {"design": "heads", "unit": 8}})
     assert load_space("budgets", heads, {"unit": [2, 4]}).warm_starts == ()
     assert len(load_space("budgets", heads, {}).warm_starts) == 1
 
@@ -210,7 +210,7 @@ def test_wrong_spaces_get_their_message(wrong: Space, message: str) -> None:
         ("fewshot", FEWSHOT, {"ways": []}, "episodes.ways: has no values"),
         ("fewshot", ADAPTIVE, {}, "varies recipes of kind fewshot; the base is of kind adallava"),
         ("budgets", FEWSHOT, {}, "varies recipes of kind adallava; the base is of kind fewshot"),
-        ("budgets", Recipe(name="a"), {}, "the base recipe has adaptive: null"),
+        ("budgets", AdaLlavaRecipe(name="a"), {}, "the base recipe has adaptive: null"),
         ("budgets", ADAPTIVE, {"lora_rank": [4]}, "options.lora_rank: the base recipe has no"),
         ("task_subsets", FEWSHOT, {}, "it varies tasks, and there are none"),
         ("task_subsets", ADAPTIVE, {}, "it varies tasks, and there are none"),

@@ -7,9 +7,9 @@ from ray.tune.experiment import Trial
 from ray.tune.schedulers import FIFOScheduler, TrialScheduler
 from support.search import finished
 
-from fmray.search.config import SchedulerConfig, SearchRecipe
+from fmray.config.search import SchedulerConfig, SearchRecipe
 from fmray.search.state import Finished
-from fmray.search.stopping import make_scheduler
+from fmray.search.suggest import make_scheduler
 
 EVERY, STEPS = 10, 40
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from fmray.search.config import ObjectiveConfig
+from fmray.config.search import ObjectiveConfig
 from fmray.search.space import (
     Choice,
     Integer,

@@ -10,9 +10,9 @@ import pytest
 from scipy import stats
 from support.search import finished
 
-from fmray.fewshot_config import FewshotRecipe, SelectConfig
+from fmray.config.fewshot import FewshotRecipe, SelectConfig
 from fmray.search.run import _task_notes
-from fmray.search.surrogate import rank_correlations, spearman
+from fmray.search.verdict import rank_correlations, spearman
 from fmray.selection import TaskMoments, coverage
 
 GENERATOR = np.random.default_rng(5)

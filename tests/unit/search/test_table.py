@@ -9,7 +9,7 @@ from dataclasses import replace
 
 import pytest
 
-from fmray.search.table import Row, TrialTable
+from fmray.search.watch import Row, TrialTable
 
 RUNNING = Row(0, "random", {"tasks": ["[/red]", "b"], "lr": 1e-3}, "running", 0, {})
 HALF = replace(RUNNING, step=4, metrics={"accuracy": 0.25})

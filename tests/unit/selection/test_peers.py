@@ -8,7 +8,7 @@ from scipy.optimize import minimize
 from scipy.stats import multivariate_normal
 
 from fmray.selection import Selection, choose_peer
-from fmray.selection.peers import class_responses, leep, logme
+from fmray.selection.baselines import class_responses, leep, logme
 
 CURVES = Selection(["d", "a"], ["d", "a", "c", "b"], [0.9, 0.8, 0.1, 0.0], [1.0, 2.0, 1.5, 1.0])
 

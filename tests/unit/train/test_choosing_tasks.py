@@ -10,12 +10,12 @@ import pytest
 from PIL import Image
 from support.selection import COLORS, color_encoder, color_recipe, color_store
 
+from fmray.config.fewshot import FewshotRecipe
 from fmray.data.image_store import ImageStore
-from fmray.fewshot_config import FewshotRecipe
 from fmray.selection import TaskMoments, select_tasks
-from fmray.train.fewshot import embed as embedding
+from fmray.train.fewshot import encoder as embedding
 from fmray.train.fewshot import select as selection
-from fmray.train.fewshot.embed import Embedder, open_pool
+from fmray.train.fewshot.encoder import Embedder, open_pool
 from fmray.train.fewshot.select import candidate_tasks, choose, measure, select_run
 
 
@@ -90,7 +90,7 @@ def test_what_cannot_be_a_task_is_said(store, sections, message):
 
 
 def test_measured_in_chunks_is_algorithm_1_on_all_features_at_once(store, monkeypatch):
-    monkeypatch.setattr(embedding, "CHUNK", 7)
+    monkeypatch.setattr(embedding, "EMBED_CHUNK", 7)
     monkeypatch.setattr(embedding, "BATCH", 3)
     recipe, encoder = recipe_of(store), color_encoder()
     measured = measure(recipe, store, encoder, recipe.target)

@@ -6,10 +6,9 @@ from collections.abc import Iterator
 
 import numpy as np
 import pytest
+from communication import Volume, least, volume
 from support.deepspeed_calls import FROZEN, TRAINABLE, called_in_a_step
 from support.forked import forked
-
-from fmray.train.communication import Volume, least, volume
 
 STAGES = (0, 1, 2, 3)
 CASES = [(0, 2, False), (1, 2, True), (2, 3, False), (3, 2, True)]

@@ -9,11 +9,11 @@ from scipy import stats
 from support.selection import color_encoder, color_recipe, color_store
 from torch import Tensor, nn
 
+from fmray.config.fewshot import EpisodeConfig, FewshotTrainConfig
 from fmray.data.image_store import ImageStore
-from fmray.fewshot_config import EpisodeConfig, FewshotTrainConfig
+from fmray.train.engine import make_engine
 from fmray.train.fewshot.comparison import ALL, SELECTED, Comparison
-from fmray.train.fewshot.engine import make_engine
-from fmray.train.fewshot.pictures import Pictures, decode_all
+from fmray.train.fewshot.encoder import Pictures, decode_all
 from fmray.train.fewshot.select import CandidateTask, candidate_tasks
 from fmray.train.fewshot.tasks import TrainingSet, read_ahead
 

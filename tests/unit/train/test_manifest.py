@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from fmray.runtime.files import MANIFEST, describe_files, fault, write_manifest
 from fmray.train.checkpoint import find_checkpoint, prune_checkpoints
-from fmray.train.manifest import MANIFEST, describe_files, fault, write_manifest
 
 FILES = {"a.pt": b"weights" * 1000, "deepspeed/rank_0.pt": b"\0" * 4096, "deepspeed/empty": b""}
 

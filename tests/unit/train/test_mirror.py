@@ -12,7 +12,7 @@ import pytest
 from support.s3 import S3
 
 from fmray.config import ClusterConfig
-from fmray.train.manifest import MANIFEST, Entry, describe_files, write_manifest
+from fmray.runtime.files import MANIFEST, Entry, describe_files, write_manifest
 from fmray.train.mirror import Mirror, open_mirror
 
 FILES = {"a.pt": b"weights" * 1000, "deepspeed/rank_0.pt": os.urandom(12 << 20), "b/empty": b""}

@@ -12,14 +12,14 @@ from torch import nn
 from transformers import AutoModelForImageTextToText
 
 from fmray.adallava import AdaptiveVLM
-from fmray.config import Recipe, ScratchConfig
+from fmray.config import AdaLlavaRecipe, ScratchConfig
 from fmray.data.processor import scratch_processor
-from fmray.train.models import build_model, merge_lora
+from fmray.train.adallava.model import build_model, merge_lora
 
 PROCESSOR = scratch_processor(["red green blue circle square"], ScratchConfig())
 
 
-def recipe_of(tmp_path: Path, **sections: Any) -> Recipe:
+def recipe_of(tmp_path: Path, **sections: Any) -> AdaLlavaRecipe:
     return load_recipe(tmp_path, tmp_path, **sections).recipe
 
 

@@ -12,8 +12,8 @@ from support.training import ADAPTIVE, load_recipe
 from fmray.config import ScratchConfig
 from fmray.data.loader import Batch
 from fmray.data.processor import scratch_processor
-from fmray.train.models import build_model
-from fmray.train.samples import blank_row, draw, model_inputs, score_answers, with_picture
+from fmray.train.adallava.batches import blank_row, draw, model_inputs, score_answers, with_picture
+from fmray.train.adallava.model import build_model
 
 PROCESSOR = scratch_processor(["red green blue circle square"], ScratchConfig())
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from scipy.stats import multinomial
 from sklearn.metrics import mutual_info_score
 
-from fmray.train.statistics import dependence, paired_test, wilson_interval
+from fmray.train.adallava.evaluate import dependence, paired_test, wilson_interval
 
 
 def test_wilson_interval_solves_the_score_equation() -> None:

@@ -15,8 +15,8 @@ from ray.train.v2._internal.exceptions import (
     WorkerHealthCheckFailedError,
 )
 
-from fmray.cli import GaveUp, exit_code
-from fmray.config import Recipe, load
+from fmray.config import AdaLlavaRecipe, load
+from fmray.errors import GaveUp, exit_code
 from fmray.train import supervise
 
 DIED = WorkerHealthCheckFailedError("failed", ActorDiedError())
@@ -39,7 +39,7 @@ def play(
     """Run `fit` on a script of (step of the newest checkpoint, what `fit()` raises or returns)."""
 
     def play(script: list[tuple[int, Any]], max_failures: int = 2) -> Any:
-        recipe = Recipe.model_validate(
+        recipe = AdaLlavaRecipe.model_validate(
             {
                 "name": "a",
                 "cluster": {"storage": tmp_path, "workers": 2, "max_failures": max_failures},

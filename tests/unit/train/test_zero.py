@@ -11,8 +11,8 @@ import torch
 from support.training import ADAPTIVE, load_recipe
 
 from fmray.data.processor import scratch_processor
-from fmray.train.models import build_model
-from fmray.train.zero import engine_config, lr_factor, make_optimizer
+from fmray.train.adallava.model import build_model
+from fmray.train.engine import engine_config, lr_factor, make_optimizer
 
 
 def test_accumulation_follows_from_the_global_batch(tmp_path: Path) -> None:

@@ -1,0 +1,156 @@
+"""`fmray serve`: the endpoint on this machine.
+
+In: a model and a port. Out: a running Ray Serve application, until ctrl-C, which lets running
+answers finish; with `--local` the same application without Ray, in this process. Keys come from a
+file or the environment, never from the command line. On a cluster: `serve deploy`, with
+`jobs/recipes/serve.yaml`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ipaddress
+import signal
+import threading
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import ValidationError
+
+from fmray.commands.ask import MODEL, STORAGE
+from fmray.config.arguments import add_overrides
+from fmray.config.serve import ALIAS, REGISTRY, ServeConfig
+from fmray.serve.keys import VARIABLE, load_keys
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of `fmray serve`."""
+    parser.add_argument(
+        "model",
+        nargs="?",
+        default=MODEL,
+        help="directory of an adaptive model, or a name in the registry, whose production version "
+        f"is served (default {MODEL}, the quickstart's)",
+    )
+    parser.add_argument(
+        "--storage", type=Path, default=STORAGE, help=f"of the registry (default {STORAGE})"
+    )
+    parser.add_argument("--uri", default=None, help="MLflow server, where it is not in the storage")
+    parser.add_argument("--host", default="127.0.0.1", help="default 127.0.0.1: this machine only")
+    parser.add_argument("--port", type=int, default=8000)
+    parser.add_argument(
+        "--keys-file", type=Path, default=None, help=f"bearer keys (YAML); default: {VARIABLE}"
+    )
+    add_overrides(parser, "max_rows=4")
+    parser.add_argument(
+        "--local", action="store_true", help="in this process, without Ray: one model, no restarts"
+    )
+
+
+def run(options: argparse.Namespace) -> int:
+    """Serve until interrupted."""
+    settings = settings_of(options)
+    if not _loopback(options.host) and load_keys(settings.keys_file).open:
+        raise ValueError(
+            f"--host {options.host} is reachable from other machines, and there are no keys; give "
+            f"--keys-file or {VARIABLE}, or stay on 127.0.0.1"
+        )
+    if options.local:
+        return _serve_here(settings, options.host, options.port)
+    return _serve_on_ray(settings, options.host, options.port)
+
+
+def settings_of(options: argparse.Namespace) -> ServeConfig:
+    """The settings that the command line asks for. Raises ValueError in one line."""
+    model = options.model
+    if not model.startswith(REGISTRY) and not Path(model).is_dir() and "/" not in model:
+        model = f"{REGISTRY}{model}{ALIAS}"
+    values: dict[str, Any] = {
+        "model": model,
+        "storage": options.storage,
+        "tracking_uri": options.uri,
+        "keys_file": options.keys_file,
+    }
+    for override in options.overrides:
+        key, equals, text = override.partition("=")
+        if not equals:
+            raise ValueError(f"--set {override}: KEY=VALUE is needed")
+        value = yaml.safe_load(text)
+        values[key.strip()] = text if isinstance(value, float) else value
+    try:
+        return ServeConfig.model_validate(values)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        place = ".".join(str(part) for part in first["loc"])
+        text = first["msg"].removeprefix("Value error, ")
+        raise ValueError(f"{place}: {text}" if place else text) from None
+
+
+def _loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host.strip("[]")).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def _serve_here(settings: ServeConfig, host: str, port: int) -> int:
+    import uvicorn
+
+    from fmray.serve.app import find_directory
+    from fmray.serve.metrics import Metrics
+    from fmray.serve.replica import open_answerer
+    from fmray.serve.routes import create_app
+
+    answerer = open_answerer(settings, find_directory(settings))
+    metrics = Metrics(answerer.worker, "local", answerer.model.layout.num_units)
+
+    async def exposition() -> bytes:
+        return metrics.exposition()
+
+    print(f"http://{host}:{port}/  (model {settings.public_name!r}; ctrl-C stops)", flush=True)
+    try:
+        uvicorn.run(
+            create_app(answerer, metrics, exposition),
+            host=host,
+            port=port,
+            log_level="warning",
+            access_log=False,
+            server_header=False,
+            timeout_graceful_shutdown=int(settings.drain_s) or None,
+        )
+    finally:
+        answerer.close()
+    return 0
+
+
+def _serve_on_ray(settings: ServeConfig, host: str, port: int) -> int:
+    from ray import serve
+
+    from fmray.config import ClusterConfig
+    from fmray.runtime.cluster import start_or_join
+    from fmray.serve.app import build
+
+    application = build(settings)
+    stopped = threading.Event()
+    with start_or_join(ClusterConfig()):
+        try:
+            serve.start(
+                http_options={
+                    "host": host,
+                    "port": port,
+                    # Ours comes first and answers in JSON; this one is for a replica that hangs.
+                    "request_timeout_s": settings.request_timeout_s + 10,
+                }
+            )
+            serve.run(application, name="fmray", route_prefix="/")
+            print(
+                f"http://{host}:{port}/  (model {settings.public_name!r}; ctrl-C stops)", flush=True
+            )
+            for kind in (signal.SIGINT, signal.SIGTERM):
+                signal.signal(kind, lambda *_: stopped.set())
+            while not stopped.wait(1.0):
+                pass
+        finally:
+            serve.shutdown()
+    return 0

@@ -1,0 +1,1 @@
+"""What jobs run on: Ray cluster, placement, nodes, MLflow, files, the log of a run."""

@@ -1,0 +1,276 @@
+"""The model registry of MLflow: register a trained model, find the one in production.
+
+In: a `TrackingConfig`, the storage folder, a model name and an exported safetensors directory. Out:
+a version, or the local directory of the version with the alias `production`. Unlike the tracking of
+a run, which never stops training, these answer a question and raise when they cannot.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+from urllib.parse import urlsplit
+from urllib.request import url2pathname
+
+from fmray.config import TrackingConfig
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+    from mlflow.entities import Run
+
+
+# The MLflow store: where it is, how it is reached, and what it raises when it is not.
+#
+# In: a `TrackingConfig` and the storage folder. Out: a URI, a quiet client with bounded waits, the
+# experiment and the run of an fmray run id. Used by `tracking.py` (a run) and `registry.py`
+# (models).
+
+RUN_ID_TAG = "fmray.run_id"
+
+# MLflow would retry a dead server for four minutes, and print a line for each run and upload. Set
+# only for as long as it is needed (a run retries by itself), and where the user has not set it.
+_ENVIRONMENT = {
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0",
+    "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",
+    "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
+    "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
+}
+
+
+class TrackingError(RuntimeError):
+    """The store or registry could not do what was asked; the message says what and where."""
+
+
+def tracking_uri(config: TrackingConfig, storage: Path) -> str:
+    """Return the MLflow URI: `tracking.uri`, or `mlflow.db` in the storage folder.
+
+    It is what `mlflow ui --backend-store-uri` takes.
+
+    Raises:
+        ValueError: `tracking.uri` is neither `http(s)://host...` nor `sqlite:///file`.
+    """
+    if config.uri is None:
+        return f"sqlite:///{Path(storage).resolve() / 'mlflow.db'}"
+    try:
+        parts = urlsplit(config.uri)
+        usable = (
+            bool(parts.hostname)
+            if parts.scheme in ("http", "https")
+            else bool(parts.path.strip("/"))
+        )
+    except ValueError:  # such as an unclosed [ in the host
+        usable = False
+    if not usable or parts.scheme not in ("http", "https", "sqlite"):
+        raise ValueError(
+            f"tracking.uri: {shown(config.uri)!r} is no tracking store; use http://host:port, "
+            "https://host, sqlite:///path/to/mlflow.db, or leave it out for sqlite in the storage"
+        )
+    return config.uri
+
+
+def open_client(uri: str) -> MlflowClient:
+    from mlflow import MlflowClient
+
+    logging.getLogger("alembic").setLevel(logging.WARNING)
+    # It prints a traceback for each database error; the error also reaches us, and is told once.
+    logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL)
+    if uri.startswith("sqlite:///"):
+        Path(uri.removeprefix("sqlite:///")).parent.mkdir(parents=True, exist_ok=True)
+    return MlflowClient(tracking_uri=uri, registry_uri=uri)
+
+
+def find_experiment(client: MlflowClient, config: TrackingConfig, uri: str, storage: Path) -> str:
+    """Find or create the experiment.
+
+    With sqlite its artifacts live in the storage folder, else where the server says.
+    """
+    from mlflow.exceptions import MlflowException
+
+    experiment = client.get_experiment_by_name(config.experiment)
+    if experiment is not None:
+        return experiment.experiment_id
+    location = (storage / "mlartifacts").as_uri() if uri.startswith("sqlite:") else None
+    try:
+        return client.create_experiment(config.experiment, artifact_location=location)
+    except MlflowException as error:
+        if error.error_code != "RESOURCE_ALREADY_EXISTS":
+            raise
+        return client.get_experiment_by_name(
+            config.experiment
+        ).experiment_id  # another process was faster
+
+
+def find_run(client: MlflowClient, experiment_id: str, run_id: str) -> Run | None:
+    found = client.search_runs(
+        [experiment_id],
+        f"tags.`{RUN_ID_TAG}` = '{run_id}'",
+        max_results=1,
+        order_by=["attributes.start_time ASC"],
+    )
+    return found[0] if found else None
+
+
+def failure_types() -> tuple[type[Exception], ...]:
+    """What a store that is away, locked, broken or no MLflow at all raises."""
+    from alembic.util.exc import CommandError
+    from google.protobuf.json_format import ParseError
+    from mlflow.exceptions import MlflowException
+    from sqlalchemy.exc import SQLAlchemyError
+
+    # OSError covers files, sockets and requests.
+    return (MlflowException, SQLAlchemyError, CommandError, ParseError, OSError)
+
+
+@contextmanager
+def bounded_requests() -> Iterator[None]:
+    added = [name for name in _ENVIRONMENT if name not in os.environ]
+    os.environ.update({name: _ENVIRONMENT[name] for name in added})
+    try:
+        yield
+    finally:
+        for name in added:
+            os.environ.pop(name, None)
+
+
+def check_run_id(run_id: str) -> None:
+    if not re.fullmatch(r"[\w.:@+-]+", run_id):
+        raise ValueError(f"run id {run_id!r}: use letters, digits and any of . _ : @ + -")
+
+
+def shown(text: str) -> str:
+    """The text with no user name and password in its URIs."""
+    return re.sub(r"//[^/@\s]*@", "//", text)
+
+
+PRODUCTION = "production"
+
+
+def register(config: TrackingConfig, storage: Path, name: str, model_dir: Path, run_id: str) -> str:
+    """Register a safetensors directory as a new version of `name`, and make it `production`.
+
+    With sqlite the version refers to the directory where it is, so that must stay; an http server
+    gets a copy, as artifact `model` of the run `run_id`. Returns the version.
+
+    Raises:
+        ValueError: tracking is off, a bad name, no safetensors in the directory; for http, an
+            unknown run.
+        TrackingError: the registry did not answer or refused.
+    """
+    uri = _registry_uri(config, storage, name)
+    check_run_id(run_id)
+    directory = Path(model_dir).resolve()
+    if not any(directory.rglob("*.safetensors")):
+        raise ValueError(
+            f"cannot register {model_dir} as {name!r}: no safetensors file in it; "
+            "give an exported model directory"
+        )
+    with _registry(uri, f"registering {name!r}") as client:
+        with bounded_requests():  # first, so that a dead server is seen at once; uploads take long
+            run = find_run(
+                client, find_experiment(client, config, uri, Path(storage).resolve()), run_id
+            )
+            if run is None and not uri.startswith("sqlite:"):
+                raise ValueError(
+                    f"cannot register {name!r}: no run {run_id!r} in experiment "
+                    f"{config.experiment!r} of {shown(uri)}; open a run with that id first"
+                )
+            _create_registered_model(client, name)
+        if uri.startswith("sqlite:"):
+            source = directory.as_uri()
+        else:
+            client.log_artifacts(run.info.run_id, str(directory), "model")
+            source = f"{run.info.artifact_uri}/model"
+        version = client.create_model_version(
+            name,
+            source,
+            run.info.run_id if run else None,
+            tags={RUN_ID_TAG: run_id},
+            await_creation_for=None,
+        )
+        client.set_registered_model_alias(name, PRODUCTION, version.version)
+    return str(version.version)
+
+
+def production(config: TrackingConfig, storage: Path, name: str) -> Path:
+    """Return the local directory of the version with alias `production`.
+
+    From an http server it is fetched once, into `models/` of the storage folder.
+
+    Raises:
+        ValueError: tracking is off, no such model or alias, or the directory it points to is gone.
+        TrackingError: the registry did not answer, or the download broke off.
+    """
+    from mlflow.exceptions import MlflowException
+
+    uri = _registry_uri(config, storage, name)
+    with _registry(uri, f"looking up {name!r}") as client:
+        with bounded_requests():
+            try:
+                version = client.get_model_version_by_alias(name, PRODUCTION)
+            except MlflowException as error:
+                if error.error_code not in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
+                    raise
+                raise ValueError(
+                    f"no {PRODUCTION} version of model {name!r} in {shown(uri)}; register one first"
+                ) from error
+            source = client.get_model_version_download_uri(name, version.version)
+        if source.startswith("file:"):
+            directory = Path(url2pathname(urlsplit(source).path))
+            if not directory.is_dir():
+                raise ValueError(
+                    f"model {name!r} version {version.version}: its directory {directory} is gone; "
+                    "register it again"
+                )
+            return directory
+        # The time of creation tells apart equal versions of different servers.
+        folder = Path(storage).resolve() / "models" / name
+        target = folder / f"{version.version}-{version.creation_timestamp}"
+        if not target.is_dir():
+            import mlflow
+
+            folder.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryDirectory(dir=folder, prefix=".download-") as temporary:
+                fetched = mlflow.artifacts.download_artifacts(
+                    artifact_uri=source, dst_path=f"{temporary}/model", tracking_uri=uri
+                )
+                if not any(Path(fetched).rglob("*.safetensors")):
+                    raise TrackingError(
+                        f"version {version.version} of {name!r} at {shown(uri)} is empty"
+                    )
+                os.replace(fetched, target)
+        return target
+
+
+@contextmanager
+def _registry(uri: str, doing: str) -> Iterator[MlflowClient]:
+    try:
+        yield open_client(uri)
+    except failure_types() as error:
+        reason = shown(f"{type(error).__name__}: {error}")
+        raise TrackingError(f"{doing} in {shown(uri)} failed: {reason}") from error
+
+
+def _registry_uri(config: TrackingConfig, storage: Path, name: str) -> str:
+    if not config.enabled:
+        raise ValueError("tracking.enabled is false: there is no model registry; set it to true")
+    if not re.fullmatch(r"\w[\w. -]*", name):
+        raise ValueError(
+            f"model name {name!r}: use letters, digits, space, '.', '_' and '-', a letter first"
+        )
+    return tracking_uri(config, storage)
+
+
+def _create_registered_model(client: MlflowClient, name: str) -> None:
+    from mlflow.exceptions import MlflowException
+
+    try:
+        client.create_registered_model(name)
+    except MlflowException as error:
+        if error.error_code != "RESOURCE_ALREADY_EXISTS":
+            raise

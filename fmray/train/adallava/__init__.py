@@ -1,0 +1,1 @@
+"""The AdaLLaVA training method: model, batches, evaluation."""

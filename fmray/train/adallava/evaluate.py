@@ -1,0 +1,543 @@
+"""Accuracy against budget: a model's own plans beside random, static and importance plans.
+
+In: a model directory, a data store, the `evaluate` section of a recipe. Out: an `Evaluation`, and
+in a folder `results.json`, `questions.parquet` (a row per question, budget and kind of plans, for
+paired tests) and `budget_curve.png`. Off layers are really skipped. Needs no Ray.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForImageTextToText
+
+from fmray.adallava import AdaptiveVLM, best_plan
+from fmray.adallava.passes import prompt_ends
+from fmray.adallava.static_plans import best_static_plan, importance_scores
+from fmray.adallava.store import is_adaptive
+from fmray.config import EvaluateConfig, LoadedRecipe
+from fmray.data.loader import Batch, evaluation_batches
+from fmray.data.processor import load_processor
+from fmray.data.store import StoreSplit
+from fmray.plots import budget as plots
+from fmray.runtime import tracking
+from fmray.train.adallava.batches import draw, model_inputs, score_answers
+from fmray.train.mirror import find_model
+
+# The statistics of an evaluation: intervals of shares, paired tests, plans against question types.
+#
+# In: counts, and arrays over the same questions in the same order. Out: numbers. No models here.
+
+Z_95 = 1.959963984540054  # two-sided normal quantile
+
+
+@dataclass(frozen=True)
+class Dependence:
+    """Mutual information in bits, its mean over shuffled labels, and the permutation p value."""
+
+    bits: float
+    shuffled_bits: float
+    p_value: float
+
+
+@dataclass(frozen=True)
+class PairedTest:
+    """a minus b in accuracy over the same questions, and McNemar's exact two-sided p value.
+
+    low, high: 95 % interval of the difference (Bonett and Price 2012).
+    """
+
+    difference: float
+    only_a: int
+    only_b: int
+    p_value: float
+    low: float
+    high: float
+
+
+def wilson_interval(right: int, total: int) -> tuple[float, float]:
+    """95 % interval of a share (Wilson's score interval), which stays within [0, 1]."""
+    if not 0 <= right <= total or total == 0:
+        raise ValueError(f"{right} right of {total} is not a share")
+    share, square = right / total, Z_95**2 / total
+    center = (share + square / 2) / (1 + square)
+    half = Z_95 * math.sqrt(share * (1 - share) / total + square / (4 * total)) / (1 + square)
+    # exactly 0 and 1 at the ends, where rounding would miss them
+    return (center - half if right else 0.0), (center + half if right < total else 1.0)
+
+
+def paired_test(a: np.ndarray, b: np.ndarray) -> PairedTest:
+    """Are two kinds of plans right on different questions more often one way? a, b: bool [n].
+
+    McNemar's exact test: of the questions that one answers and the other does not, each side is
+    equally likely if there is no difference. The interval is Wald's with one question more on each
+    side, so that it has a width where no question tells the two apart.
+    """
+    if a.shape != b.shape or a.ndim != 1:
+        raise ValueError(f"paired answers must be two arrays [n], not {a.shape} and {b.shape}")
+    only_a, only_b = int((a & ~b).sum()), int((~a & b).sum())
+    discordant = only_a + only_b
+    tail = sum(math.comb(discordant, i) for i in range(min(only_a, only_b) + 1))
+    p_value = min(1.0, float(2 * tail / 2**discordant)) if discordant else 1.0
+    share_a, share_b = (only_a + 1) / (len(a) + 2), (only_b + 1) / (len(a) + 2)
+    center = share_a - share_b
+    half = Z_95 * math.sqrt((share_a + share_b - center**2) / (len(a) + 2))
+    low, high = max(-1.0, center - half), min(1.0, center + half)
+    return PairedTest((only_a - only_b) / len(a), only_a, only_b, p_value, low, high)
+
+
+def dependence(
+    labels: np.ndarray, plans: np.ndarray, shuffles: int = 1000, seed: int = 0
+) -> Dependence:
+    """Do plans depend on the question? labels [n] of any kind, plans [n] of any kind.
+
+    Mutual information of a finite sample is positive by chance alone (more so with many plans), so
+    it is compared with shuffled labels: p = (1 + number at least as large) / (1 + shuffles).
+    """
+    _, label_codes = np.unique(labels, return_inverse=True)
+    _, plan_codes = np.unique(plans, return_inverse=True)
+    generator = np.random.default_rng(seed)
+    found = _bits(label_codes, plan_codes)
+    chance = np.array(
+        [_bits(generator.permutation(label_codes), plan_codes) for _ in range(shuffles)]
+    )
+    # ties up to rounding count as "at least as large"
+    larger = int((chance >= found - 1e-12).sum())
+    return Dependence(found, float(chance.mean()), (1 + larger) / (1 + shuffles))
+
+
+def _bits(a: np.ndarray, b: np.ndarray) -> float:
+    """Mutual information of two arrays of codes from 0, in bits (plug-in estimate)."""
+    columns = int(b.max()) + 1
+    joint = np.bincount(a * columns + b, minlength=(int(a.max()) + 1) * columns) / len(a)
+    joint = joint.reshape(-1, columns)
+    independent = joint.sum(1, keepdims=True) * joint.sum(0, keepdims=True)
+    seen = joint > 0
+    return float((joint[seen] * np.log2(joint[seen] / independent[seen])).sum())
+
+
+# Example plans as pictures: a few held-out questions, answered at several budgets.
+#
+# In: an adaptive model's directory, a data store. Out: one PNG with each picture, its question, and
+# for every budget the answer and which layers ran.
+
+TOKENS = 16  # of an answer; the pictures have no room for more
+
+
+def draw_examples(
+    model_dir: Path, store: Path, budgets: Sequence[float], path: Path, count: int = 6
+) -> None:
+    """Answer the first question of each kind (at most `count`) at each budget, and draw them.
+
+    Answers are generated, not teacher-forced.
+    """
+    processor = load_processor(store / "processor")
+    model = AdaptiveVLM.from_pretrained(model_dir)
+    dtype = next(model.parameters()).dtype
+    examples: list[plots.PlanExample] = []
+    seen: set[str | None] = set()
+    for batch in evaluation_batches(store, "validation", processor, batch=1, rows=50 * count):
+        [tag] = batch.tags
+        if (tag is not None and tag in seen) or batch.pixel_values is None:
+            continue
+        seen.add(tag)
+        inputs = model_inputs(batch, dtype, torch.device("cpu"))
+        labels = inputs.pop("labels")[0]
+        end = int((labels >= 0).nonzero()[0])
+        for name in ("input_ids", "attention_mask"):
+            inputs[name] = inputs[name][:, :end]
+        tokenizer = processor.tokenizer
+        for budget in budgets:
+            ids, plan = model.generate(
+                **inputs, budget=budget, max_new_tokens=TOKENS, return_plan=True
+            )
+            examples.append(
+                plots.PlanExample(
+                    _picture(batch, processor),
+                    _question(tokenizer.decode(inputs["input_ids"][0], skip_special_tokens=True)),
+                    tokenizer.decode(ids[0, end:], skip_special_tokens=True).strip(),
+                    tokenizer.decode(labels[labels >= 0], skip_special_tokens=True).strip(),
+                    budget,
+                    plan[0].tolist(),
+                    model.layout.first * model.layout.units_per_layer,
+                )
+            )
+        if len(seen) == count:
+            break
+    plots.plan_pictures(examples, path)
+
+
+def _question(prompt: str) -> str:
+    """The last thing asked in a prompt, without the mark that asks for an answer."""
+    return prompt.strip().removesuffix("ASSISTANT:").split("\n")[-1].strip()
+
+
+def _picture(batch: Batch, processor: object) -> np.ndarray:
+    """The picture as the model sees it: uint8 [height, width, 3]."""
+    steps = processor.image_processor
+    pixels = batch.pixel_values.reshape(-1, *batch.pixel_values.shape[-3:])[0].float().numpy()
+    mean, deviation = (np.array(v)[:, None, None] for v in (steps.image_mean, steps.image_std))
+    return (255 * (pixels * deviation + mean)).clip(0, 255).astype(np.uint8).transpose(1, 2, 0)
+
+
+BASE = "base"  # the kind of plans of the model without a budget
+SCHEMA = pa.schema(
+    [
+        ("id", pa.string()),
+        ("row", pa.int64()),
+        ("turn", pa.int32()),
+        ("tag", pa.string()),
+        ("plans", pa.string()),
+        ("budget", pa.float64()),  # null: no budget
+        ("correct", pa.bool_()),
+        ("loss", pa.float64()),  # nats, summed over the answer's tokens
+        ("share", pa.float64()),  # of the decoder's operations over the prompt
+        ("plan", pa.string()),  # "1011...": a digit per switch; null without a budget
+    ]
+)
+
+Plan = Callable[[AdaptiveVLM, Batch, Tensor], Tensor | None]
+
+
+@dataclass(frozen=True)
+class Point:
+    """One kind of plans at one budget; low, high: 95 % interval; share: of operations, mean."""
+
+    plans: str
+    budget: float
+    accuracy: float
+    low: float
+    high: float
+    loss: float
+    share: float
+    questions: int
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """base: the model without a budget. dependence: learned plans on question types, by budget.
+
+    paired: learned against another kind, by (kind, budget).
+    """
+
+    base: Point
+    points: list[Point]
+    dependence: dict[float, Dependence]
+    paired: dict[tuple[str, float], PairedTest]
+    questions: Path
+
+    def table(self) -> str:
+        """For the terminal: accuracy with its 95 % interval, a line per budget.
+
+        Below, on the same questions: how much better learned plans are than each other kind, with a
+        95 % interval and McNemar's p, and what plans tell of the type of question.
+        """
+        kinds = list(dict.fromkeys(point.plans for point in self.points))
+        tested = [kind for kind in kinds if any(kind == other for other, _ in self.paired)]
+        accuracy = [["budget", "share", *kinds]]
+        better = [["budget"]]
+        for kind in tested:
+            better[0] += [f"over {kind} [95 %]", "p"]
+        better[0] += ["plan tells of type", "p"] if self.dependence else []
+        for budget in sorted({point.budget for point in self.points}):
+            row = {point.plans: point for point in self.points if point.budget == budget}
+            share = next(iter(row.values())).share
+            accuracy.append([f"{budget:g}", f"{share:.3f}", *(_cell(row[kind]) for kind in kinds)])
+            line = [f"{budget:g}"]
+            for test in (self.paired[kind, budget] for kind in tested):
+                interval = f"[{test.low:+.3f}, {test.high:+.3f}]"
+                line += [f"{test.difference:+.3f} {interval}", f"{test.p_value:.1g}"]
+            if (found := self.dependence.get(budget)) is not None:
+                bits = f"{found.bits:.2f} bits ({found.shuffled_bits:.2f} shuffled)"
+                line += [bits, f"{found.p_value:.1g}"]
+            better.append(line)
+        text = _columns(accuracy) if kinds else []
+        questions = f"{self.base.questions} questions"
+        text.append(f"base model, no budget: {_cell(self.base)} over {questions}")
+        if len(better[0]) > 1:
+            text += ["", "learned plans against others, and the plans themselves:"]
+            text += _columns(better)
+        return "\n".join(text)
+
+
+def evaluate(
+    model_dir: Path,
+    store: Path,
+    config: EvaluateConfig,
+    out: Path,
+    base_dir: Path | None = None,
+) -> Evaluation:
+    """Measure a model on the validation split of a store.
+
+    base_dir: the stock model it was made from, measured beside it on the same questions; without
+    one, the base point is the model itself without a budget.
+
+    Raises ValueError for a budget below the always-on layers, or a store or model with parts
+    missing.
+    """
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    processor = load_processor(store / "processor")
+    adaptive = is_adaptive(model_dir)
+    load = AdaptiveVLM if adaptive else AutoModelForImageTextToText
+    model = load.from_pretrained(model_dir).to(device).eval()
+    dtype = next(model.parameters()).dtype
+
+    def batches(split: str, rows: int | None) -> Iterator[Batch]:
+        return evaluation_batches(store, split, processor, config.batch, rows=rows)
+
+    base = model
+    if base_dir is not None:
+        base = AutoModelForImageTextToText.from_pretrained(base_dir).to(device, dtype).eval()
+    names = row_ids(store)
+    kinds: dict[str, Plan] = {}
+    if adaptive:
+        calibration = [
+            model_inputs(batch, dtype, device)
+            for batch in batches("train", config.calibration_rows)
+            if {"static", "importance"} & set(config.plans)
+        ]
+        kinds = {kind: _plans(kind, model, calibration) for kind in config.plans}
+    budgets = config.budgets if adaptive else ()
+    return measure(model, base, kinds, budgets, batches("validation", config.rows), names, out)
+
+
+def measure(
+    model: nn.Module,
+    base: nn.Module,
+    kinds: Mapping[str, Plan],
+    budgets: Sequence[float],
+    batches: Iterable[Batch],
+    names: Mapping[int, str],
+    out: Path,
+) -> Evaluation:
+    """Ask every question at each budget under each kind of plans, and write what `out` is to hold.
+
+    base: asked without a budget. budgets: none for a stock model. names: source row -> id. Raises
+    ValueError for a budget below the always-on layers.
+    """
+    first = next(model.parameters())
+    dtype, device = first.dtype, first.device
+    records: list[dict[str, Any]] = []
+    answered: Counter[int] = Counter()  # answers of a row so far: they come in order
+    for batch in batches:
+        inputs = model_inputs(batch, dtype, device)
+        questions = _questions(batch, names, answered)
+        records += _records(questions, BASE, None, None, _score(base, inputs, {}))
+        for budget in budgets:
+            ends = prompt_ends(inputs["input_ids"], inputs["attention_mask"], inputs["labels"])
+            units_on = model.units_for(budget, ends)
+            for kind, plan in kinds.items():
+                given = {"budget": budget, "plan": plan(model, batch, units_on)}
+                scored = _score(model, inputs, given)
+                shares = [
+                    model.cost.share(tokens, used.count("1"))
+                    for tokens, used in zip(ends.tolist(), scored[2], strict=True)
+                ]
+                records += _records(questions, kind, budget, shares, scored)
+
+    out.mkdir(parents=True, exist_ok=True)
+    table = pa.Table.from_pylist(records, schema=SCHEMA)
+    file = out / "questions.parquet"
+    pq.write_table(table, file.with_suffix(".partial"))
+    os.replace(file.with_suffix(".partial"), file)
+    result = _summary(table, tuple(kinds), budgets, file)
+    _write_json(result, out / "results.json")
+    if result.points:
+        curve = [
+            plots.CurvePoint(p.plans, p.budget, p.accuracy, (p.high - p.low) / 2)
+            for p in result.points
+        ]
+        plots.budget_curve(curve, result.base.accuracy, out / "budget_curve.png")
+    return result
+
+
+def evaluate_run(loaded: LoadedRecipe, run_id: str) -> Evaluation:
+    """Evaluate the model that the training run `run_id` made, into its folder and its MLflow run.
+
+    Raises ValueError when the run has no model yet.
+    """
+    recipe = loaded.recipe
+    run_dir = recipe.cluster.storage / run_id
+    model_dir = find_model(recipe.cluster, run_dir, "train_adallava.py")
+    out = run_dir / "evaluation"
+    adaptive = is_adaptive(model_dir)
+    source = Path(recipe.model.source)
+    base_dir = source if adaptive and source.is_dir() and not is_adaptive(source) else None
+    with tracking.open_job_run(recipe, run_id) as run:
+        result = evaluate(model_dir, recipe.data.store, recipe.evaluate, out, base_dir)
+        if adaptive:
+            budgets = sorted(recipe.evaluate.budgets)[:: max(1, len(recipe.evaluate.budgets) // 3)]
+            draw_examples(model_dir, recipe.data.store, budgets, out / "plans.png")
+        metrics = {f"evaluate/{p.plans}/{p.budget:g}": p.accuracy for p in result.points}
+        run.log(0, **metrics, **{f"evaluate/{BASE}": result.base.accuracy})
+        run.artifact(out)
+    print(result.table(), flush=True)
+    return result
+
+
+def _plans(kind: str, model: AdaptiveVLM, calibration: list[dict[str, Tensor]]) -> Plan:
+    """How a kind of plans is made: from the batch and the switches allowed [B] to plans [B, K]."""
+    if kind == "learned":
+        return lambda model, batch, units_on: None  # the model's own scheduler decides
+    if kind == "random":
+        return random_plans
+    if kind == "importance":
+        scores = importance_scores(model, calibration)
+        return lambda model, batch, units_on: best_plan(
+            scores.to(units_on.device).expand(len(units_on), -1), units_on
+        )
+    assert kind == "static", kind
+    known: dict[int, Tensor] = {}
+
+    def static(model: AdaptiveVLM, batch: Batch, units_on: Tensor) -> Tensor:
+        for units in set(units_on.tolist()) - known.keys():
+            known[units] = best_static_plan(model, calibration, units)
+        return torch.stack([known[units] for units in units_on.tolist()]).to(units_on.device)
+
+    return static
+
+
+def random_plans(model: AdaptiveVLM, batch: Batch, units_on: Tensor) -> Tensor:
+    """Uniform over the subsets of the size allowed: the first of an order drawn per question."""
+    _, noise = draw(batch, 0, 0, range(model.layout.num_units + 1))
+    return best_plan(noise.to(units_on.device), units_on)
+
+
+@torch.no_grad()
+def _score(
+    model: nn.Module, inputs: dict[str, Tensor], given: dict[str, Any]
+) -> tuple[list[bool], list[float], list[str] | None]:
+    """Whether each answer is right, its loss, and the plan it was given under."""
+    if given:
+        output = model(**inputs, **given)
+        plans = ["".join("01"[on] for on in row) for row in output.plan.int().tolist()]
+    else:
+        output = model(**inputs)
+        plans = None
+    _, right, _, loss = score_answers(output.logits, inputs["labels"])
+    return right.bool().tolist(), loss.tolist(), plans
+
+
+def _questions(batch: Batch, names: dict[int, str], answered: Counter[int]) -> list[dict[str, Any]]:
+    """What says which question each sample of a batch is."""
+    questions = []
+    for row, tag in zip(batch.rows, batch.tags, strict=True):
+        questions.append({"id": names[row], "row": row, "turn": answered[row], "tag": tag})
+        answered[row] += 1
+    return questions
+
+
+def _records(
+    questions: list[dict[str, Any]],
+    kind: str,
+    budget: float | None,
+    shares: list[float] | None,
+    scored: tuple[list[bool], list[float], list[str] | None],
+) -> Iterator[dict[str, Any]]:
+    correct, losses, plans = scored
+    for index, question in enumerate(questions):
+        yield question | {
+            "plans": kind,
+            "budget": budget,
+            "correct": correct[index],
+            "loss": losses[index],
+            "share": 1.0 if shares is None else shares[index],
+            "plan": None if plans is None else plans[index],
+        }
+
+
+def _summary(
+    table: pa.Table, kinds: Sequence[str], budgets: Sequence[float], questions: Path
+) -> Evaluation:
+    """The numbers of an evaluation from its table of questions."""
+    columns = {name: np.array(table[name].to_pylist()) for name in ("plans", "tag", "plan")}
+    columns["budget"] = table["budget"].to_numpy()
+    columns["correct"] = np.array(table["correct"].to_pylist(), dtype=bool)
+    for name in ("loss", "share"):
+        columns[name] = table[name].to_numpy()
+
+    def chosen(kind: str, budget: float) -> dict[str, np.ndarray]:
+        rows = (columns["plans"] == kind) & (columns["budget"] == budget)
+        return {name: values[rows] for name, values in columns.items()}
+
+    base = {name: values[columns["plans"] == BASE] for name, values in columns.items()}
+    points: list[Point] = []
+    paired: dict[tuple[str, float], PairedTest] = {}
+    dependences: dict[float, Dependence] = {}
+    for budget in budgets:
+        learned = chosen("learned", budget)
+        for kind in kinds:
+            found = chosen(kind, budget)
+            points.append(_point(kind, budget, found))
+            if kind != "learned" and "learned" in kinds:
+                paired[kind, budget] = paired_test(learned["correct"], found["correct"])
+        tagged = np.array([tag is not None for tag in learned["tag"]], dtype=bool)
+        if len(set(learned["tag"][tagged])) > 1:
+            dependences[budget] = dependence(
+                learned["tag"][tagged].astype(str), learned["plan"][tagged].astype(str)
+            )
+    return Evaluation(_point(BASE, 1.0, base), points, dependences, paired, questions)
+
+
+def _point(kind: str, budget: float, rows: dict[str, np.ndarray]) -> Point:
+    right, total = int(rows["correct"].sum()), len(rows["correct"])
+    low, high = wilson_interval(right, total)
+    return Point(
+        kind,
+        budget,
+        right / total,
+        low,
+        high,
+        float(rows["loss"].mean()),
+        float(rows["share"].mean()),
+        total,
+    )
+
+
+def _cell(point: Point) -> str:
+    return f"{point.accuracy:.4f} [{point.low:.3f}-{point.high:.3f}]"
+
+
+def _columns(lines: list[list[str]]) -> list[str]:
+    """Cells set right in columns; lines may be shorter than the first."""
+    widths = [max(len(line[k]) for line in lines if k < len(line)) for k in range(len(lines[0]))]
+    return [
+        "  ".join(f"{cell:>{width}}" for cell, width in zip(line, widths, strict=False))
+        for line in lines
+    ]
+
+
+def row_ids(store: Path) -> dict[int, str]:
+    """Source row -> id, of the validation split."""
+    names: dict[int, str] = {}
+    for file in StoreSplit(store, "validation").files:
+        part = pq.read_table(file, columns=["row", "id"])
+        names |= dict(zip(part["row"].to_pylist(), part["id"].to_pylist(), strict=True))
+    return names
+
+
+def _write_json(result: Evaluation, path: Path) -> None:
+    values = {
+        "base": asdict(result.base),
+        "points": [asdict(point) for point in result.points],
+        "dependence": [{"budget": b, **asdict(d)} for b, d in result.dependence.items()],
+        "paired": [
+            {"plans": kind, "budget": budget, **asdict(test)}
+            for (kind, budget), test in result.paired.items()
+        ],
+    }
+    partial = path.with_suffix(".partial")
+    partial.write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
+    os.replace(partial, path)
