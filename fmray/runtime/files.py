@@ -1,7 +1,13 @@
-"""Whether a folder still holds what was written to it: sizes and SHA-256 of its files.
+"""Atomic files and folders, digests, and manifests of folders that several ranks write to.
 
-In: a folder that several ranks write to. Out: `manifest.json` in it, and later the first file that
-is missing, cut off or altered. A folder without a manifest was never complete.
+Files and folders are written under a temporary name, synced to disk, and then renamed, so that a
+reader sees the old content or the new content and a crash leaves the old. The temporary name is
+`.NAME.partial` in the same folder; a leftover of a killed process is overwritten by the next write.
+
+A manifest (`manifest.json`) lists the size and SHA-256 of every file in a folder and is written
+last: a folder without one is incomplete.
+
+Imports only the standard library, so that every package may use it.
 """
 
 from __future__ import annotations
@@ -9,9 +15,11 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterable
+import shutil
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import TypedDict
+from typing import Any, TypedDict
 
 MANIFEST = "manifest.json"
 
@@ -21,6 +29,76 @@ class Entry(TypedDict):
 
     bytes: int
     sha256: str
+
+
+@contextmanager
+def atomic_path(path: Path, durable: bool = True, unique: bool = False) -> Iterator[Path]:
+    """A temporary path to write to, renamed to `path` when the block ends without an error.
+
+    Args:
+        durable: sync content and folder entry to disk. False for what is rewritten every few
+            seconds, such as a status file.
+        unique: the temporary name contains the process id, for a file that several processes may
+            write at the same time.
+    """
+    mark = f".{os.getpid()}" if unique else ""
+    temporary = path.with_name(f".{path.name}{mark}.partial")
+    try:
+        yield temporary
+        if durable:
+            sync(temporary)
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    if durable:
+        sync(path.parent)
+
+
+def write_atomic(path: Path, content: str | bytes, durable: bool = True) -> None:
+    """Write text (UTF-8) or bytes to `path`; see `atomic_path`."""
+    with atomic_path(path, durable) as temporary:
+        temporary.write_bytes(content.encode() if isinstance(content, str) else content)
+
+
+def write_json(path: Path, value: Any, durable: bool = True, indent: int | None = 1) -> None:
+    """Write `value` as JSON that every parser reads; see `atomic_path`.
+
+    Raises:
+        ValueError: the value contains NaN or an infinity.
+    """
+    write_atomic(path, json.dumps(value, indent=indent, allow_nan=False) + "\n", durable)
+
+
+@contextmanager
+def atomic_folder(path: Path) -> Iterator[Path]:
+    """A new empty folder to fill, renamed to `path` when the block ends without an error.
+
+    Replaces what is at `path`. The files are synced to disk before the rename.
+    """
+    temporary = path.with_name(f".{path.name}.partial")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    try:
+        yield temporary
+        for file in temporary.rglob("*"):
+            sync(file)
+        sync(temporary)
+        replace_folder(temporary, path)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+
+
+def replace_folder(new: Path, path: Path) -> None:
+    """Rename the folder `new` to `path`, and remove the folder that was there."""
+    old = path.with_name(f".{path.name}.old")
+    shutil.rmtree(old, ignore_errors=True)
+    if path.exists():
+        os.replace(path, old)
+    os.replace(new, path)
+    sync(path.parent)
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def describe_files(folder: Path, paths: Iterable[Path]) -> dict[str, Entry]:

@@ -1,0 +1,71 @@
+"""Atomic files and folders: the old content or the new, never a mixture, and nothing left over."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from fmray.runtime.files import atomic_folder, atomic_path, write_atomic, write_json
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+@pytest.mark.parametrize("durable", [True, False])
+def test_a_file_is_replaced(tmp_path: Path, durable: bool) -> None:
+    write_atomic(tmp_path / "a.txt", "old", durable)
+    write_atomic(tmp_path / "a.txt", b"n\xc3\xa9w", durable)
+    assert (tmp_path / "a.txt").read_text(encoding="utf-8") == "n\u00e9w"
+    assert names(tmp_path) == ["a.txt"]
+
+
+@pytest.mark.parametrize("error", [OSError, KeyboardInterrupt])
+def test_an_interrupted_write_keeps_the_old_file(
+    tmp_path: Path, error: type[BaseException]
+) -> None:
+    write_atomic(tmp_path / "a.txt", "old")
+    with pytest.raises(error), atomic_path(tmp_path / "a.txt") as temporary:
+        temporary.write_text("half")
+        raise error
+    assert (tmp_path / "a.txt").read_text() == "old"
+    assert names(tmp_path) == ["a.txt"]
+
+
+def test_json_has_no_nan(tmp_path: Path) -> None:
+    write_json(tmp_path / "a.json", {"x": [1, None]})
+    assert json.loads((tmp_path / "a.json").read_text()) == {"x": [1, None]}
+    with pytest.raises(ValueError, match="JSON compliant"):
+        write_json(tmp_path / "a.json", {"x": float("nan")})
+    assert names(tmp_path) == ["a.json"]
+
+
+def test_a_folder_is_replaced_whole(tmp_path: Path) -> None:
+    for word in ("old", "new"):
+        with atomic_folder(tmp_path / "model") as folder:
+            (folder / word).write_text(word)
+            (folder / "sub").mkdir()
+            (folder / "sub" / "x").write_text(word)
+    assert names(tmp_path) == ["model"]
+    assert names(tmp_path / "model") == ["new", "sub"]
+
+
+def test_an_interrupted_folder_keeps_the_old_one(tmp_path: Path) -> None:
+    with atomic_folder(tmp_path / "model") as folder:
+        (folder / "old").write_text("old")
+    with pytest.raises(RuntimeError), atomic_folder(tmp_path / "model") as folder:
+        (folder / "half").write_text("half")
+        raise RuntimeError
+    assert names(tmp_path) == ["model"]
+    assert names(tmp_path / "model") == ["old"]
+
+
+def test_a_leftover_of_a_killed_process_does_not_matter(tmp_path: Path) -> None:
+    (tmp_path / ".model.partial").mkdir()
+    (tmp_path / ".model.partial" / "half").write_text("half")
+    with atomic_folder(tmp_path / "model") as folder:
+        (folder / "new").write_text("new")
+    assert names(tmp_path / "model") == ["new"]
+    assert names(tmp_path) == ["model"]
