@@ -27,9 +27,14 @@ def test_an_interrupted_write_keeps_the_old_file(
     tmp_path: Path, error: type[BaseException]
 ) -> None:
     write_atomic(tmp_path / "a.txt", "old")
-    with pytest.raises(error), atomic_path(tmp_path / "a.txt") as temporary:
-        temporary.write_text("half")
-        raise error
+
+    def interrupted() -> None:
+        with atomic_path(tmp_path / "a.txt") as temporary:
+            temporary.write_text("half")
+            raise error
+
+    with pytest.raises(error):
+        interrupted()
     assert (tmp_path / "a.txt").read_text() == "old"
     assert names(tmp_path) == ["a.txt"]
 
@@ -55,9 +60,14 @@ def test_a_folder_is_replaced_whole(tmp_path: Path) -> None:
 def test_an_interrupted_folder_keeps_the_old_one(tmp_path: Path) -> None:
     with atomic_folder(tmp_path / "model") as folder:
         (folder / "old").write_text("old")
-    with pytest.raises(RuntimeError), atomic_folder(tmp_path / "model") as folder:
-        (folder / "half").write_text("half")
-        raise RuntimeError
+
+    def interrupted() -> None:
+        with atomic_folder(tmp_path / "model") as folder:
+            (folder / "half").write_text("half")
+            raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        interrupted()
     assert names(tmp_path) == ["model"]
     assert names(tmp_path / "model") == ["old"]
 
