@@ -90,15 +90,15 @@ def open_job_run(
     run_id: str,
     job: str | None = None,
     parent: str | None = None,
-    here: bool = True,
+    enabled: bool = True,
 ) -> Run:
     """The run of a recipe's job, with all its settings as parameters; see `open_run`.
 
     Args:
         job: for the tag `fmray.job`; None: as it is (the run is another job's).
-        here: False on ranks that do not track.
+        enabled: False on ranks that do not track.
     """
-    config = recipe.tracking if here else recipe.tracking.model_copy(update={"enabled": False})
+    config = recipe.tracking if enabled else recipe.tracking.model_copy(update={"enabled": False})
     tags = None if job is None else {"fmray.job": job}
     parameters = recipe.model_dump(mode="json")
     return open_run(config, recipe.cluster.storage, run_id, parameters, tags, parent)

@@ -170,7 +170,7 @@ def refuse_all(run_dir: Path, passed: list[str]) -> None:
         )
 
 
-def patient_group() -> dist.ProcessGroup:
+def new_storage_group() -> dist.ProcessGroup:
     """A process group of all ranks that waits for slow storage longer than for a slow step, and
     needs no GPU for it. Every rank must call this; once a worker group, for it connects them all.
     """
@@ -193,7 +193,7 @@ def save_checkpoint(
     """Write a checkpoint; every rank must call this.
 
     here: the ranks that see this rank's `run_dir`. Where that is not all of them, each node's
-    folder gets the files of its ranks and the manifest of all. group: a `patient_group`.
+    folder gets the files of its ranks and the manifest of all. group: a `new_storage_group`.
 
     Returns its folder, complete on every rank's return.
     """
@@ -274,7 +274,7 @@ def make_universal(
     """Convert DeepSpeed's files to its universal format, which any number of workers can load.
 
     Once a folder, verified before it is used again, complete or not at all. Every rank must call
-    this. here: the ranks that see this rank's folder. group: a `patient_group`.
+    this. here: the ranks that see this rank's folder. group: a `new_storage_group`.
     """
     if dist.get_rank() == here[0]:
         _convert(checkpoint, stage)

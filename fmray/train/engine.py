@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import math
 import os
-from contextlib import nullcontext
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
@@ -44,6 +46,22 @@ def import_deepspeed() -> ModuleType:
     # needs a compiler
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     return deepspeed
+
+
+@contextmanager
+def single_process_group() -> Iterator[None]:
+    """A process group of one rank, for Ray Train's local mode; destroyed when the block ends."""
+    os.environ.setdefault("LOCAL_RANK", "0")
+    backend = "nccl" if torch.cuda.is_available() else "gloo"
+    dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        yield
+    finally:
+        deepspeed = sys.modules.get("deepspeed")
+        if deepspeed is None or deepspeed.comm.comm.cdb is None:  # DeepSpeed never took it over
+            dist.destroy_process_group()
+        else:
+            deepspeed.comm.destroy_process_group()
 
 
 def engine_config(

@@ -11,7 +11,6 @@ sample).
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -39,9 +38,15 @@ from fmray.train.adallava.batches import (
 )
 from fmray.train.adallava.model import DTYPES, build_model, merge_lora
 from fmray.train.checkpoint import TrainState
-from fmray.train.engine import engine_config, import_deepspeed, make_optimizer, make_schedule
-from fmray.train.mirror import Copies
-from fmray.train.supervise import Notice
+from fmray.train.engine import (
+    engine_config,
+    import_deepspeed,
+    make_optimizer,
+    make_schedule,
+    single_process_group,
+)
+from fmray.train.mirror import CheckpointManager
+from fmray.train.supervise import PreemptionNotice
 
 if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine
@@ -52,7 +57,7 @@ def train_worker(config: dict[str, Any]) -> dict[str, Any] | None:
     """Train, evaluate, checkpoint, export. Runs on every worker.
 
     Goes on from the run's newest checkpoint, whatever the number of workers that made it. Told to
-    stop (`Notice`), it makes a checkpoint and returns with the key `preempted`.
+    stop (`PreemptionNotice`), it makes a checkpoint and returns with the key `preempted`.
 
     Raises ValueError for what does not fit.
     """
@@ -87,11 +92,11 @@ def train_worker(config: dict[str, Any]) -> dict[str, Any] | None:
     total = recipe.train.steps or max(1, round(recipe.train.epochs * loader.steps_per_epoch))
     blank = blank_row(processor)
 
-    copies = Copies(recipe.cluster, run_dir)
+    copies = CheckpointManager.open(recipe.cluster, run_dir)
     resumed, state = _find_state(recipe, copies)
     universal = state is not None and checkpoints.needs_universal(state, world_size)
     if universal:
-        checkpoints.make_universal(resumed, recipe.zero.stage, copies.here, copies.group)
+        copies.make_universal(resumed, recipe.zero.stage)
     engine, _, _, _ = deepspeed.initialize(
         model=model,
         optimizer=make_optimizer(model, recipe),
@@ -110,10 +115,10 @@ def train_worker(config: dict[str, Any]) -> dict[str, Any] | None:
         event(run_dir, f"step {step} of {total}; {world_size} ranks, each {share} a step")
 
     with (
-        tracking.open_job_run(recipe, config["run_id"], "train", here=first) as run,
+        tracking.open_job_run(recipe, config["run_id"], "train", enabled=first) as run,
         StepLog(run_dir / "log.jsonl", keep_until=step, enabled=first) as log,
         Progress(total, step, enabled=first) as progress,
-        Notice(rank) as notice,
+        PreemptionNotice(rank) as notice,
         StatusFile(run_dir, "train", step, total, recipe.cluster.cpus_per_worker, device) as status,
     ):
         metrics: dict[str, float] = {}
@@ -144,8 +149,8 @@ def train_worker(config: dict[str, Any]) -> dict[str, Any] | None:
 
             learned = [batch for batch in micro_batches if not batch.filler]
             tokens = sum(int(batch.attention_mask.sum()) for batch in learned)
-            sums = _sum([float(loss_sum), share_sum, rows, tokens, notice.due()], device)
-            stop = notice.given() if sums[4] else None
+            sums = _sum([float(loss_sum), share_sum, rows, tokens, notice.should_poll()], device)
+            stop = notice.poll() if sums[4] else None
             seconds, waiting = time.monotonic() - started, loader.wait_seconds - waited
             metrics = {
                 "loss": sums[0] / tokens_learned,
@@ -219,17 +224,8 @@ def train_here(config: dict[str, Any]) -> dict[str, Any] | None:
 
     With a process group of its own, gone afterwards.
     """
-    deepspeed = import_deepspeed()
-    os.environ.setdefault("LOCAL_RANK", "0")
-    backend = "nccl" if torch.cuda.is_available() else "gloo"
-    dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
-    try:
+    with single_process_group():
         return train_worker(config)
-    finally:
-        if deepspeed.comm.comm.cdb is None:  # failed before DeepSpeed took the group over
-            dist.destroy_process_group()
-        else:
-            deepspeed.comm.destroy_process_group()
 
 
 def evaluate_budgets(
@@ -285,7 +281,7 @@ def evaluate_budgets(
 
 
 def _find_state(
-    recipe: AdaLlavaRecipe, copies: Copies
+    recipe: AdaLlavaRecipe, copies: CheckpointManager
 ) -> tuple[Path, TrainState] | tuple[None, None]:
     """The run's newest whole checkpoint, checked against the recipe."""
     newest = copies.find()

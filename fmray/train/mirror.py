@@ -39,10 +39,11 @@ from fmray.train.checkpoint import (
     find_checkpoint,
     kept_checkpoints,
     load_checkpoint,
+    make_universal,
+    new_storage_group,
     newest_first,
     owner,
     parse_state,
-    patient_group,
     prune_checkpoints,
     read_state,
     refuse_all,
@@ -233,27 +234,56 @@ def _is(path: Path, entry: Entry) -> bool:
 LOG = "log.jsonl"
 
 
-class Copies:
-    """Every rank makes one, and calls its methods in the same order as the others.
+class CheckpointManager:
+    """Saves, finds, loads and mirrors the checkpoints of a run; one instance per rank.
 
-    here: the ranks that see the same folder as this one: all of them, or those of its node.
+    Every method but `wait` is collective: all ranks call it, in the same order. Create with `open`.
     """
 
-    def __init__(self, cluster: ClusterConfig, run_dir: Path) -> None:
-        self._run_dir = run_dir
-        # the driver has opened it before: what fails here may pass, and is tried again
-        self._mirror = Mirror(cluster.mirror, run_dir) if cluster.mirror is not None else None
+    def __init__(
+        self,
+        run_dir: Path,
+        mirror: Mirror | None,
+        timeout_s: float,
+        groups: tuple[dist.ProcessGroup, dist.ProcessGroup],
+        folder_ranks: list[int],
+    ) -> None:
+        """See `open`, which makes the arguments.
+
+        Args:
+            timeout_s: the timeout of the default process group.
+            groups: one storage group for the calling thread, one for the thread that copies.
+            folder_ranks: the ranks that see the same folder as this one.
+        """
+        self._run_dir, self._mirror = run_dir, mirror
         self._rank, self._ranks = dist.get_rank(), dist.get_world_size()
-        if self._mirror is not None and self._rank == 0:
-            self._mirror.claim()
-        # one of this thread, and one of the thread that copies
-        self.group, self._copying = patient_group(), patient_group()
-        self._timeout = timedelta(seconds=cluster.timeout_s)
+        self._group, self._copying = groups
+        self._timeout = timedelta(seconds=timeout_s)
         self._thread: Thread | None = None
         self._newest: Path | None = None
-        self._there: set[str] = set()  # names of complete ones in the mirror, the same on all ranks
-        self.here = list(range(self._ranks)) if self._mirror is None else self._who_is_here()
-        self._leads = self._rank == self.here[0]  # does what is done once a folder
+        self._there: set[str] = set()  # complete checkpoints in the mirror, the same on all ranks
+        self._folder_ranks = folder_ranks
+        self._leads = self._rank == folder_ranks[0]  # does the work of which a folder needs one
+
+    @classmethod
+    def open(cls, cluster: ClusterConfig, run_dir: Path) -> CheckpointManager:
+        """Open the checkpoints of the run in `run_dir`, and its mirror; collective.
+
+        Creates two process groups, claims the mirror for this worker group, and finds out which
+        ranks share a folder: all of them, or with a mirror those of one node.
+
+        Raises:
+            OSError: the mirror fails. The driver has opened it before, so a retry may succeed.
+        """
+        mirror = Mirror(cluster.mirror, run_dir) if cluster.mirror is not None else None
+        if mirror is not None and dist.get_rank() == 0:
+            mirror.claim()
+        groups = new_storage_group(), new_storage_group()
+        if mirror is None:
+            folder_ranks = list(range(dist.get_world_size()))
+        else:
+            folder_ranks = _ranks_sharing(run_dir, groups[0])
+        return cls(run_dir, mirror, cluster.timeout_s, groups, folder_ranks)
 
     def find(self) -> Path | None:
         """The newest checkpoint that is whole, by the contents of the files; each rank reads its
@@ -271,11 +301,11 @@ class Copies:
                 found[1] = set(self._mirror.checkpoints())
                 if not (self._run_dir / LOG).exists():
                     self._mirror.get(LOG)
-        dist.broadcast_object_list(found, group=self.group)
+        dist.broadcast_object_list(found, group=self._group)
         local, self._there = found
         for name in sorted(local | self._there, reverse=True):
             path = self._run_dir / name
-            wrong = self._first(self._fault(path), self.group)
+            wrong = self._first(self._fault(path), self._group)
             if wrong is not None and name in self._there:
                 self._say(f"{name}: {wrong}; fetched from {self._mirror}")
                 wrong = self._fetch(path)
@@ -284,19 +314,23 @@ class Copies:
                 return path
             passed.append(f"{name}: {wrong}")
             self._say(f"{passed[-1]}; passed over for the one before")
-        if len(self.here) == self._ranks or self._there:
+        if len(self._folder_ranks) == self._ranks or self._there:
             refuse_all(self._run_dir, passed)
         return None  # each node has a part, and no copy was finished: there never was a whole one
 
+    def make_universal(self, checkpoint: Path, stage: int) -> None:
+        """Convert a checkpoint so that any number of workers can load it; see `checkpoint.py`."""
+        make_universal(checkpoint, stage, self._folder_ranks, self._group)
+
     def load(self, engine: Any, checkpoint: Path, universal: bool) -> None:
         """Restore weights, optimizer and learning-rate schedule, on all ranks."""
-        with self._patience():
+        with self._storage_timeout():
             load_checkpoint(engine, checkpoint, universal)
-            dist.barrier(group=self.group)
+            dist.barrier(group=self._group)
 
     @contextmanager
-    def _patience(self) -> Iterator[None]:
-        """Around files DeepSpeed's own barriers are as patient as a `patient_group`."""
+    def _storage_timeout(self) -> Iterator[None]:
+        """Around files DeepSpeed's own barriers are as patient as a `new_storage_group`."""
         dist.set_timeout(timedelta(hours=STORAGE_HOURS))
         yield
         dist.set_timeout(self._timeout)
@@ -304,9 +338,9 @@ class Copies:
     def save(self, engine: Any, state: TrainState, recipe_text: str, keep: int) -> None:
         """Write a checkpoint; when the copy of the one before is finished, remove all but `keep`
         and begin to copy the new one."""
-        with self._patience():
+        with self._storage_timeout():
             checkpoint = save_checkpoint(
-                engine, self._run_dir, state, recipe_text, self.here, self.group
+                engine, self._run_dir, state, recipe_text, self._folder_ranks, self._group
             )
         self.wait()
         if self._leads:
@@ -381,8 +415,8 @@ class Copies:
         return next((text for text in found if text is not None), None)
 
     def _fault(self, path: Path) -> str | None:
-        place = self.here.index(self._rank)
-        return manifest.fault(path, True, place, len(self.here), self._needed)
+        place = self._folder_ranks.index(self._rank)
+        return manifest.fault(path, True, place, len(self._folder_ranks), self._needed)
 
     def _needed(self, files: dict[str, Entry]) -> dict[str, Entry]:
         """The files that this rank's folder must have: the shards of the ranks here, and what all
@@ -391,7 +425,7 @@ class Copies:
         shards = {owner(name) for name in files} - {None}
         if shards and shards != set(range(self._ranks)):
             return files
-        return {k: v for k, v in files.items() if owner(k) in {None, *self.here}}
+        return {k: v for k, v in files.items() if owner(k) in {None, *self._folder_ranks}}
 
     def _fetch(self, path: Path) -> str | None:
         """Fetch what is not there of a complete checkpoint; what is wrong with it, or None."""
@@ -401,39 +435,41 @@ class Copies:
                 found = [self._mirror.manifest(path.name)]
             except ValueError as error:
                 found = [str(error)]
-        dist.broadcast_object_list(found, group=self.group)
+        dist.broadcast_object_list(found, group=self._group)
         [files] = found
         if isinstance(files, str):
             return files
         if self._leads:
             begin_folder(path, files)
-        dist.barrier(group=self.group)
-        place = self.here.index(self._rank)
+        dist.barrier(group=self._group)
+        place = self._folder_ranks.index(self._rank)
         wrong = None
-        for name, entry in list(self._needed(files).items())[place :: len(self.here)]:
+        for name, entry in list(self._needed(files).items())[place :: len(self._folder_ranks)]:
             wrong = wrong or self._mirror.get(f"{path.name}/{name}", entry)
-        wrong = self._first(wrong, self.group)
+        wrong = self._first(wrong, self._group)
         if wrong is None and self._leads:
             manifest.write_manifest(path, files)
-        dist.barrier(group=self.group)
+        dist.barrier(group=self._group)
         return wrong
-
-    def _who_is_here(self) -> list[int]:
-        """Each rank leaves a file, and looks which of the others' it sees."""
-        token = [f".here-{uuid.uuid4().hex}" if self._rank == 0 else None]
-        dist.broadcast_object_list(token, group=self.group)
-        self._run_dir.mkdir(parents=True, exist_ok=True)
-        files = [self._run_dir / f"{token[0]}-{rank}" for rank in range(self._ranks)]
-        files[self._rank].touch()
-        dist.barrier(group=self.group)
-        here = [rank for rank, file in enumerate(files) if file.exists()]
-        dist.barrier(group=self.group)
-        files[self._rank].unlink()
-        return here
 
     def _say(self, text: str) -> None:
         if self._rank == 0:
             event(self._run_dir, text)
+
+
+def _ranks_sharing(folder: Path, group: dist.ProcessGroup) -> list[int]:
+    """The ranks that see the same folder: each writes a file and looks for those of the others."""
+    rank = dist.get_rank()
+    token = [f".here-{uuid.uuid4().hex}" if rank == 0 else None]
+    dist.broadcast_object_list(token, group=group)
+    folder.mkdir(parents=True, exist_ok=True)
+    files = [folder / f"{token[0]}-{other}" for other in range(dist.get_world_size())]
+    files[rank].touch()
+    dist.barrier(group=group)
+    ranks = [other for other, file in enumerate(files) if file.exists()]
+    dist.barrier(group=group)
+    files[rank].unlink()
+    return ranks
 
 
 def begin_folder(path: Path, files: dict[str, Entry]) -> None:

@@ -73,7 +73,7 @@ from fmray.train.mirror import Mirror, last_state, open_mirror
 ASK_SECONDS = float(os.environ.get("RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S", "5"))
 
 
-class Notice:
+class PreemptionNotice:
     """A context manager: it takes SIGTERM while it is open, in a process of one rank."""
 
     def __init__(self, rank: int) -> None:
@@ -82,7 +82,7 @@ class Notice:
         # Ray's workers train in a thread of their own
         self._alone = threading.current_thread() is threading.main_thread()
 
-    def __enter__(self) -> Notice:
+    def __enter__(self) -> PreemptionNotice:
         if self._alone:
             self._kept = signal.signal(signal.SIGTERM, self._terminate)
         return self
@@ -94,13 +94,13 @@ class Notice:
     def _terminate(self, number: int, frame: FrameType | None) -> None:
         self._terminated = True
 
-    def due(self) -> float:
-        """1.0 on rank 0 when it is time to ask, else 0.0; the ranks call `given` if any has 1.0."""
+    def should_poll(self) -> float:
+        """1.0 on rank 0 when it is time to ask, else 0.0; the ranks call `poll` if any has 1.0."""
         return float(
             self._terminated or (self._rank == 0 and time.monotonic() - self._asked >= ASK_SECONDS)
         )
 
-    def given(self) -> str | None:
+    def poll(self) -> str | None:
         """Why to stop, or None; every rank must call this."""
         self._asked = time.monotonic()
         if self._terminated:

@@ -10,7 +10,6 @@ them, from the r-th; the gradient is that of their mean, so it is the same for a
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -29,14 +28,14 @@ from fmray.runtime import tracking
 from fmray.runtime.run_log import Progress, StatusFile, StepLog, event
 from fmray.train import checkpoint as checkpoints
 from fmray.train.checkpoint import TrainState
-from fmray.train.engine import ZERO_STAGE, TorchEngine, import_deepspeed, make_engine
+from fmray.train.engine import ZERO_STAGE, TorchEngine, make_engine, single_process_group
 from fmray.train.fewshot.encoder import Pictures, export_encoder, load_encoder
 from fmray.train.fewshot.evaluate import measure, shots_name, task_samplers
 from fmray.train.fewshot.learners import make_learner
 from fmray.train.fewshot.select import candidate_tasks
 from fmray.train.fewshot.tasks import TrainingSet, read_ahead
-from fmray.train.mirror import Copies
-from fmray.train.supervise import Notice
+from fmray.train.mirror import CheckpointManager
+from fmray.train.supervise import PreemptionNotice
 
 if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine
@@ -50,7 +49,7 @@ def train_worker(config: dict[str, Any]) -> dict[str, Any]:
     """Finetune, checkpoint, export. Runs on every worker.
 
     Goes on from the run's newest checkpoint, whatever the number of workers that made it. Told to
-    stop (`Notice`), it makes a checkpoint and returns with the key `preempted`.
+    stop (`PreemptionNotice`), it makes a checkpoint and returns with the key `preempted`.
 
     Raises ValueError for what does not fit.
     """
@@ -75,7 +74,7 @@ def train_worker(config: dict[str, Any]) -> dict[str, Any]:
     pictures = Pictures(store, encoder.preprocess)
     learner = make_learner(encoder, training, pictures, train, recipe.seed, device)
     settings = training_settings(recipe, config["tasks"])
-    copies = Copies(recipe.cluster, run_dir)
+    copies = CheckpointManager.open(recipe.cluster, run_dir)
     resumed, state = _find_state(copies, settings)
     evaluate = _evaluation(recipe, store, pictures) if train.eval_every is not None else None
 
@@ -86,7 +85,7 @@ def train_worker(config: dict[str, Any]) -> dict[str, Any]:
             f" resumed by as many, not by {world_size}; set cluster.workers back"
         )
     if universal:
-        checkpoints.make_universal(resumed, ZERO_STAGE, copies.here, copies.group)
+        copies.make_universal(resumed, ZERO_STAGE)
     engine = make_engine(learner, train, world_size, universal)
     if state is not None:
         copies.load(engine, resumed, universal)
@@ -97,10 +96,10 @@ def train_worker(config: dict[str, Any]) -> dict[str, Any]:
         event(run_dir, f"step {start} of {train.steps}; {text}")
 
     with (
-        tracking.open_job_run(recipe, config["run_id"], "train_fewshot", here=first) as run,
+        tracking.open_job_run(recipe, config["run_id"], "train_fewshot", enabled=first) as run,
         StepLog(run_dir / "log.jsonl", keep_until=start, enabled=first) as log,
         Progress(train.steps, start, enabled=first) as progress,
-        Notice(rank) as notice,
+        PreemptionNotice(rank) as notice,
         StatusFile(
             run_dir, "train_fewshot", start, train.steps, recipe.cluster.cpus_per_worker, device
         ) as status,
@@ -158,18 +157,8 @@ def train_here(config: dict[str, Any]) -> dict[str, Any]:
 
     With a process group of its own, gone afterwards.
     """
-    zero = FewshotRecipe.model_validate_json(config["recipe"]).train.strategy == "zero"
-    deepspeed = import_deepspeed() if zero else None
-    os.environ.setdefault("LOCAL_RANK", "0")
-    backend = "nccl" if torch.cuda.is_available() else "gloo"
-    dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
-    try:
+    with single_process_group():
         return train_worker(config)
-    finally:
-        if deepspeed is None or deepspeed.comm.comm.cdb is None:  # DeepSpeed never took it over
-            dist.destroy_process_group()
-        else:
-            deepspeed.comm.destroy_process_group()
 
 
 def run_steps(
@@ -181,7 +170,7 @@ def run_steps(
     rank: int,
     world_size: int,
     device: torch.device,
-    notice: Notice | None = None,
+    notice: PreemptionNotice | None = None,
 ) -> Iterator[tuple[int, dict[str, float], str | None]]:
     """Take the steps after `start`; after each, its number, its metrics over all workers, and why
     to stop now, if so."""
@@ -208,7 +197,7 @@ def run_steps(
             if weight:
                 sums[:2] += torch.stack([loss.detach(), accuracy.detach()])
         if notice is not None:
-            sums[2] = notice.due()
+            sums[2] = notice.should_poll()
         if world_size > 1:
             dist.all_reduce(sums)
         *means, ask = sums.tolist()
@@ -221,7 +210,7 @@ def run_steps(
         norm = engine.get_global_grad_norm()
         if norm is not None:
             metrics["grad_norm"] = float(norm)
-        yield step, metrics, notice.given() if notice is not None and ask else None
+        yield step, metrics, notice.poll() if notice is not None and ask else None
 
 
 def _evaluation(
@@ -258,7 +247,7 @@ def training_settings(recipe: FewshotRecipe, tasks: Sequence[str]) -> dict[str, 
 
 
 def _find_state(
-    copies: Copies, settings: dict[str, Any]
+    copies: CheckpointManager, settings: dict[str, Any]
 ) -> tuple[Path, TrainState] | tuple[None, None]:
     """The run's newest whole checkpoint, checked against the settings."""
     newest = copies.find()

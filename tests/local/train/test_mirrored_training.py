@@ -19,7 +19,7 @@ from fmray.runtime.run_log import RunReader
 from fmray.train.checkpoint import TrainState
 from fmray.train.fewshot.job import train_fewshot
 from fmray.train.job import Result, train
-from fmray.train.mirror import Copies, Mirror, find_model
+from fmray.train.mirror import CheckpointManager, Mirror, find_model
 
 TRAIN = MIRRORED | {"micro_batch": 8}
 
@@ -48,15 +48,17 @@ def wanted(store: Path, tmp_path_factory: pytest.TempPathFactory) -> Result:
 
 def stop_after(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
     """End the process, so to speak, once the checkpoint of `step` is copied."""
-    save = Copies.save
+    save = CheckpointManager.save
 
-    def save_and_stop(copies: Copies, engine: Any, state: TrainState, *rest: Any) -> None:
-        save(copies, engine, state, *rest)
+    def save_and_stop(
+        manager: CheckpointManager, engine: Any, state: TrainState, *rest: Any
+    ) -> None:
+        save(manager, engine, state, *rest)
         if state.step == step:
-            copies.wait()
+            manager.wait()
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(Copies, "save", save_and_stop)
+    monkeypatch.setattr(CheckpointManager, "save", save_and_stop)
 
 
 def test_a_run_goes_on_elsewhere_as_it_would_here(
