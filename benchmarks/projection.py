@@ -17,8 +17,10 @@ from dataclasses import dataclass, fields
 
 from communication import least, volume
 
-from fmray.config import AdaLlavaRecipe, job_path, load
-from fmray.runtime.gpu_memory import GIB, Sizes, estimate, measure, model_config
+from fmray.config import AdaLlavaRecipe, load
+from fmray.config.arguments import job_path
+from fmray.runtime.gpu_memory import GIB, Sizes, estimate
+from fmray.train.adallava.model import model_config, sizes_of
 
 RECIPES = ("llava15_7b_zero3.yaml", "llava15_13b_zero3.yaml")
 GPUS = (8, 64, 512)
@@ -78,7 +80,7 @@ def lines_of(
     recipe: AdaLlavaRecipe, gpu_counts: Sequence[int], hardware: Hardware
 ) -> Iterator[str]:
     """A table of one recipe."""
-    sizes = measure(recipe)
+    sizes = sizes_of(recipe)
     width = 2 if recipe.model.dtype == "bfloat16" else 4
     frozen = sizes.parameters - sizes.trainable
     yield (

@@ -27,9 +27,10 @@ from fmray.config.adallava import conflicts
 from fmray.config.arguments import add_overrides
 from fmray.config.yaml_file import dump_value
 from fmray.runtime.cluster import check_answers
-from fmray.runtime.gpu_memory import GIB, Sizes, estimate, measure
+from fmray.runtime.gpu_memory import GIB, Sizes, estimate
 from fmray.runtime.nodes import check_nodes
 from fmray.runtime.placement import Finding, Machine, machines_of_cluster, preflight
+from fmray.train.adallava.model import sizes_of
 from fmray.train.mirror import open_mirror
 
 JOIN_SECONDS = 60  # to ask a cluster what it has, the start of a process included
@@ -235,7 +236,7 @@ def _attention(recipe: AdaLlavaRecipe) -> Iterator[Finding]:
 def _memory(recipe: AdaLlavaRecipe, several_nodes: bool) -> Iterator[Finding]:
     """Whether the states and activations fit the GPU (the machine), and checkpoints the disk."""
     try:
-        sizes = measure(recipe)
+        sizes = sizes_of(recipe)
     except ValueError as error:
         yield Finding("note", f"{error}; so the memory is not estimated")
         return
