@@ -3,7 +3,7 @@
 In: a model and a port. Out: a running Ray Serve application, until ctrl-C, which lets running
 answers finish; with `--local` the same application without Ray, in this process. Keys come from a
 file or the environment, never from the command line. On a cluster: `serve deploy`, with
-`jobs/recipes/serve.yaml`.
+`cluster/serve.yaml`.
 """
 
 from __future__ import annotations

@@ -14,7 +14,6 @@ from ray.serve.schema import ServeDeploySchema
 from fmray.cli import main
 from fmray.commands import serve as command
 from fmray.config import TrackingConfig
-from fmray.config.arguments import job_path
 from fmray.config.serve import ServeConfig
 from fmray.runtime.registry import register
 from fmray.serve.app import build, find_directory
@@ -55,9 +54,9 @@ def test_wrong_settings(values: dict[str, Any], text: str) -> None:
         ServeConfig.model_validate({"model": "m"} | values)
 
 
-def test_the_recipe_is_ray_s_and_its_arguments_are_ours() -> None:
-    recipe = yaml.safe_load(job_path("recipes/serve.yaml").read_text())
-    deployed = ServeDeploySchema.model_validate(recipe)
+def test_the_serve_config_fits_ray_s_schema_and_its_args_fit_ours() -> None:
+    written = yaml.safe_load((Path(__file__).parents[2] / "cluster" / "serve.yaml").read_text())
+    deployed = ServeDeploySchema.model_validate(written)
     [application] = deployed.applications
     assert application.import_path == "fmray.serve.app:build"
     settings = ServeConfig.model_validate(application.args)

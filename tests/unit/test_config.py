@@ -18,11 +18,7 @@ from fmray.config.arguments import job_arguments, job_path
 from fmray.config.fewshot import FewshotRecipe
 from fmray.config.search import PlansRecipe, SearchRecipe
 
-RECIPES = sorted(
-    path
-    for path in job_path("recipes/shapes_tiny.yaml").parent.glob("*.yaml")
-    if path.name != "serve.yaml"  # Ray Serve's own format
-)
+RECIPES = sorted(job_path("recipes").glob("*.yaml"))
 
 
 def write(folder: Path, text: str, name: str = "recipe.yaml") -> Path:

@@ -202,7 +202,7 @@ def test_both_sizes_can_be_placed(
 
 # -- the endpoint --------------------------------------------------------------------------------
 
-# what a cluster needs to have otherwise than jobs/recipes/serve.yaml, and nothing else
+# what a cluster needs to have otherwise than cluster/serve.yaml, and nothing else
 OTHERS = {
     "storage",
     "tracking_uri",
@@ -223,7 +223,7 @@ def serve_config() -> dict[str, Any]:
 def test_the_endpoint_is_the_recipes() -> None:
     written, recipe = (
         serve_config(),
-        yaml.safe_load((ROOT / "jobs" / "recipes" / "serve.yaml").read_text()),
+        yaml.safe_load((ROOT / "cluster" / "serve.yaml").read_text()),
     )
     [app], [same] = written.pop("applications"), recipe.pop("applications")
     arguments, expected = app.pop("args"), same.pop("args")
