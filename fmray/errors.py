@@ -1,4 +1,4 @@
-"""fmray's own errors, and the exit code that each outcome of a command or job has."""
+"""fmray's errors, and the exit code of each outcome of a command or job."""
 
 from __future__ import annotations
 
@@ -12,32 +12,32 @@ class ConfigError(ValueError):
 
 
 class GaveUp(RuntimeError):
-    """A job has failed as often as it may; its text says why, and how it goes on."""
+    """A job failed too often; the text gives the reason, and how to resume it."""
 
 
 def exit_code(function: Callable[..., int | None], *arguments: object) -> int:
-    """Call `function` and turn its outcome into an exit code; what a job script ends with.
+    """Call `function` and return the exit code of its outcome.
 
-    A user's mistake (a ValueError that fmray itself raised, or a file that is not there or may not
-    be read) is one line on stderr and 2. Anything else, a ValueError from inside a library too, is
-    a bug and keeps its traceback.
+    A user's mistake (a ValueError raised by fmray's own code, or a file that is missing or not
+    readable) is one line on stderr and 2. Anything else, such as a ValueError raised by a library,
+    is a bug and keeps its traceback.
     """
     try:
         code = function(*arguments) or 0
         sys.stdout.flush()  # where a closed pipe can still be caught
         return code
     except (FileNotFoundError, PermissionError, NotADirectoryError, IsADirectoryError) as error:
-        print(f"fmray: {error}", file=sys.stderr)
+        _report(error)
     except ValueError as error:
         if not raised_by_fmray(error):
             raise
-        print(f"fmray: {error}", file=sys.stderr)
+        _report(error)
     except BrokenPipeError:
-        # The reader (`| head`) has seen enough. Nothing is left to flush into the closed pipe.
+        # The reader (`| head`) has ended; the interpreter must not flush into the closed pipe.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141  # as a shell reports a process that SIGPIPE ended
     except GaveUp as error:
-        print(f"fmray: {error}", file=sys.stderr)
+        _report(error)
         return 1
     except KeyboardInterrupt:
         print("fmray: interrupted", file=sys.stderr)
@@ -45,10 +45,16 @@ def exit_code(function: Callable[..., int | None], *arguments: object) -> int:
     return 2
 
 
+def _report(error: Exception) -> None:
+    """Print an error and its notes, such as where the full log is, as one line."""
+    notes = "".join(f" ({note})" for note in getattr(error, "__notes__", ()))
+    print(f"fmray: {error}{notes}", file=sys.stderr)
+
+
 def raised_by_fmray(error: BaseException) -> bool:
-    """Whether the error comes from fmray's own code, not from a library's."""
+    """Return whether fmray's own code raised the error, not a library."""
     trace = error.__traceback__
-    assert trace is not None, "only raised errors come here"
+    assert trace is not None, "the error was never raised"
     while trace.tb_next is not None:
         trace = trace.tb_next
     return trace.tb_frame.f_globals.get("__name__", "").partition(".")[0] == "fmray"

@@ -1,8 +1,8 @@
-"""`fmray top RUN`: what a training run is doing, in the terminal.
+"""`fmray top RUN`: shows what a training run is doing.
 
-In: a run's folder, or its id and the storage. Out: a live picture until the run ends; a line now
-and then where stdout is no terminal; or one JSON object. It reads what the run writes, and asks Ray
-whether the workers live, where Ray answers.
+In a terminal: a live view until the run ends; elsewhere a line every ten seconds. `--once` and
+`--json` print one snapshot. The facts come from the files in the run's folder, and from Ray, if it
+can be reached, whether the workers are alive.
 """
 
 from __future__ import annotations
@@ -30,119 +30,134 @@ from fmray.runtime.run_log import EVENTS, STATUS_FILE, RunReader, View, read_sta
 
 REFRESH_SECONDS = 1.0
 LINE_SECONDS = 10.0
-ASK_SECONDS = 3.0  # Ray, between one answer and the next question
-ANSWER_SECONDS = 20.0  # to `--once`, the start of a process included
-GONE_SECONDS = 600.0  # after which nobody waits for a run that has failed or died
+ASK_SECONDS = 3.0  # between Ray's answer and the next query
+ANSWER_SECONDS = 20.0  # timeout of the first answer; includes the start of a process
+GONE_SECONDS = 600.0  # how long a failed or dead run may take to restart
 OVER = {"finished", "stopped"}
+HEAD = ("rank", "node", "process", "CPUs", "GPU", "alive")  # of the table of workers
 COLORS = {"running": "green", "finished": "green", "stopped": "yellow", "unknown": "yellow"}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The arguments of `fmray top`."""
-    parser.add_argument("name", type=Path, metavar="RUN", help="folder of a run, or its id")
+    """Add the arguments of `fmray top`."""
+    parser.add_argument("name", type=Path, metavar="RUN", help="a run's folder, or its id")
     parser.add_argument(
-        "--storage", type=Path, default=Path("runs"), help="where an id is looked up (runs)"
+        "--storage",
+        type=Path,
+        default=Path("runs"),
+        help="folder that holds the runs (default runs)",
     )
-    parser.add_argument("--once", action="store_true", help="print once, as it is now")
-    parser.add_argument("--json", action="store_true", help="once, as a JSON object")
+    parser.add_argument("--once", action="store_true", help="print one snapshot")
+    parser.add_argument("--json", action="store_true", help="print one snapshot as a JSON object")
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """`fmray top`. Raises ValueError where there is no such run."""
+    """Show the run.
+
+    Raises:
+        ValueError: there is no such run.
+    """
     run_dir = find_run(arguments.name, arguments.storage)
     reader = RunReader(run_dir)
-    with ray_workers(run_dir) as asked:
+    with ray_workers(run_dir) as ray_answers:
         if arguments.json or arguments.once:
-            view = reader.read(asked.first())
+            view = reader.read(ray_answers.first())
             print(json.dumps(asdict(view)) if arguments.json else "\n".join(lines(view)))
         elif sys.stdout.isatty():
-            with Live(picture(reader.read()), auto_refresh=False) as live:
-                while not over(view := reader.read(asked.latest())):
-                    live.update(picture(view), refresh=True)
+            with Live(render(reader.read()), auto_refresh=False) as live:
+                while not over(view := reader.read(ray_answers.latest())):
+                    live.update(render(view), refresh=True)
                     time.sleep(REFRESH_SECONDS)
-                live.update(picture(view), refresh=True)
+                live.update(render(view), refresh=True)
         else:
-            while not over(view := reader.read(asked.latest())):
+            while not over(view := reader.read(ray_answers.latest())):
                 print("  ".join(f"{name} {text}" for name, text in facts(view)), flush=True)
                 time.sleep(LINE_SECONDS)
             print("\n".join(lines(view)))
 
 
 def find_run(name: Path, storage: Path) -> Path:
-    """The folder of a run. Raises ValueError where there is none."""
+    """Return the folder of a run.
+
+    Raises:
+        ValueError: there is none.
+    """
     for folder in (name, storage / name):
         if any((folder / file).is_file() for file in (STATUS_FILE, "log.jsonl", EVENTS)):
             return folder.absolute()
     raise ValueError(
-        f"there is no run at {name} or {storage / name}; name its folder, or its id and --storage"
+        f"no run at {name} or {storage / name}; give its folder, or its id and --storage"
     )
 
 
 def over(view: View) -> bool:
-    """Whether there is nothing to wait for. What has failed or died may be started again, by the
-    job's supervisor."""
+    """Return whether there is nothing to wait for.
+
+    The job's supervisor may restart a failed or dead run for a while.
+    """
     return view.state in OVER or (view.state != "running" and (view.quiet or 0.0) > GONE_SECONDS)
 
 
 def facts(view: View) -> list[tuple[str, str]]:
-    """What is known, as (name, text)."""
-    found = [("run", view.run), ("state", view.state + (f": {view.why}" if view.why else ""))]
-    of = f" of {view.total} ({view.step / view.total:.0%})" if view.total else ""
-    found.append(("step", f"{view.step}{of}"))
+    """Return what is known as (name, text)."""
+    pairs = [("run", view.run), ("state", view.state + (f": {view.why}" if view.why else ""))]
+    total = f" of {view.total} ({view.step / view.total:.0%})" if view.total else ""
+    pairs.append(("step", f"{view.step}{total}"))
     if view.left is not None:
-        found.append(("left", duration(view.left)))
-    found += [(name, f"{value:.4g}") for name, value in view.metrics.items()]
+        pairs.append(("left", duration(view.left)))
+    pairs += [(name, f"{value:.4g}") for name, value in view.metrics.items()]
     if view.speed is not None:
         unit, value = view.speed
-        found.append((f"{unit}/s", f"{value:.4g}"))
+        pairs.append((f"{unit}/s", f"{value:.4g}"))
     if view.waiting_share is not None:
-        found.append(("waiting for data", f"{view.waiting_share:.2%}"))
+        pairs.append(("waiting for data", f"{view.waiting_share:.2%}"))
     if view.checkpoint is not None:
         step, age = view.checkpoint
-        found.append(("checkpoint", f"step {step}, {duration(age)} ago"))
+        pairs.append(("checkpoint", f"step {step}, {duration(age)} ago"))
     if view.evaluation is not None:
         step, values = view.evaluation
         text = ", ".join(f"{name} {value:.4f}" for name, value in values.items())
-        found.append(("evaluation", f"step {step}: {text}"))
-    found.append(("restarts", str(view.restarts)))
+        pairs.append(("evaluation", f"step {step}: {text}"))
+    pairs.append(("restarts", str(view.restarts)))
     if view.event is not None:
         moment, text = view.event
-        found.append(("event", f"{time.strftime('%H:%M:%S', time.localtime(moment))} {text}"))
+        pairs.append(("event", f"{time.strftime('%H:%M:%S', time.localtime(moment))} {text}"))
     if view.quiet is not None and view.state not in OVER:
-        found.append(("last sign", f"{duration(view.quiet)} ago"))
-    return found
+        pairs.append(("last write", f"{duration(view.quiet)} ago"))
+    return pairs
 
 
 def worker_rows(view: View) -> list[tuple[str, ...]]:
-    """A row a rank, under the head (rank, node, process, CPUs, GPU, alive)."""
+    """Return a row per rank with the columns `HEAD`."""
     words = {True: "yes", False: "no", None: "unknown"}
-    return [
-        (
-            str(seen.worker.rank),
-            seen.worker.host + (f" ({seen.worker.node[:8]})" if seen.worker.node else ""),
-            str(seen.worker.pid),
-            f"{seen.worker.cpus:g}",
-            seen.worker.gpu or "-",
-            words[seen.alive if view.state not in OVER else False],
+    rows = []
+    for entry in view.workers:
+        worker, alive = entry.worker, entry.alive if view.state not in OVER else False
+        node = f" ({worker.node[:8]})" if worker.node else ""
+        rows.append(
+            (
+                str(worker.rank),
+                worker.host + node,
+                str(worker.pid),
+                f"{worker.cpus:g}",
+                worker.gpu or "-",
+                words[alive],
+            )
         )
-        for seen in view.workers
-    ]
-
-
-HEAD = ("rank", "node", "process", "CPUs", "GPU", "alive")
+    return rows
 
 
 def lines(view: View) -> list[str]:
-    """All of it in plain lines."""
-    found = [f"{name:<16} {text}" for name, text in facts(view)]
+    """Return everything as plain lines."""
+    text = [f"{name:<16} {value}" for name, value in facts(view)]
     rows = [HEAD, *worker_rows(view)]
-    widths = [max(len(row[place]) for row in rows) for place in range(len(HEAD))]
+    widths = [max(len(row[column]) for row in rows) for column in range(len(HEAD))]
     table = ["  ".join(f"{t:<{w}}" for t, w in zip(row, widths, strict=True)) for row in rows]
-    return [*found, *(table if view.workers else [])]
+    return [*text, *(table if view.workers else [])]
 
 
-def picture(view: View) -> Group:
-    """All of it for a terminal."""
+def render(view: View) -> Group:
+    """Return everything as a rich renderable."""
     table = Table.grid(padding=(0, 2))
     for name, text in facts(view):
         style = COLORS.get(view.state, "red") if name == "state" else ""
@@ -155,7 +170,7 @@ def picture(view: View) -> Group:
 
 
 def duration(seconds: float) -> str:
-    """Hours, minutes and seconds, as many of them as it takes."""
+    """Format a duration, such as `1 h 05 min`, `1 min 05 s` or `5 s`."""
     minutes, rest = divmod(int(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     if hours:
@@ -163,51 +178,52 @@ def duration(seconds: float) -> str:
     return f"{minutes} min {rest:02d} s" if minutes else f"{rest} s"
 
 
-class Asked:
-    """What Ray says of a cluster's workers: (node, pid) of those that live, None: it was not
-    reached."""
+class RayAnswers:
+    """Ray's answers to which workers are alive: (node, pid) of each; None if Ray is unreachable."""
 
     def __init__(self, answers: Connection | None) -> None:
         self._answers = answers
         self._last: list[tuple[str, int]] | None = None
 
     def first(self) -> list[tuple[str, int]] | None:
-        """Waits for an answer."""
+        """Wait for the first answer and return it."""
         if self._answers is not None:
             self._answers.poll(ANSWER_SECONDS)
         return self.latest()
 
     def latest(self) -> list[tuple[str, int]] | None:
-        """The last answer so far."""
+        """Return the newest answer without waiting."""
         try:
             while self._answers is not None and self._answers.poll():
                 self._last = self._answers.recv()
-        except EOFError:  # the process that asks has ended: Ray is gone
+        except EOFError:  # the querying process has ended: Ray is gone
             self._answers, self._last = None, None
         return self._last
 
 
 @contextmanager
-def ray_workers(run_dir: Path) -> Iterator[Asked]:
-    """Ask from a process that can be ended: a client of Ray waits for minutes for a head that is
-    gone, and then ends its process."""
+def ray_workers(run_dir: Path) -> Iterator[RayAnswers]:
+    """Query Ray from a child process.
+
+    A client of Ray waits for minutes for a head node that is gone, and then ends its process.
+    """
     status = read_status(run_dir)
-    if status is None or status.state == "ended" or not _answers(status.ray):
-        yield Asked(None)
+    if status is None or status.state == "ended" or not _listens(status.ray):
+        yield RayAnswers(None)
         return
     context = multiprocessing.get_context("spawn")
     receiver, sender = context.Pipe(duplex=False)
-    child = context.Process(target=_ask, args=(status.ray, sender), daemon=True)
+    child = context.Process(target=_query, args=(status.ray, sender), daemon=True)
     child.start()
-    sender.close()  # the child's end alone stays open, so that its death is seen
+    sender.close()  # only the child's end stays open, so that its death ends the pipe
     try:
-        yield Asked(receiver)
+        yield RayAnswers(receiver)
     finally:
         child.kill()
         child.join()
 
 
-def _answers(address: str | None) -> bool:
+def _listens(address: str | None) -> bool:
     if address is None:
         return False
     host, _, port = address.rpartition(":")
@@ -218,13 +234,13 @@ def _answers(address: str | None) -> bool:
     return True
 
 
-def _ask(address: str, answers: Connection) -> None:
-    # what Ray says of a head that goes would run through the picture
+def _query(address: str, answers: Connection) -> None:
+    # Ray's messages about a lost head node would garble the view
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())
     from ray.util.state import list_actors
 
     filters = [("class_name", "=", "RayTrainWorker"), ("state", "=", "ALIVE")]
     while True:
-        found = list_actors(address, filters=filters, limit=10_000, detail=True)
-        answers.send([(actor.node_id, actor.pid) for actor in found])
+        actors = list_actors(address, filters=filters, limit=10_000, detail=True)
+        answers.send([(actor.node_id, actor.pid) for actor in actors])
         time.sleep(ASK_SECONDS)

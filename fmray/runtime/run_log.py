@@ -1,7 +1,8 @@
-"""What a run is doing, from what it writes: log, checkpoints, status and events.
+"""A run's folder as its log: what training writes there while it runs, and what `fmray top` reads.
 
-In: a run's folder. Out: a `View`, the facts that `fmray top` shows; nothing in here prints or asks
-Ray.
+Rank 0 writes `log.jsonl` (metrics by step), `events.jsonl` (resumes, failures, restarts) and
+`status.json` (workers and state of the current worker group). `RunReader` turns them into a `View`;
+it prints nothing and does not ask Ray.
 """
 
 from __future__ import annotations
@@ -9,7 +10,6 @@ from __future__ import annotations
 import json
 import os
 import platform
-import sys
 import time
 from collections import deque
 from collections.abc import Collection, Iterable
@@ -19,82 +19,66 @@ from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Any, Literal
 
-from tqdm import tqdm
-
-from fmray.runtime.files import MANIFEST
+from fmray.runtime import console
+from fmray.runtime.files import MANIFEST, write_atomic, write_json
 
 if TYPE_CHECKING:
     import torch
 
-
-# What a run says while it trains: a bar or lines on rank 0, and `log.jsonl`.
-#
-# In: metrics by step. Out: a bar (a moving one on a terminal, a line every few seconds in the log
-# of a job), and a JSON-lines file in the run's folder that stays right when a run resumes from an
-# earlier step; beside it `events.jsonl`, for what happens to the run.
-
 EVENTS = "events.jsonl"
-LINE_SECONDS = 10.0
-BAR_WIDTH = 24
+STATUS_FILE = "status.json"
+RECENT = 20  # steps that speeds are computed from
+# A run whose workers cannot be asked counts as dead after a silence of so many seconds, or steps.
+SILENT_SECONDS = 120.0
+SILENT_STEPS = 20
+
+# --- Progress and metrics ---
 
 
 class Progress:
-    """Loss, budget or accuracy, and tokens or episodes a second as training goes on.
+    """Progress of a training run: step, time left, loss, budget or accuracy, and speed.
 
-    Silent where not `enabled` (ranks other than 0).
+    Shows nothing where not `enabled` (ranks other than 0).
     """
 
-    def __init__(self, total: int, start: int, enabled: bool) -> None:
-        self._total = total
-        self._start, self._began = start, time.monotonic()
+    def __init__(self, total: int, start: int, enabled: bool, name: str = "training") -> None:
+        self._name, self._total, self._start = name, total, start
+        self._began = time.monotonic()
         self._enabled = enabled
-        self._said = 0.0
-        self._bar: tqdm | None = None
-        if enabled and sys.stderr.isatty():
-            self._bar = tqdm(total=total, initial=start, unit="step", dynamic_ncols=True)
+        self._reporter = console.Reporter()
 
     def __enter__(self) -> Progress:
         return self
 
     def __exit__(self, *error: object) -> None:
-        if self._bar is not None:
-            self._bar.close()
+        pass
 
     def update(self, step: int, metrics: dict[str, float]) -> None:
-        """One step is done."""
-        if not self._enabled:
+        """Report the end of a step."""
+        if not self._enabled or (step < self._total and not self._reporter.due()):
             return
-        shown = {"loss": f"{metrics['loss']:.4f}"}
-        for name in ("budget", "accuracy"):
-            if name in metrics:
-                shown[name] = f"{metrics[name]:.2f}"
-        for name in ("tokens", "episodes", "images"):
-            if f"{name}_per_s" in metrics:
-                shown[f"{name}/s"] = f"{metrics[f'{name}_per_s']:.4g}"
-        if self._bar is not None:
-            self._bar.set_postfix(shown, refresh=False)
-            self._bar.update()
-        elif step in (1, self._total) or time.monotonic() - self._said >= LINE_SECONDS:
-            self._said = time.monotonic()
-            self.say(self._line(step) + "  " + "  ".join(f"{k} {v}" for k, v in shown.items()))
-
-    def _line(self, step: int) -> str:
-        done = BAR_WIDTH * step // self._total
-        left = (time.monotonic() - self._began) / (step - self._start) * (self._total - step)
-        bar = "#" * done + "." * (BAR_WIDTH - done)
-        minutes, seconds = divmod(int(left), 60)
-        return f"[{bar}] {step}/{self._total}, {minutes}:{seconds:02d} left"
+        details = [f"loss {metrics['loss']:.4f}"]
+        details += [f"{k} {metrics[k]:.2f}" for k in ("budget", "accuracy") if k in metrics]
+        for unit in ("tokens", "episodes", "images"):
+            if (speed := metrics.get(f"{unit}_per_s")) is not None:
+                details.append(f"{speed:.4g} {unit}/s")
+        if step < self._total:
+            seconds = (time.monotonic() - self._began) / (step - self._start)
+            details.insert(0, console.time_left(seconds * (self._total - step)))
+        self._reporter.report(
+            console.Step(self._name, "step", step, self._total, ", ".join(details))
+        )
 
     def say(self, text: str) -> None:
-        """One line, above the bar where there is one."""
+        """Show a line."""
         if self._enabled:
-            tqdm.write(text) if self._bar is not None else print(text, flush=True)
+            console.say(text)
 
 
 class StepLog:
     """`log.jsonl`: {"step": ..., metric: value, ...} per line.
 
-    Lines after `keep_until` are from a lost future.
+    A resumed run starts again at an earlier step; lines after `keep_until` are removed.
     """
 
     def __init__(self, path: Path, keep_until: int, enabled: bool) -> None:
@@ -102,10 +86,8 @@ class StepLog:
         if not enabled:
             return
         path.parent.mkdir(parents=True, exist_ok=True)
-        kept = [line for line in read_log(path) if line["step"] <= keep_until]
-        partial = path.with_name(f".{path.name}.partial")
-        partial.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
-        os.replace(partial, path)
+        lines = [line for line in read_log(path) if line["step"] <= keep_until]
+        write_atomic(path, "".join(json.dumps(line) + "\n" for line in lines), durable=False)
         self._file = path.open("a", encoding="utf-8", buffering=1)
 
     def __enter__(self) -> StepLog:
@@ -116,25 +98,15 @@ class StepLog:
             self._file.close()
 
     def write(self, step: int, metrics: dict[str, float]) -> None:
-        """Append one line; it is on disk when this returns."""
+        """Append one line and flush it."""
         if self._file is not None:
             self._file.write(json.dumps({"step": step, **metrics}) + "\n")
 
 
-def event(run_dir: Path, text: str) -> None:
-    """One line for what happens to a run beside its steps; printed, and kept in `events.jsonl`."""
-    print(f"{datetime.now():%H:%M:%S} {run_dir.name}: {text}", flush=True)
-    try:
-        with (run_dir / EVENTS).open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"time": time.time(), "text": text}) + "\n")
-    except OSError as error:  # a full disk, which may be what the line is about
-        print(f"{run_dir.name}: {EVENTS} cannot be written: {error}", flush=True)
-
-
 def read_log(path: Path) -> list[dict[str, float]]:
-    """The lines of a `log.jsonl`; [] where there is none.
+    """Return the lines of a `log.jsonl`, [] if it is missing.
 
-    A last line cut off by a crash is left out.
+    A last line that a crash has cut off is ignored.
     """
     if not path.is_file():
         return []
@@ -142,46 +114,69 @@ def read_log(path: Path) -> list[dict[str, float]]:
     return [json.loads(line) for line in lines[:-1] if line]
 
 
-# What a run says of itself for those who look at it from outside: `status.json`.
-#
-# In: what a worker group sets out to do, on which processes. Out: the file in the run's folder,
-# written by rank 0 when the group begins and when it ends. A process that is killed writes nothing:
-# what the file says of it is compared with what lives (`fmray top`).
+# --- Events ---
 
-STATUS_FILE = "status.json"
+
+def event(run_dir: Path, text: str) -> None:
+    """Show an event of a run, such as a restart, and append it to `events.jsonl`."""
+    console.say(f"{datetime.now():%H:%M:%S} {run_dir.name}: {text}")
+    try:
+        with (run_dir / EVENTS).open("a", encoding="utf-8") as file:
+            file.write(json.dumps({"time": time.time(), "text": text}) + "\n")
+    except OSError as error:  # a full disk, which the event may be about
+        console.say(f"{run_dir.name}: cannot write {EVENTS}: {error}")
+
+
+def _last_event(run_dir: Path) -> tuple[float, str] | None:
+    try:
+        lines = (run_dir / EVENTS).read_text(encoding="utf-8").split("\n")[:-1]
+    except FileNotFoundError:
+        return None
+    values = json.loads(lines[-1]) if lines else None
+    return (values["time"], values["text"]) if values else None
+
+
+# --- Status: what a worker group is doing, and in which processes ---
 
 
 @dataclass(frozen=True)
 class Worker:
-    """One rank. node: Ray's id of it, None without Ray. born: of its process, see `birth`."""
+    """One rank of a worker group."""
 
     rank: int
     host: str
-    node: str | None
+    node: str | None  #: Ray's node id; None without Ray
     pid: int
-    born: int | None
+    born: int | None  #: when its process started, see `birth`
     cpus: float
     gpu: str | None
 
 
 @dataclass(frozen=True)
 class Status:
-    """started: seconds since 1970; start, total: steps; groups: of workers so far, this one
-    included; ray: HOST:PORT of its head. failure: of a group that has failed."""
+    """State of a run's newest worker group.
+
+    Rank 0 writes it when the group starts and when it ends. A killed process writes nothing, so a
+    reader compares the workers listed here with the living processes.
+    """
 
     job: str
     state: Literal["running", "ended", "failed"]
-    groups: int
-    started: float
-    start: int
-    total: int
-    ray: str | None
+    groups: int  #: worker groups so far, this one included
+    started: float  #: seconds since 1970
+    start: int  #: step at which the group started
+    total: int  #: steps of the run
+    ray: str | None  #: HOST:PORT of Ray's head node
     workers: tuple[Worker, ...]
-    failure: str | None = None
+    failure: str | None = None  #: why the group failed
 
 
 def read_status(run_dir: Path) -> Status | None:
-    """None where there is none. Raises ValueError for one of another fmray."""
+    """Load a run's status, None if it has none.
+
+    Raises:
+        ValueError: another version of fmray wrote it.
+    """
     path = run_dir / STATUS_FILE
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
@@ -193,7 +188,10 @@ def read_status(run_dir: Path) -> Status | None:
 
 
 class StatusFile:
-    """A context manager around the steps of a worker group; every rank must open it."""
+    """Context manager that writes `status.json` around a worker group's steps.
+
+    Every rank must open it: the constructor is a collective operation.
+    """
 
     def __init__(
         self,
@@ -204,7 +202,7 @@ class StatusFile:
         cpus: float,
         device: torch.device,
     ) -> None:
-        # those who only read the file have no use for them
+        # imported late: readers of the file need neither
         import ray
         import torch.distributed as dist
 
@@ -215,7 +213,7 @@ class StatusFile:
         workers: list[Any] = [None] * dist.get_world_size()
         dist.all_gather_object(workers, mine)
         self._path = run_dir / STATUS_FILE
-        self._values: dict[str, Any] | None = None
+        self._values: dict[str, Any] | None = None  # None on ranks other than 0
         if mine.rank == 0:
             before = read_status(run_dir)
             groups = 1 + (before.groups if before is not None else 0)
@@ -229,40 +227,44 @@ class StatusFile:
         return self
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        if self._values is not None and self._newer() is None:
+        if self._values is not None and self._newer_group() is None:
             self._values["state"] = "ended" if error is None else "failed"
             if error is not None:
                 self._values["failure"] = f"{type(error).__name__}: {' '.join(str(error).split())}"
             self._write()
 
     def check(self) -> None:
-        """Before something of the run is replaced. When the head node is lost, workers on other
-        nodes outlive their job for minutes, and must not write into the next one.
+        """Check, before a file of the run is replaced, that this worker group is the newest.
 
-        Raises RuntimeError on rank 0 where another worker group has begun.
+        When the head node is lost, workers on other nodes outlive their job for minutes. They must
+        not write into the job that follows.
+
+        Raises:
+            RuntimeError: on rank 0, another worker group has started.
         """
-        if self._values is not None and (newer := self._newer()) is not None:
+        if self._values is not None and (newer := self._newer_group()) is not None:
             raise RuntimeError(
-                f"worker group {newer} of run {self._path.parent.name} has begun; this one,"
-                f" {self._values['groups']}, writes no more"
+                f"run {self._path.parent.name}: worker group {newer} has started; group"
+                f" {self._values['groups']} stops writing"
             )
 
-    def _newer(self) -> int | None:
-        """The group that has written the file since this one did."""
+    def _newer_group(self) -> int | None:
+        """Return the number of the group that has written the file since this one, if any."""
         now = read_status(self._path.parent)
         mine = (self._values["groups"], self._values["started"])
         return now.groups if now is not None and (now.groups, now.started) != mine else None
 
     def _write(self) -> None:
         if self._values is not None:
-            partial = self._path.with_name(f".{self._path.name}.partial")
-            partial.write_text(json.dumps(self._values, indent=1) + "\n", encoding="utf-8")
-            os.replace(partial, self._path)
+            write_json(self._path, self._values, durable=False)
 
 
 def birth(pid: int) -> int | None:
-    """When a process of this machine began, in ticks since the machine's start; None where there is
-    no such process, or no /proc. With it a process is told from a later one of the same number."""
+    """Return when a process of this machine started, in clock ticks since boot.
+
+    Together with the pid it identifies a process even after the pid is reused. None if there is no
+    such process or no /proc.
+    """
     try:
         text = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8")
     except (FileNotFoundError, ProcessLookupError):
@@ -271,51 +273,47 @@ def birth(pid: int) -> int | None:
     return None if values[0] == "Z" else int(values[19])
 
 
-RECENT = 20  # steps that speeds are taken over
-SILENT_SECONDS = 120.0  # at least, before a run that nobody can ask is taken for dead
-SILENT_STEPS = 20
+# --- View: what `fmray top` shows ---
+
+State = Literal["running", "finished", "stopped", "failed", "dead", "silent", "unknown"]
 
 
 @dataclass(frozen=True)
-class Seen:
-    """A worker, and whether it lives; None: it runs where we cannot look."""
+class WorkerView:
+    """A worker and whether it is alive."""
 
     worker: Worker
-    alive: bool | None
+    alive: bool | None  #: None: on a machine that cannot be asked
 
 
 @dataclass(frozen=True)
 class View:
-    """state: `running`, `finished`, `stopped` (it goes on from there), `failed`, `dead`, `silent`,
-    `unknown` (of a run without a status). Times are in seconds; share: of waiting for data.
-
-    speed: (unit, units a second). evaluation: (step, metrics). checkpoint: (step, age).
-    """
+    """What is known about a run. Times are in seconds."""
 
     run: str
     job: str | None
-    state: Literal["running", "finished", "stopped", "failed", "dead", "silent", "unknown"]
-    why: str | None
+    state: State  #: stopped: ended early, can be resumed; unknown: the run has no status
+    why: str | None  #: reason of a failure
     step: int
     total: int | None
-    left: float | None
+    left: float | None  #: estimated time left
     metrics: dict[str, float]
-    speed: tuple[str, float] | None
-    waiting_share: float | None
-    checkpoint: tuple[int, float] | None
-    evaluation: tuple[int, dict[str, float]] | None
+    speed: tuple[str, float] | None  #: (unit, units per second)
+    waiting_share: float | None  #: share of the time spent waiting for data
+    checkpoint: tuple[int, float] | None  #: (step, age)
+    evaluation: tuple[int, dict[str, float]] | None  #: (step, metrics)
     restarts: int
-    event: tuple[float, str] | None
-    quiet: float | None
-    workers: tuple[Seen, ...]
+    event: tuple[float, str] | None  #: (seconds since 1970, text)
+    quiet: float | None  #: time since the run last wrote anything
+    workers: tuple[WorkerView, ...]
 
 
 class RunReader:
-    """Reads what has been added to a run's folder since it was last asked."""
+    """Reads a run's folder; each `read` continues where the previous one stopped."""
 
     def __init__(self, run_dir: Path) -> None:
         self._run_dir = run_dir
-        self._place = (0, 0)  # inode and offset
+        self._place = (0, 0)  # inode and offset in log.jsonl
         self._forget()
 
     def _forget(self) -> None:
@@ -323,10 +321,15 @@ class RunReader:
         self._evaluation: tuple[int, dict[str, float]] | None = None
 
     def read(self, living: Collection[tuple[str, int]] | None = None) -> View:
-        """living: (node, pid) of the workers that Ray says live; None: it was not asked."""
+        """Return the current view.
+
+        Args:
+            living: (node, pid) of the workers that are alive according to Ray; None: Ray was not
+                asked.
+        """
         status, now = read_status(self._run_dir), time.time()
         self._read_log()
-        seen = tuple(_seen(worker, living) for worker in status.workers) if status else ()
+        workers = tuple(_worker_view(worker, living) for worker in status.workers) if status else ()
         last = dict(self._steps[-1]) if self._steps else {}
         step = int(last.pop("step", status.start if status else 0))
         speeds = [name for name in last if name.endswith("_per_s")]
@@ -347,13 +350,13 @@ class RunReader:
             restarts=status.groups - 1 if status else 0,
             event=_last_event(self._run_dir),
             quiet=now - written if written is not None else None,
-            workers=seen,
+            workers=workers,
         )
         if status is None:
             return view
         # log.jsonl is written after each step
         pace = _pace(status, step, _newest([self._run_dir / "log.jsonl"]))
-        state = judge(status, step, [worker.alive for worker in seen], view.quiet, pace)
+        state = judge(status, step, [worker.alive for worker in workers], view.quiet, pace)
         left = pace * (status.total - step) if pace is not None and state == "running" else None
         return replace(view, state=state, left=left)
 
@@ -361,7 +364,7 @@ class RunReader:
         return median(line[name] for line in self._steps if name in line)
 
     def _read_log(self) -> None:
-        """A run that goes on from an earlier step writes another file in the old one's place."""
+        """Read the new lines, or all if a resumed run has replaced the file."""
         try:
             file = (self._run_dir / "log.jsonl").open("rb")
         except FileNotFoundError:
@@ -372,7 +375,7 @@ class RunReader:
                 self._forget()
                 self._place = (inode, 0)
             file.seek(self._place[1])
-            *lines, rest = file.read().split(b"\n")  # the last one may still be written
+            *lines, rest = file.read().split(b"\n")  # the last line may be incomplete
             self._place = (inode, file.tell() - len(rest))
         for text in lines:
             line = json.loads(text)
@@ -385,8 +388,15 @@ class RunReader:
 
 def judge(
     status: Status, step: int, alive: list[bool | None], quiet: float | None, pace: float | None
-) -> Literal["running", "finished", "stopped", "failed", "dead", "silent"]:
-    """What state a run is in, from what it says and who lives. pace: seconds a step."""
+) -> State:
+    """Return the state of a run.
+
+    Args:
+        step: the last one it logged.
+        alive: for each worker; None: unknown.
+        quiet: seconds since it last wrote anything.
+        pace: seconds per step.
+    """
     if status.state == "ended":
         return "finished" if step >= status.total else "stopped"
     if status.state == "failed":
@@ -399,46 +409,37 @@ def judge(
     return "silent" if quiet is not None and quiet > patience else "running"
 
 
-def _seen(worker: Worker, living: Collection[tuple[str, int]] | None) -> Seen:
+def _worker_view(worker: Worker, living: Collection[tuple[str, int]] | None) -> WorkerView:
     if living is not None and worker.node is not None:
-        return Seen(worker, (worker.node, worker.pid) in living)
+        return WorkerView(worker, (worker.node, worker.pid) in living)
     if worker.host == platform.node() and worker.born is not None:
-        return Seen(worker, birth(worker.pid) == worker.born)
-    return Seen(worker, None)
+        return WorkerView(worker, birth(worker.pid) == worker.born)
+    return WorkerView(worker, None)
 
 
 def _pace(status: Status, step: int, logged: float | None) -> float | None:
-    """Seconds a step of this worker group, evaluations and checkpoints included."""
+    """Return seconds per step of this worker group, evaluations and checkpoints included."""
     if logged is None or step <= status.start:
         return None
     return max(0.0, logged - status.started) / (step - status.start)
 
 
 def _checkpoint(run_dir: Path, now: float) -> tuple[int, float] | None:
-    """(step, age) of the newest one that was completed."""
-    found = sorted(run_dir.glob(f"checkpoint-*/{MANIFEST}"))
-    if not found:
+    """Return (step, age) of the newest complete checkpoint."""
+    manifests = sorted(run_dir.glob(f"checkpoint-*/{MANIFEST}"))
+    if not manifests:
         return None
-    made = _newest([found[-1]])
-    step = int(found[-1].parent.name.rpartition("-")[2])
+    made = _newest([manifests[-1]])
+    step = int(manifests[-1].parent.name.rpartition("-")[2])
     return (step, now - made) if made is not None else None
 
 
-def _last_event(run_dir: Path) -> tuple[float, str] | None:
-    try:
-        lines = (run_dir / EVENTS).read_text(encoding="utf-8").split("\n")[:-1]
-    except FileNotFoundError:
-        return None
-    values = json.loads(lines[-1]) if lines else None
-    return (values["time"], values["text"]) if values else None
-
-
 def _newest(paths: Iterable[Path]) -> float | None:
-    """When the last of the files that are there was written."""
+    """Return the latest modification time of the files that exist."""
     times = []
     for path in paths:
         try:
             times.append(path.stat().st_mtime)
-        except FileNotFoundError:  # not yet, or an old checkpoint that has just gone
+        except FileNotFoundError:  # not written yet, or an old checkpoint that was just removed
             continue
     return max(times, default=None)

@@ -82,7 +82,7 @@ def test_the_model_answers_under_a_budget(
     [
         (("{picture}", "what ?", "--budget", "0.05", "--storage", "quick"), "smallest budget"),
         (("missing.png", "what ?", "--storage", "quick"), "missing.png"),
-        (("quick/quickstart.json", "what ?", "--storage", "quick"), "not a picture"),
+        (("quick/quickstart.json", "what ?", "--storage", "quick"), "not a readable image"),
         (("{picture}", "what ?", "--storage", "elsewhere"), "no storage folder elsewhere"),
         (("{picture}", "what ?", "--storage", "quick", "--model", "other"), "'other'"),
     ],

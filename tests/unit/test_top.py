@@ -1,4 +1,4 @@
-"""`fmray top` on runs that are made up: what it reads, what it takes them for, what it prints."""
+"""`fmray top` on the folders of imaginary runs: what it reads, the state it infers, its output."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import pytest
 from rich.console import Console
 
 from fmray.cli import main
-from fmray.commands.top import duration, picture
+from fmray.commands.top import duration, render
 from fmray.runtime.run_log import STATUS_FILE, RunReader, Status, Worker, birth, judge, read_status
 
 HERE = Worker(0, platform.node(), None, os.getpid(), birth(os.getpid()), 0.5, None)
@@ -38,7 +38,7 @@ def write(folder: Path, status: Status | None, log: str) -> Path:
 
 @pytest.fixture
 def run_dir(tmp_path: Path) -> Path:
-    """Forty steps of a hundred in 80 seconds, of which the last was 10 seconds ago."""
+    """A run that logged 40 of 100 steps in 80 seconds, the last one 10 seconds ago."""
     now = time.time()
     status = replace(RUNNING, started=now - 90, workers=(HERE, FAR), groups=3)
     lines = "".join(step(n, budget=0.6) for n in range(1, 41))
@@ -46,11 +46,11 @@ def run_dir(tmp_path: Path) -> Path:
     folder = write(tmp_path / "mine", status, lines + evaluation)
     for number in (20, 40, 60):
         (folder / f"checkpoint-000000{number}").mkdir()
-        if number != 60:  # is still being made
+        if number != 60:  # the newest one is incomplete
             made = folder / f"checkpoint-000000{number}" / "manifest.json"
             made.write_text("{}")
             os.utime(made, (now - 3600 / number, now - 3600 / number))
-    event = {"time": now - 7, "text": "worker 1 died; goes on from step 20"}
+    event = {"time": now - 7, "text": "worker 1 died; resuming from step 20"}
     (folder / "events.jsonl").write_text(json.dumps({"time": 1.0, "text": "old"}) + "\n")
     with (folder / "events.jsonl").open("a") as file:
         file.write(json.dumps(event) + "\n")
@@ -59,7 +59,7 @@ def run_dir(tmp_path: Path) -> Path:
     return folder
 
 
-def test_what_is_shown_is_what_the_run_has_written(run_dir: Path) -> None:
+def test_view_holds_what_the_run_wrote(run_dir: Path) -> None:
     view = RunReader(run_dir).read()
     assert (view.run, view.job, view.state, view.step, view.total) == (
         "mine", "train", "running", 40, 100,
@@ -70,21 +70,21 @@ def test_what_is_shown_is_what_the_run_has_written(run_dir: Path) -> None:
     assert view.left == pytest.approx(60 * 80 / 40, abs=2)
     assert view.checkpoint == (40, pytest.approx(90, abs=5))
     assert view.evaluation == (40, {"accuracy/0.5": 0.75, "loss/0.5": 1.5})
-    assert (view.restarts, view.event[1]) == (2, "worker 1 died; goes on from step 20")
+    assert (view.restarts, view.event[1]) == (2, "worker 1 died; resuming from step 20")
     assert view.quiet == pytest.approx(10, abs=5)
-    assert [seen.alive for seen in view.workers] == [True, None]
+    assert [worker.alive for worker in view.workers] == [True, None]
 
 
-def test_a_log_that_grows_or_is_begun_again_is_followed(run_dir: Path) -> None:
+def test_reader_follows_a_log_that_grows_or_is_replaced(run_dir: Path) -> None:
     reader, log = RunReader(run_dir), run_dir / "log.jsonl"
     assert reader.read().step == 40
     with log.open("a") as file:
         file.write(step(41) + step(42)[:-20])
-    assert reader.read().step == 41  # the last line is not yet whole
+    assert reader.read().step == 41  # the last line is incomplete
     with log.open("a") as file:
         file.write(step(42)[-20:])
     assert reader.read().step == 42
-    other = run_dir / "other"  # as a run that goes on from step 20 does
+    other = run_dir / "other"  # as a run that resumes from step 20 does
     other.write_text("".join(step(n) for n in range(1, 21)))
     other.replace(log)
     view = reader.read()
@@ -98,30 +98,30 @@ def test_a_log_that_grows_or_is_begun_again_is_followed(run_dir: Path) -> None:
         ("running", 5, [True, False], 0.0, 1.0, "dead"),
         ("running", 5, [True, None], 60.0, 1.0, "running"),
         ("running", 5, [True, None], 121.0, 1.0, "silent"),
-        ("running", 5, [None], 121.0, 30.0, "running"),  # steps of half a minute
+        ("running", 5, [None], 121.0, 30.0, "running"),  # a step takes half a minute
         ("running", 5, [None], 601.0, 30.0, "silent"),
         ("ended", 100, [False], 9e9, None, "finished"),
         ("ended", 99, [False], 9e9, None, "stopped"),
         ("failed", 99, [True], 0.0, 1.0, "failed"),
     ],
 )
-def test_what_a_run_is_taken_for(state, done, alive, quiet, pace, wanted: str) -> None:
+def test_state_of_a_run(state, done, alive, quiet, pace, wanted: str) -> None:
     assert judge(replace(RUNNING, state=state), done, alive, quiet, pace) == wanted
 
 
-def test_ray_knows_better_who_lives(run_dir: Path) -> None:
+def test_ray_decides_which_workers_are_alive(run_dir: Path) -> None:
     assert RunReader(run_dir).read([("ab12cd34ef", 4242)]).state == "running"
     view = RunReader(run_dir).read([("ab12cd34ef", 4243)])
-    assert (view.state, [seen.alive for seen in view.workers]) == ("dead", [True, False])
+    assert (view.state, [worker.alive for worker in view.workers]) == ("dead", [True, False])
 
 
-def test_a_dead_process_is_seen_even_if_its_number_is_used_again(tmp_path: Path) -> None:
+def test_a_dead_process_is_noticed_even_if_its_pid_is_reused(tmp_path: Path) -> None:
     child = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
     worker = replace(HERE, pid=child.pid, born=birth(child.pid))
     folder = write(tmp_path / "run", replace(RUNNING, workers=(worker,)), step(5))
     assert RunReader(folder).read().state == "running"
     child.kill()
-    while birth(child.pid) is not None:  # a process that nobody has waited for is dead too
+    while birth(child.pid) is not None:  # a zombie is dead too
         time.sleep(0.01)
     assert RunReader(folder).read().state == "dead"
     child.wait()
@@ -129,7 +129,7 @@ def test_a_dead_process_is_seen_even_if_its_number_is_used_again(tmp_path: Path)
     assert RunReader(write(folder, later, step(5))).read().state == "dead"
 
 
-def test_the_command(run_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_command_prints_a_snapshot(run_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["top", "mine", "--storage", str(run_dir.parent), "--once"]) == 0
     text = capsys.readouterr().out
     for words in ("40 of 100 (40%)", "tokens/s         3050", "25.00%", "step 40, 1 min 3"):
@@ -138,18 +138,18 @@ def test_the_command(run_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
         "1", "another.machine", "(ab12cd34)", "4242", "1", "cuda:3", "unknown",
     ]  # fmt: skip
     assert main(["top", str(run_dir), "--json"]) == 0
-    found = json.loads(capsys.readouterr().out)
-    assert (found["step"], found["workers"][1]["worker"]["gpu"]) == (40, "cuda:3")
+    view = json.loads(capsys.readouterr().out)
+    assert (view["step"], view["workers"][1]["worker"]["gpu"]) == (40, "cuda:3")
     assert main(["top", "none", "--storage", str(run_dir)]) == 2
     error = capsys.readouterr().err
-    assert error.startswith("fmray: there is no run at none or ") and error.count("\n") == 1
+    assert error.startswith("fmray: no run at none or ") and error.count("\n") == 1
 
 
-def test_without_a_terminal_it_ends_with_the_run(tmp_path: Path, capsys) -> None:
+def test_command_without_a_terminal_ends_with_the_run(tmp_path: Path, capsys) -> None:
     ended = replace(RUNNING, state="ended", total=5)
     assert main(["top", str(write(tmp_path / "run", ended, step(5)))]) == 0
     assert "state            finished" in capsys.readouterr().out
-    # a run without a status, of an older fmray, and one without anything
+    # a run without a status, by an older fmray, and one without steps
     assert main(["top", str(write(tmp_path / "old", None, step(5))), "--once"]) == 0
     assert "state            unknown" in capsys.readouterr().out
     assert main(["top", str(write(tmp_path / "new", RUNNING, "")), "--once"]) == 0
@@ -159,9 +159,9 @@ def test_without_a_terminal_it_ends_with_the_run(tmp_path: Path, capsys) -> None
     assert "another version of fmray" in capsys.readouterr().err
 
 
-def test_the_picture_for_a_terminal(run_dir: Path) -> None:
+def test_live_view_in_a_terminal(run_dir: Path) -> None:
     console = Console(width=100, record=True, file=open(os.devnull, "w"))  # noqa: SIM115
-    console.print(picture(RunReader(run_dir).read()))
+    console.print(render(RunReader(run_dir).read()))
     text = console.export_text()
     assert "40 of 100" in text and "another.machine (ab12cd34)" in text and "━" in text
 

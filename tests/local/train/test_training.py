@@ -263,7 +263,7 @@ def test_workers_that_others_have_replaced_write_no_more(
         path.write_text(path.read_text().replace('"groups": 1', '"groups": 2'))
 
     monkeypatch.setattr(StepLog, "write", write)
-    with pytest.raises(RuntimeError, match="worker group 2 of run taken has begun; this one, 1, "):
+    with pytest.raises(RuntimeError, match="run taken: worker group 2 has started; group 1 "):
         run("taken", train=TRAIN)
     assert find_checkpoint(path.parent) is None and not (path.parent / "model").exists()
     status = read_status(path.parent)
