@@ -92,7 +92,7 @@ def mend(kind: str, training: Training) -> None:
     if kind == "link":
         time.sleep(CUT_SECONDS)
     if kind == "drain":
-        until(lambda: "is drained" in training.job.text(), LONGEST, "the notice of the drain")
+        until(lambda: "is being drained" in training.job.text(), LONGEST, "the notice of the drain")
     training.machines.mend()
     if kind == "head":
         training.submit()
@@ -131,7 +131,7 @@ def soak(training: Training, seconds: float, every: float, draw: random.Random) 
 
 def summary(faults: list[Fault], training: Training) -> list[str]:
     """Lines: by kind, and over all of them."""
-    restarts, again = training.said().count(" goes on from "), len(training.jobs) - 1
+    restarts, again = training.said().count("; resuming from step "), len(training.jobs) - 1
     kinds = Counter(fault.kind for fault in faults)
     seconds = [fault.recovered for fault in faults]
     lines = [

@@ -29,6 +29,7 @@ from torch import Tensor, nn
 
 from fmray.config import AdaLlavaRecipe
 from fmray.runtime import files as manifest
+from fmray.runtime import ray_private
 from fmray.runtime.run_log import event
 
 STATE_FILE = "state.json"
@@ -282,8 +283,6 @@ def make_universal(
 
 
 def _convert(checkpoint: Path, stage: int) -> None:
-    from deepspeed.checkpoint import ds_to_universal
-
     final = checkpoint / UNIVERSAL
     if final.is_dir():
         wrong = manifest.fault(final, hashes=True)
@@ -294,7 +293,7 @@ def _convert(checkpoint: Path, stage: int) -> None:
     partial = checkpoint / f".{UNIVERSAL}.partial"
     shutil.rmtree(partial, ignore_errors=True)
     with contextlib.redirect_stdout(io.StringIO()):  # it prints every tensor
-        ds_to_universal.main(
+        ray_private.convert_to_universal(
             argparse.Namespace(
                 input_folder=str(checkpoint / TAG),
                 output_folder=str(partial),
@@ -341,7 +340,7 @@ def full_state(model: nn.Module) -> dict[str, Tensor]:
     first = dist.get_rank() == 0
     state: dict[str, Tensor] = {}
     for name, tensor in model.state_dict(keep_vars=True).items():
-        sharded = [tensor] if hasattr(tensor, "ds_id") else []
+        sharded = [tensor] if ray_private.is_zero_param(tensor) else []
         with deepspeed.zero.GatheredParameters(sharded):
             if first:
                 state[name] = tensor.detach().to("cpu", copy=True)

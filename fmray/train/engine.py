@@ -1,8 +1,11 @@
-"""One optimizer step over several episodes and workers: torch's own, or DeepSpeed ZeRO's.
+"""Training engines: DeepSpeed and plain torch behind one interface.
 
-In: a learner (a module whose forward gives the loss of one episode) and the `train` section. Out:
-an engine: call it, `backward`, `step`, once for each of this worker's episodes; the last one of a
-step moves the weights by the gradient of the mean over the passes of *all* workers.
+An engine wraps a module and its optimizer: call it for the loss, then `backward(loss)` and
+`step()`, once per pass (micro batch or episode). The last pass of an optimizer step updates the
+weights with the gradient of the mean over the passes of all workers.
+
+AdaLLaVA trains with DeepSpeed ZeRO (`engine_config`, `make_optimizer`, `make_schedule`); few-shot
+finetuning with DeepSpeed or, with `train.strategy: ddp`, with `TorchEngine` (`make_engine`).
 """
 
 from __future__ import annotations
@@ -25,26 +28,26 @@ from torch.optim.lr_scheduler import LambdaLR
 from fmray.config import AdaLlavaRecipe
 from fmray.config.fewshot import FewshotTrainConfig
 from fmray.data.loader import passes_of
+from fmray.runtime import ray_private
 
 if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine
 
+ZERO_STAGE = 2  # of few-shot learners: gradients and optimizer states are partitioned, weights not
+STATE_FILE = "torch.pt"  # of a `TorchEngine` checkpoint
 
-# DeepSpeed's settings, the optimizer and the learning rate's course, from a recipe.
-#
-# The `deepspeed.initialize` configuration, an optimizer with one parameter group for the base and
-# one for the adaptive parts, and the learning-rate factor by step.
+
+# --- DeepSpeed and process groups ---
 
 
 def import_deepspeed() -> ModuleType:
-    """DeepSpeed, told before its import which accelerator there is."""
+    """Import DeepSpeed, with the accelerator set beforehand: it is chosen at the import."""
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     import deepspeed
 
-    # an all-reduce for inference on CPUs, not used in training: compiling it takes a minute and
-    # needs a compiler
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    # an all-reduce for inference on CPUs, unused in training: it needs a compiler and a minute
+    ray_private.deepspeed_compatible_ops["deepspeed_shm_comm"] = False
     return deepspeed
 
 
@@ -58,18 +61,41 @@ def single_process_group() -> Iterator[None]:
         yield
     finally:
         deepspeed = sys.modules.get("deepspeed")
-        if deepspeed is None or deepspeed.comm.comm.cdb is None:  # DeepSpeed never took it over
+        if deepspeed is None or ray_private.deepspeed_backend is None:
             dist.destroy_process_group()
-        else:
+        else:  # DeepSpeed has taken the group over
             deepspeed.comm.destroy_process_group()
+
+
+def _common_settings(
+    micro_batch: int, passes: int, world_size: int, clip: float, universal: bool
+) -> dict[str, Any]:
+    """Return the `deepspeed.initialize` settings that all kinds of training share."""
+    settings: dict[str, Any] = {
+        "train_batch_size": micro_batch * passes * world_size,  # fillers included
+        "train_micro_batch_size_per_gpu": micro_batch,
+        "gradient_accumulation_steps": passes,
+        "gradient_clipping": clip,
+        # torch's optimizers work with every stage, on the CPU too
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+        "steps_per_print": 1 << 60,
+    }
+    if universal:
+        settings["checkpoint"] = {"load_universal": True}
+    return settings
+
+
+# --- AdaLLaVA: DeepSpeed ZeRO ---
 
 
 def engine_config(
     recipe: AdaLlavaRecipe, world_size: int, universal: bool = False
 ) -> dict[str, Any]:
-    """The configuration of `deepspeed.initialize`.
+    """Return the configuration for `deepspeed.initialize`.
 
-    `universal` when a checkpoint of another world size is loaded.
+    Args:
+        universal: a checkpoint of another world size will be loaded.
     """
     zero = recipe.zero
     stage: dict[str, Any] = {"stage": zero.stage}
@@ -79,33 +105,23 @@ def engine_config(
         stage["stage3_param_persistence_threshold"] = zero.parameter_persistence
         if zero.offload_parameters != "none":
             stage["offload_param"] = {"device": zero.offload_parameters}
-    micro_batch = recipe.train.micro_batch
-    passes = passes_of(recipe.train.global_batch, micro_batch, world_size)
-    config: dict[str, Any] = {
-        "train_batch_size": micro_batch * passes * world_size,  # fillers included
-        "train_micro_batch_size_per_gpu": micro_batch,
-        "gradient_accumulation_steps": passes,
-        "gradient_clipping": recipe.train.gradient_clip,
+    train = recipe.train
+    passes = passes_of(train.global_batch, train.micro_batch, world_size)
+    return {
+        **_common_settings(train.micro_batch, passes, world_size, train.gradient_clip, universal),
         "bf16": {"enabled": recipe.model.dtype == "bfloat16"},
         "zero_optimization": stage,
-        # the optimizer is ours: torch's AdamW works on every stage, on the CPU too
-        "zero_allow_untested_optimizer": True,
-        "zero_force_ds_cpu_optimizer": False,
-        "steps_per_print": 1 << 60,
     }
-    if universal:
-        config["checkpoint"] = {"load_universal": True}
-    return config
 
 
 def make_optimizer(model: nn.Module, recipe: AdaLlavaRecipe) -> torch.optim.Optimizer:
-    """AdamW over what learns.
+    """Return AdamW over the trainable parameters, in up to two groups.
 
-    The base at `train.lr`, latency encoder and scheduler at `train.scheduler_lr`.
+    The base model learns at `train.lr`, latency encoder and scheduler at `train.scheduler_lr`.
     """
     adaptive = list(model.adaptive_parameters()) if recipe.adaptive is not None else []
-    chosen = {id(parameter) for parameter in adaptive}
-    base = [p for p in model.parameters() if p.requires_grad and id(p) not in chosen]
+    adaptive_ids = {id(parameter) for parameter in adaptive}
+    base = [p for p in model.parameters() if p.requires_grad and id(p) not in adaptive_ids]
     adaptive = [p for p in adaptive if p.requires_grad]
     groups = [
         {"params": base, "lr": recipe.train.lr},
@@ -118,7 +134,7 @@ def make_optimizer(model: nn.Module, recipe: AdaLlavaRecipe) -> torch.optim.Opti
         "weight_decay": recipe.train.weight_decay,
     }
     if recipe.zero.offload_optimizer == "cpu" and torch.cuda.is_available():
-        from deepspeed.ops.adam import DeepSpeedCPUAdam  # its kernel is compiled at the first use
+        from deepspeed.ops.adam import DeepSpeedCPUAdam  # compiles its kernel at the first use
 
         return DeepSpeedCPUAdam(groups, adamw_mode=True, **settings)
     return torch.optim.AdamW(groups, fused=True, **settings)  # one pass over the parameters
@@ -133,26 +149,31 @@ def lr_factor(step: int, total: int, warmup_ratio: float) -> float:
 
 
 def make_schedule(optimizer: torch.optim.Optimizer, recipe: AdaLlavaRecipe, total: int) -> LambdaLR:
-    """The learning rate of each step, for DeepSpeed to advance after each optimizer step."""
+    """Return the learning-rate schedule, which DeepSpeed advances after each optimizer step."""
     return LambdaLR(optimizer, lambda step: lr_factor(step, total, recipe.train.warmup_ratio))
 
 
-ZERO_STAGE = 2  # gradients and optimizer states are divided among workers, weights are whole
-STATE_FILE = "torch.pt"
+# --- Few-shot learners: DeepSpeed or plain torch ---
 
 
 class TorchEngine:
     """Plain torch in one process, `DistributedDataParallel` over several.
 
-    The part of DeepSpeed's engine that the loop and `fmray.train.checkpoint` use.
+    Has those methods of DeepSpeed's engine that the loop and `fmray.train.checkpoint` use.
     """
 
     def __init__(
         self, learner: nn.Module, optimizer: torch.optim.Optimizer, passes: int, clip: float
     ) -> None:
-        """passes: episodes of this worker in a step; clip: of the gradient's norm, 0 for none."""
+        """Wrap `learner`.
+
+        Args:
+            learner: module whose forward returns (loss, accuracy) of an episode.
+            passes: episodes of this worker per step.
+            clip: maximum norm of the gradient; 0 for no clipping.
+        """
         self.module, self._optimizer = learner, optimizer
-        self._passes, self._clip, self._done = passes, clip, 0
+        self._passes, self._clip, self._passes_done = passes, clip, 0
         self._norm: Tensor | None = None
         self._parallel: DistributedDataParallel | None = None
         self.global_rank = 0
@@ -161,21 +182,21 @@ class TorchEngine:
             self._parallel = DistributedDataParallel(learner)
 
     def __call__(self, *inputs: Tensor) -> tuple[Tensor, Tensor]:
-        """(loss, accuracy) of one episode."""
+        """Return (loss, accuracy) of one episode."""
         if self._parallel is None:
             return self.module(*inputs)
-        last = (self._done + 1) % self._passes == 0
+        last = (self._passes_done + 1) % self._passes == 0
         with nullcontext() if last else self._parallel.no_sync():
             return self._parallel(*inputs)
 
     def backward(self, loss: Tensor) -> None:
-        """Add this episode's part of the gradient."""
+        """Accumulate the gradient of this episode."""
         (loss / self._passes).backward()
 
     def step(self) -> None:
-        """After the last episode of a step: clip, move the weights, forget the gradient."""
-        self._done += 1
-        if self._done % self._passes:
+        """After the last episode of a step: clip, update the weights, reset the gradient."""
+        self._passes_done += 1
+        if self._passes_done % self._passes:
             return
         parameters = [p for group in self._optimizer.param_groups for p in group["params"]]
         self._norm = nn.utils.clip_grad_norm_(parameters, self._clip or float("inf"))
@@ -183,12 +204,12 @@ class TorchEngine:
         self._optimizer.zero_grad()
 
     def get_global_grad_norm(self) -> float | None:
-        """Of the last step, before clipping."""
+        """Return the gradient norm of the last step, before clipping."""
         return None if self._norm is None else float(self._norm)
 
     def save_checkpoint(self, folder: str, tag: str, save_latest: bool) -> None:
-        """Weights and optimizer, by the first rank: all ranks have the same."""
-        assert not save_latest, "the folder's name says which checkpoint is the latest"
+        """Save weights and optimizer on rank 0; all ranks hold the same."""
+        assert not save_latest, "the name of the folder tells which checkpoint is the latest"
         if self.global_rank == 0:
             target = Path(folder) / tag
             target.mkdir()
@@ -196,7 +217,7 @@ class TorchEngine:
             torch.save(state, target / STATE_FILE)
 
     def load_checkpoint(self, folder: str, tag: str) -> tuple[str | None, dict[str, Any]]:
-        """(file, {}) of what was restored, or (None, {}) where there is nothing to restore."""
+        """Load weights and optimizer; return (file, {}), or (None, {}) if there is no file."""
         path = Path(folder) / tag / STATE_FILE
         if not path.is_file():
             return None, {}
@@ -209,39 +230,32 @@ class TorchEngine:
 def make_engine(
     learner: nn.Module, config: FewshotTrainConfig, world_size: int, universal: bool = False
 ) -> TorchEngine | DeepSpeedEngine:
-    """The engine of `train.strategy`; a process group must be there for `zero`.
+    """Return the engine of `train.strategy`; `zero` requires a process group.
 
-    universal: a ZeRO checkpoint of another number of workers will be loaded.
+    Args:
+        universal: a ZeRO checkpoint of another world size will be loaded.
     """
     passes = passes_of(config.episodes_per_step, 1, world_size)
     optimizer = make_learner_optimizer(learner, config)
     if config.strategy == "ddp":
         return TorchEngine(learner, optimizer, passes, config.gradient_clip)
-    settings: dict[str, Any] = {
-        "train_batch_size": passes * world_size,  # its sample is an episode
-        "train_micro_batch_size_per_gpu": 1,
-        "gradient_accumulation_steps": passes,
-        "gradient_clipping": config.gradient_clip,
-        "zero_optimization": {"stage": ZERO_STAGE},
-        # the optimizer is ours: torch's works on every stage, on the CPU too
-        "zero_allow_untested_optimizer": True,
-        "zero_force_ds_cpu_optimizer": False,
-        "steps_per_print": 1 << 60,
-    }
-    if universal:
-        settings["checkpoint"] = {"load_universal": True}
+    # to DeepSpeed, an episode is a sample
+    settings = _common_settings(1, passes, world_size, config.gradient_clip, universal)
     engine, _, _, _ = import_deepspeed().initialize(
         model=learner,
         optimizer=optimizer,
         lr_scheduler=lambda optimizer: LambdaLR(optimizer, lambda step: 1.0),
-        config=settings,
+        config={**settings, "zero_optimization": {"stage": ZERO_STAGE}},
         dist_init_required=False,
     )
     return engine
 
 
 def make_learner_optimizer(learner: nn.Module, config: FewshotTrainConfig) -> torch.optim.Optimizer:
-    """Over all that learns; SGD with momentum (the paper's) or AdamW, at a constant rate."""
+    """Return SGD with momentum (the paper's) or AdamW over the trainable parameters.
+
+    The learning rate is constant.
+    """
     parameters = [p for p in learner.parameters() if p.requires_grad]
     if config.optimizer == "sgd":
         return torch.optim.SGD(

@@ -70,7 +70,7 @@ def test_a_node_is_drained(
     training.until_step(INTERVAL + 2)
     machines.drain(training.far_machine(), seconds=300)
     survived(training, calm, figure, most=0)
-    assert "is drained: checkpoint at step" in training.job.text()
+    assert "is being drained: checkpoint at step" in training.job.text()
 
 
 def test_a_node_is_killed_while_the_workers_start(

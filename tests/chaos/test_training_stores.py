@@ -28,7 +28,7 @@ def test_the_storage_is_full_for_a_while(
     training = train("full", storage=small_storage)
     training.until_step(INTERVAL + 2)
     subprocess.run(["dd", "if=/dev/zero", f"of={ballast}", "bs=4096"], check=False)  # to the end
-    training.until_said("; goes on from step")
+    training.until_said("; resuming from step")
     said = training.job.text()
     ballast.unlink()
     same(training.finish(), calm)

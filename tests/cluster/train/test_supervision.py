@@ -1,4 +1,4 @@
-"""The supervisor on real workers: notices, mistakes, and workers that find no room."""
+"""The supervisor on real workers: notices, mistakes, and workers that cannot be placed."""
 
 from __future__ import annotations
 
@@ -11,15 +11,13 @@ from typing import Any
 
 import pytest
 import ray
-from ray.data._internal.cluster_autoscaler.default_autoscaling_coordinator import (
-    get_or_create_autoscaling_coordinator,
-)
 from ray.train import PreemptionInfo
 from ray.train.v2._internal.execution.callback import WorkerGroupCallback
 from support.ray_session import ray_session
 from support.training import ADAPTIVE, load_recipe, make_store
 
 from fmray.errors import GaveUp
+from fmray.runtime.ray_private import get_or_create_autoscaling_coordinator
 from fmray.runtime.run_log import read_log
 from fmray.train import supervise
 from fmray.train.job import train
@@ -55,7 +53,7 @@ def started(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
 
 
 class Drain(WorkerGroupCallback):
-    """Tells the first group of workers what Ray's watcher tells them when a node is drained."""
+    """Sends the first worker group the notice that Ray's watcher sends when a node is drained."""
 
     def __init__(self, told: Path) -> None:
         self.told = told
@@ -75,13 +73,16 @@ def test_a_drained_node_costs_no_step(
     loaded = load_recipe(store, tmp_path, cluster=elastic, **sections)
     result = train(loaded, "drained", [Drain(tmp_path / "told")])
     out = capsys.readouterr().out
-    text = r"node 01234567 \(rank 1\) is drained: checkpoint at step (\d+); goes on from step (\d+)"
+    text = (
+        r"node 01234567 \(rank 1\) is being drained: checkpoint at step (\d+);"
+        r" resuming from step (\d+)"
+    )
     saved, resumed = map(int, re.search(text, out).groups())
     assert saved == resumed < 12
     assert len(started) == 2
     assert (tmp_path / "told").read_text() == ray.get_runtime_context().gcs_address
     assert "RAY_ADDRESS" not in os.environ
-    assert "restarts: 1; the last: node 01234567" in out
+    assert "restarts: 1 (last: node 01234567" in out
     lines = [line for line in read_log(result.run_dir / "log.jsonl") if "loss" in line]
     assert [line["step"] for line in lines] == list(range(1, 13))
     alone = train(load_recipe(store, tmp_path, **sections), "alone")
@@ -89,7 +90,7 @@ def test_a_drained_node_costs_no_step(
     assert [line["loss"] for line in lines] == pytest.approx(wanted, rel=1e-3)
 
 
-def test_a_mistake_is_not_tried_again(store: Path, tmp_path: Path, started: list[Any]) -> None:
+def test_a_users_mistake_is_not_retried(store: Path, tmp_path: Path, started: list[Any]) -> None:
     sections = {"adaptive": ADAPTIVE, "train": TRAIN | {"eval_budgets": (0.1, 1.0)}}
     loaded = load_recipe(store, tmp_path, cluster={"workers": 2}, **sections)
     with pytest.raises(ValueError, match=r"budget is 0\.1, less than .* smallest budget here is"):
@@ -97,22 +98,22 @@ def test_a_mistake_is_not_tried_again(store: Path, tmp_path: Path, started: list
     assert len(started) == 1
 
 
-def test_elastic_workers_that_find_no_room_do_not_wait_for_ever(tmp_path: Path) -> None:
+def test_elastic_workers_without_resources_do_not_wait_forever(tmp_path: Path) -> None:
     cluster = {"workers": (1, 2), "cpus_per_worker": 3, "timeout_s": 10, "max_failures": 0}
     recipe = load_recipe(tmp_path, tmp_path, train=TRAIN, cluster=cluster).recipe
     run: Any = type("Run", (), {"tag": lambda *_: None})()
-    with pytest.raises(GaveUp, match=r"1 worker found no room within cluster\.timeout_s"):
+    with pytest.raises(GaveUp, match=r"1 worker could not be placed within cluster\.timeout_s"):
         supervise.fit(recipe, "waiting", {}, dict, run)
 
 
-def test_what_a_killed_controller_had_reserved_is_given_back() -> None:
-    """Found by the soak: elastic workers found no room until it expired."""
+def test_the_reservation_of_a_killed_controller_is_released() -> None:
+    """Elastic workers could not be placed until it expired (found by the soak)."""
     coordinator = get_or_create_autoscaling_coordinator()
     for name in ("train-killed", "train-other"):
         ray.get(coordinator.request_resources.remote(name, [{"CPU": 1}], expire_after_s=300))
         assert ray.get(coordinator.get_reserved_resources.remote(name))
     context = SimpleNamespace(run_id="killed")
-    supervise._release(SimpleNamespace(train_run_context=context))
+    supervise._release_reservation(SimpleNamespace(train_run_context=context))
     assert ray.get(coordinator.get_reserved_resources.remote("train-killed")) == {}
     assert ray.get(coordinator.get_reserved_resources.remote("train-other"))
     ray.get(coordinator.cancel_request.remote("train-other"))

@@ -128,7 +128,7 @@ def test_a_killed_worker_resumes_in_the_same_mlflow_run(
     )
     thread.join(timeout=10)
     assert len(killed) == 1
-    text = r"worker \d died \(node \S+, process (\d+)\).*; goes on from step (\d+), try 2 of 4"
+    text = r"worker \d died \(node \S+, process (\d+)\).*; resuming from step (\d+) \(attempt 2"
     process, resumed = map(int, re.search(text, capsys.readouterr().out).groups())
     assert process == killed[0]
     assert 0 <= done[0] - resumed <= 4

@@ -10,13 +10,13 @@ from typing import Any
 import pytest
 from ray.exceptions import ActorDiedError
 from ray.train import ControllerError, PreemptionError, PreemptionInfo, WorkerGroupError
-from ray.train.v2._internal.exceptions import (
-    WorkerGroupStartupTimeoutError,
-    WorkerHealthCheckFailedError,
-)
 
 from fmray.config import AdaLlavaRecipe, load
 from fmray.errors import GaveUp, exit_code
+from fmray.runtime.ray_private import (
+    WorkerGroupStartupTimeoutError,
+    WorkerHealthCheckFailedError,
+)
 from fmray.train import supervise
 
 DIED = WorkerHealthCheckFailedError("failed", ActorDiedError())
@@ -45,11 +45,11 @@ def play(
                 "cluster": {"storage": tmp_path, "workers": 2, "max_failures": max_failures},
             }
         )
-        left, step, tags = list(script), [0], Tags()
+        remaining, step, tags = list(script), [0], Tags()
 
         class Trainer:
             def fit(self) -> Any:
-                step[0], result = left.pop(0)
+                step[0], result = remaining.pop(0)
                 if isinstance(result, BaseException):
                     raise result
                 return type("Result", (), {"return_value": result})
@@ -57,28 +57,28 @@ def play(
         monkeypatch.setattr(supervise, "_trainer", lambda *_: Trainer())
         monkeypatch.setattr(supervise, "_last_step", lambda *_: step[0])
         monkeypatch.setattr(supervise, "_wait_for_drained", lambda _: None)
-        monkeypatch.setattr(supervise, "_address", nullcontext)  # it would start Ray
+        monkeypatch.setattr(supervise, "_cluster_address", nullcontext)  # it would start Ray
         (tmp_path / "run").mkdir(exist_ok=True)
         monkeypatch.setattr(supervise.time, "sleep", lambda _: None)
         try:
-            return supervise.fit(recipe, "run", {}, lambda _: {}, tags), tags, len(left)
+            return supervise.fit(recipe, "run", {}, lambda _: {}, tags), tags, len(remaining)
         except BaseException as error:
-            error.left, error.tags = len(left), tags
+            error.remaining, error.tags = len(remaining), tags
             raise
 
     return play
 
 
-def test_a_failure_goes_on_and_is_told(play: Callable[..., Any], capsys: Any) -> None:
+def test_a_failure_is_logged_and_the_run_resumes(play: Callable[..., Any], capsys: Any) -> None:
     failure = WorkerGroupError("", {0: RuntimeError("Connection closed by peer"), 1: DIED})
     outcome, tags, _ = play([(40, failure), (40, raised(OSError("disk"))), (90, DONE)])
     assert outcome.values == DONE
     first, second = capsys.readouterr().out.splitlines()
     assert "run: worker 1 died" in first
-    assert first.endswith("(and 1 more failed); goes on from step 40, try 2 of 3")
-    assert second.endswith("worker 1 raised OSError: disk; goes on from step 40, try 3 of 3")
+    assert first.endswith("(and 1 more failed); resuming from step 40 (attempt 2 of 3)")
+    assert second.endswith("worker 1 raised OSError: disk; resuming from step 40 (attempt 3 of 3)")
     assert tags == {"fmray.restarts": "2", "fmray.last_failure": "worker 1 raised OSError: disk"}
-    assert outcome.lines() == ["restarts: 2; the last: worker 1 raised OSError: disk"]
+    assert outcome.lines() == ["restarts: 2 (last: worker 1 raised OSError: disk)"]
 
 
 def test_only_failures_without_a_new_checkpoint_count(play: Callable[..., Any]) -> None:
@@ -86,16 +86,16 @@ def test_only_failures_without_a_new_checkpoint_count(play: Callable[..., Any]) 
     assert play([*each, (30, DONE)], max_failures=1)[2] == 0
     with pytest.raises(GaveUp, match=r"gave up: .*disk; that was failure 3 in a row") as error:
         play([*each[:5], *[each[4]] * 9], max_failures=2)
-    assert error.value.left == 7  # of nine, two were tried again
+    assert error.value.remaining == 7  # two of nine were retried
     assert error.value.tags["fmray.restarts"] == "7"
 
 
-def test_no_restart_at_all(play: Callable[..., Any]) -> None:
-    with pytest.raises(GaveUp, match=r"failure 1 in a row.*goes on from step 8"):
+def test_max_failures_0_never_restarts(play: Callable[..., Any]) -> None:
+    with pytest.raises(GaveUp, match=r"failure 1 in a row.*resumes from step 8"):
         play([(8, raised(OSError("disk"))), (8, DONE)], max_failures=0)
 
 
-def test_giving_up_is_one_line_and_1(play: Callable[..., Any], capsys: Any) -> None:
+def test_giving_up_is_one_line_and_exit_code_1(play: Callable[..., Any], capsys: Any) -> None:
     script = [(0, raised(OSError("disk")))] * 3
     assert exit_code(lambda: play(script)) == 1
     # each failure's traceback, and why it gave up
@@ -104,30 +104,30 @@ def test_giving_up_is_one_line_and_1(play: Callable[..., Any], capsys: Any) -> N
     assert last.startswith("fmray: run run gave up: worker 1 raised OSError: disk; that was")
 
 
-def test_a_mistake_of_the_users_is_not_tried_again(play: Callable[..., Any], capsys: Any) -> None:
+def test_a_users_mistake_is_not_retried(play: Callable[..., Any], capsys: Any) -> None:
     mistake = supervise._Mistake("train.lr: should be smaller")
     with pytest.raises(ValueError, match=r"^train\.lr: should be smaller$") as error:
         play([(0, raised(mistake)), (0, DONE)])
-    assert error.value.left == 1
+    assert error.value.remaining == 1
     assert exit_code(lambda: play([(0, raised(mistake))])) == 2
     assert capsys.readouterr().err == "fmray: train.lr: should be smaller\n"
 
 
 def test_only_fmrays_own_value_errors_are_mistakes() -> None:
     with pytest.raises(ValueError, match="invalid literal"):
-        supervise._carry(lambda _: int("x"), {})
+        supervise._mark_mistakes(lambda _: int("x"), {})
     with pytest.raises(supervise._Mistake, match="no such recipe file"):
-        supervise._carry(lambda _: load(Path("nowhere.yaml")), {})
+        supervise._mark_mistakes(lambda _: load(Path("nowhere.yaml")), {})
 
 
-def test_a_preemption_is_no_failure(play: Callable[..., Any], capsys: Any) -> None:
-    gone = {"preempted": "node 1234 is drained: checkpoint at step 7"}
-    outcome, tags, _ = play([(7, gone), (9, gone), (20, DONE)], max_failures=0)
+def test_a_preemption_is_not_a_failure(play: Callable[..., Any], capsys: Any) -> None:
+    preempted = {"preempted": "node 1234 is being drained: checkpoint at step 7"}
+    outcome, tags, _ = play([(7, preempted), (9, preempted), (20, DONE)], max_failures=0)
     assert tags["fmray.restarts"] == "2"
-    assert "checkpoint at step 7; goes on from step 7, try 1 of 1" in capsys.readouterr().out
+    assert "checkpoint at step 7; resuming from step 7 (attempt 1 of 1)" in capsys.readouterr().out
     assert len(outcome.restarts) == 2
-    with pytest.raises(GaveUp):  # but one that gets nowhere is
-        play([(7, gone), (7, gone), (7, DONE)], max_failures=0)
+    with pytest.raises(GaveUp):  # unless the step does not advance
+        play([(7, preempted), (7, preempted), (7, DONE)], max_failures=0)
 
 
 @pytest.mark.parametrize(
@@ -135,7 +135,7 @@ def test_a_preemption_is_no_failure(play: Callable[..., Any], capsys: Any) -> No
     [
         (
             ControllerError(WorkerGroupStartupTimeoutError(4)),
-            "4 workers found no room within cluster.timeout_s",
+            "4 workers could not be placed within cluster.timeout_s",
         ),
         (
             ControllerError(OSError("leaked\nplacement group")),
@@ -143,11 +143,11 @@ def test_a_preemption_is_no_failure(play: Callable[..., Any], capsys: Any) -> No
         ),
         (
             PreemptionError(PreemptionInfo(None, {"abc": [1, 2]})),
-            "the node of rank 1, 2 was taken away before a checkpoint was made",
+            "the node of rank 1, 2 was preempted before a checkpoint was written",
         ),
         (ActorDiedError(), "Ray's training controller died: ActorDiedError: The actor died"),
     ],
 )
 def test_every_failure_is_one_line(error: Exception, text: str) -> None:
-    assert supervise.why(error).startswith(text)
-    assert "\n" not in supervise.why(error)
+    assert supervise.failure_reason(error).startswith(text)
+    assert "\n" not in supervise.failure_reason(error)
