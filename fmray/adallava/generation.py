@@ -12,13 +12,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from transformers.generation.logits_process import (
-    LogitsProcessorList,
-    TemperatureLogitsWarper,
-    TopPLogitsWarper,
-)
 
 from fmray.adallava.passes import Draw, decode, prefill
+from fmray.adallava.token_sampling import sample
 
 if TYPE_CHECKING:
     from fmray.adallava.model import AdaptiveVLM, Budget
@@ -69,12 +65,6 @@ def generate(
             **extras,
         )
         return (ids, None) if return_plan else ids
-    warpers = LogitsProcessorList()
-    if do_sample and temperature != 1.0:
-        warpers.append(TemperatureLogitsWarper(temperature))
-    if do_sample and top_p < 1.0:
-        warpers.append(TopPLogitsWarper(top_p))
-
     if attention_mask is None:
         attention_mask = torch.ones_like(input_ids)
     was_training = model.training
@@ -90,7 +80,10 @@ def generate(
         ended = torch.zeros(hidden.shape[0], dtype=torch.bool, device=hidden.device)
         answers = []
         while True:
-            token = _choose(logits, input_ids, warpers, do_sample, generator)
+            if do_sample:
+                token = sample(logits, temperature, top_p, generator)
+            else:
+                token = logits.argmax(-1)
             token = torch.where(ended, pad, token)
             answers.append(token)
             for end_id in eos:
@@ -103,19 +96,6 @@ def generate(
         model.train(was_training)
     ids = torch.cat((input_ids, torch.stack(answers, dim=1)), dim=1)
     return (ids, chosen_plan) if return_plan else ids
-
-
-def _choose(
-    logits: Tensor,
-    input_ids: Tensor,
-    warpers: LogitsProcessorList,
-    do_sample: bool,
-    generator: torch.Generator | None,
-) -> Tensor:
-    if not do_sample:
-        return logits.argmax(-1)
-    probabilities = warpers(input_ids, logits.float()).softmax(-1)
-    return torch.multinomial(probabilities, 1, generator=generator)[:, 0]
 
 
 def _ids(value: int | Sequence[int] | None) -> list[int]:

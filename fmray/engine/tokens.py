@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fmray.adallava.token_sampling import sample_rows
 from fmray.engine.requests import Sampling
 
 # Which token comes next, for rows that are each drawn in their own way.
@@ -45,25 +46,10 @@ def draw(
         temperature = logits.new_tensor([s.temperature for s, _ in chosen], dtype=torch.float64)
         top_p = logits.new_tensor([s.top_p for s, _ in chosen], dtype=torch.float64)
         tokens = tokens.index_copy(
-            0, index, _draw(logits[index], numbers.to(logits.device), temperature, top_p)
+            0, index, sample_rows(logits[index], numbers.to(logits.device), temperature, top_p)
         )
     both = torch.stack((tokens, sound.long())).tolist()
     return both[0], [bool(value) for value in both[1]]
-
-
-def _draw(logits: Tensor, numbers: Tensor, temperature: Tensor, top_p: Tensor) -> Tensor:
-    """logits [R, V], the rest [R] float64 -> token ids [R]."""
-    scaled = (logits.double() - logits.double().amax(-1, keepdim=True)) / temperature[:, None]
-    ordered, order = scaled.sort(dim=-1, descending=True, stable=True)
-    probabilities = ordered.softmax(-1)
-    reached = probabilities.cumsum(-1)
-    kept = (reached - probabilities) < top_p[:, None]
-    kept[:, 0] = True
-    reached = (probabilities * kept).cumsum(-1)
-    wanted = numbers[:, None] * reached[:, -1:]
-    place = torch.searchsorted(reached, wanted, right=True)
-    place = torch.minimum(place, kept.sum(-1, keepdim=True) - 1)
-    return order.gather(1, place)[:, 0]
 
 
 _INCOMPLETE = "\ufffd"  # what tokenizers decode an unfinished character to
