@@ -269,11 +269,7 @@ def measure(machines: Machines, folder: Path, megabits: float, steps: int, dtype
         )
         name = f"{dtype}-{case.kind}-{case.stage}-{case.world_size}"
         (folder / "runs" / name).mkdir(parents=True, exist_ok=True)
-        config = {
-            "recipe": loaded.recipe.model_dump_json(),
-            "recipe_text": loaded.dump(),
-            "run_id": name,
-        }
+        config = {"recipe": loaded.recipe.model_dump_json(), "run_id": name}
         began = time.monotonic()
         found = ranks.run(case, config, steps)
         rows.append(measured(case, found, WIDTHS[dtype], noise))

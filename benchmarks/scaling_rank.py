@@ -1,6 +1,6 @@
 """One rank of `scaling.py`, on its machine: trains each case that it is given, and measures.
 
-In: a JSON line a case on standard input (`scaling.Case`, rank, folder, the loop's `config`). Out: a
+In: a JSON line a case on standard input (`scaling.Case`, rank, folder, recipe, run id). Out: a
 line of the word `ready` when everything is imported, then a JSON line for each case: the model's
 parameters, and for each measured step seconds (all, held up by communication, waiting for data),
 bytes that eth0 has sent, bytes of whole tensors by collective.
@@ -20,8 +20,11 @@ from typing import Any
 from support.collectives import Collectives
 from support.ranks import run_rank
 
+from fmray.config import AdaLlavaRecipe
 from fmray.runtime.run_log import Progress
 from fmray.train import loop
+from fmray.train.adallava import method
+from fmray.train.method import TrainJob
 
 SENT = Path("/sys/class/net/eth0/statistics/tx_bytes")
 
@@ -34,7 +37,7 @@ def measure(case: dict[str, Any]) -> dict[str, Any]:
     """Train until the last step of the case."""
     collectives = Collectives()
     found: dict[str, Any] = {"steps": []}
-    make_optimizer, engine_config = loop.make_optimizer, loop.engine_config
+    make_optimizer, engine_config = method.make_optimizer, method.engine_config
 
     def counted_optimizer(model: Any, recipe: Any) -> Any:
         for learned, name in ((True, "trainable"), (False, "frozen")):
@@ -79,13 +82,12 @@ def measure(case: dict[str, Any]) -> dict[str, Any]:
             if step == case["warm_up"] + case["steps"]:
                 raise Enough
 
-    loop.make_optimizer, loop.engine_config, loop.Progress = (
-        counted_optimizer,
-        large_model_config,
-        Marks,
-    )
+    method.make_optimizer, method.engine_config = counted_optimizer, large_model_config
+    loop.Progress = Marks
+    recipe = AdaLlavaRecipe.model_validate_json(case["config"]["recipe"])
+    job = TrainJob(recipe, "", case["config"]["run_id"])
     try:
-        run_rank(case["rank"], case["world_size"], Path(case["folder"]), case["config"])
+        run_rank(case["rank"], case["world_size"], Path(case["folder"]), {"job": job})
     except Enough:
         return found
     raise AssertionError("the training ended before its last measured step")

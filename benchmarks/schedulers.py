@@ -22,7 +22,7 @@ import pyarrow.parquet as pq
 from fmray.config import load
 from fmray.config.arguments import job_path
 from fmray.train.adallava.evaluate import evaluate_run, paired_test
-from fmray.train.job import train
+from fmray.train.launch import train
 
 RIVALS = (
     ("random plans, same model", "learned", "random"),

@@ -16,13 +16,11 @@ from pathlib import Path
 from timing import seconds
 
 from fmray.config import load
-from fmray.config.fewshot import FewshotRecipe
 from fmray.config.search import SearchRecipe
 from fmray.runtime.cluster import start_or_join
 from fmray.search.run import base_path, search
 from fmray.search.trial import load_base
-from fmray.train.fewshot.job import train_fewshot
-from fmray.train.job import train
+from fmray.train.launch import train
 
 
 def main() -> None:
@@ -53,8 +51,7 @@ def main() -> None:
                     loaded.recipe.tracking,
                     loaded.recipe.evaluations,
                 )
-                is_fewshot = isinstance(recipe.recipe, FewshotRecipe)
-                (train_fewshot if is_fewshot else train)(recipe, f"trial-{trial.number}")
+                train(recipe, f"trial-{trial.number}")
 
         hand = seconds(by_hand)
     finally:

@@ -32,7 +32,7 @@ from fmray.search.state import Finished, append, read_finished
 from fmray.search.suggest import Suggester
 from fmray.search.trial import is_metric
 from fmray.search.trial import judged as evaluation
-from fmray.train.job import train
+from fmray.train.launch import train
 
 ALONE = ("cluster.workers=0", "tracking.enabled=false")
 

@@ -24,6 +24,7 @@ COMMANDS = {
     "ask": ("fmray.commands.ask", "ask a trained model a question about an image, under a budget"),
     "serve": ("fmray.commands.serve", "an OpenAI-style endpoint for a trained model, on Ray Serve"),
     "cost": ("fmray.commands.cost", "what a budget buys: layers, operations, roofline time"),
+    "models": ("fmray.commands.models", "register a finished run's model in the registry"),
     "top": (
         "fmray.commands.top",
         "what a run is doing: workers, step, speed, checkpoints",

@@ -1,29 +1,15 @@
-r"""Search which tasks to train on, or where on the accuracy-compute curve to live.
+"""Search: values of a recipe (kind: search), or the plans of a trained model (kind: plans).
 
-    python jobs/search.py --config jobs/recipes/search_fewshot.yaml --run-id search
+    python jobs/search.py --config jobs/recipes/search_fewshot.yaml --run-id tasks
+    python jobs/search.py --config jobs/recipes/search_plans.yaml --run-id plans
 
-In: a recipe of kind search; its base recipe says what a trial is, and the data are prepared
-(`jobs/prepare_data.py`). Out: the table of trials, and `<storage>/<run id>/` with trials.jsonl,
-report.html and a folder a trial; the same `--run-id` goes on where a search stopped.
+Prints a table, and writes `<storage>/<run id>/`: trials.jsonl, report.html and a folder for each
+trial; for plans plans.json, answers.jsonl and evaluation/. The same `--run-id` resumes the search.
 """
-
-from __future__ import annotations
 
 import sys
 
-from fmray.config.arguments import job_arguments
-from fmray.config.search import SearchRecipe
-from fmray.errors import exit_code
-from fmray.search.run import search
-
-
-def main() -> None:
-    """Parse, and search."""
-    loaded, run_id = job_arguments(
-        None, "Search values of a recipe by trials on Ray Tune.", (SearchRecipe,)
-    )
-    search(loaded, run_id)
-
+from fmray.commands.jobs import run_job
 
 if __name__ == "__main__":
-    sys.exit(exit_code(main))
+    sys.exit(run_job("search"))

@@ -92,7 +92,7 @@ def run(options: argparse.Namespace) -> int:
         # what the job scripts do, in this process: each job of its own would import it all again
         from fmray.data.ingest import prepare
         from fmray.train.adallava.evaluate import evaluate_run
-        from fmray.train.job import train
+        from fmray.train.launch import train
 
         announce(1, "make the pictures and questions")
         prepare(loaded["base"].recipe)

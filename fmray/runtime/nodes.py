@@ -7,19 +7,23 @@ there is judged by `judge`, which knows no Ray.
 
 from __future__ import annotations
 
+import os
 import platform
 import time
 import uuid
-from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-from fmray.runtime.placement import Finding
+from fmray.config import BaseRecipe
+from fmray.runtime.cluster import start_or_join
+from fmray.runtime.placement import Finding, machines_of_cluster, preflight
 
 PACKAGES = ("fmray", "ray", "torch", "deepspeed", "transformers", "timm", "pyarrow")
 ANSWER_SECONDS = 60  # the start of a process included
+POLL_SECONDS = "0.5"  # how often Ray Train's controller collects reports; a report waits for it
 CLOCK_SECONDS = 5.0  # logs of several nodes read in order, and tokens not expired
 
 
@@ -170,3 +174,28 @@ def _versions() -> dict[str, str | None]:
 def _name(node: dict[str, object]) -> str:
     """Two raylets may share a machine: a piece of the id tells them apart."""
     return f"{node['NodeManagerHostname']}-{str(node['NodeID'])[:6]}"
+
+
+@contextmanager
+def session(recipe: BaseRecipe) -> Iterator[None]:
+    """A Ray that has room for the recipe's workers, on nodes that can work together.
+
+    Raises:
+        ValueError: the workers would wait forever for resources that Ray does not have, or a node
+            has other packages, another clock or another storage folder.
+    """
+    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", POLL_SECONDS)
+    # with stdout redirected, Ray's patched print repeats each line
+    os.environ.setdefault("RAY_TRAIN_ENABLE_PRINT_PATCH", "0")
+    cluster = recipe.cluster
+    with start_or_join(cluster):
+        machines = machines_of_cluster()
+        findings = preflight(recipe, machines)
+        if len(machines) > 1:
+            shared = {} if cluster.mirror else {"cluster.storage": cluster.storage}
+            nodes = check_nodes(shared)
+            print("\n".join(map(str, nodes)), flush=True)
+            findings += nodes
+        if failures := [finding.text for finding in findings if finding.level == "FAIL"]:
+            raise ValueError("; ".join(failures))
+        yield

@@ -26,6 +26,7 @@ from fmray.data.image_store import ImageStore
 from fmray.runtime import placement as places
 from fmray.runtime import tracking
 from fmray.runtime.cluster import start_or_join
+from fmray.runtime.nodes import POLL_SECONDS
 from fmray.runtime.placement import machines_of_cluster
 from fmray.search.pareto import front_of, recommend, rule_of
 from fmray.search.report import write_report
@@ -36,7 +37,6 @@ from fmray.search.trial import load_base, metrics_of, run_trial
 from fmray.search.verdict import LEAST, rank_correlations
 from fmray.search.watch import Books, Suggestions, TrialTable, Watcher, describe, final_table
 from fmray.train import checkpoint as checkpoints
-from fmray.train.job import POLL_SECONDS
 
 if TYPE_CHECKING:
     from fmray.train.fewshot.select import Measured

@@ -28,9 +28,8 @@ from fmray.config import AdaLlavaRecipe, BaseRecipe, LoadedRecipe, TrackingConfi
 from fmray.config.fewshot import FewshotRecipe
 from fmray.data.loader import evaluation_batches
 from fmray.data.processor import load_processor
-from fmray.train import job as adallava
 from fmray.train.adallava.batches import model_inputs
-from fmray.train.fewshot import job as fewshot
+from fmray.train.launch import check_trainable, train
 
 METRICS = ("accuracy", "seconds", "tasks", "operations", "share", "latency")
 FAMILIES = ("accuracy/", "loss/", "operations/", "share/", "latency/")
@@ -97,11 +96,10 @@ def load_base(
         raise ValueError(
             f"{path}: train.steps: a search needs a number, to spread the evaluations over"
         )
-    is_fewshot = isinstance(recipe, FewshotRecipe)
-    if is_fewshot:
+    if isinstance(recipe, FewshotRecipe):
         if recipe.target is None:
             raise ValueError(f"{path}: target: a search needs one: set target.collection")
-        fewshot.check_trainable(recipe)
+        check_trainable(recipe)
     every = math.ceil(recipe.train.steps / count)
     recipe = recipe.model_copy(
         update={
@@ -126,11 +124,9 @@ def run_trial(config: Mapping[str, Any]) -> None:
     recipe = trial.loaded.recipe
     watch = [_Evaluations(recipe.train.steps)]
     costs: dict[str, float] = {}
+    result = train(trial.loaded, trial.run_id, watch, trial.parent)
     if isinstance(recipe, FewshotRecipe):
-        result = fewshot.train_fewshot(trial.loaded, trial.run_id, watch, trial.parent)
         costs["tasks"] = len(result.tasks)
-    else:
-        result = adallava.train(trial.loaded, trial.run_id, watch, trial.parent)
     costs["seconds"] = time.monotonic() - began
     if trial.latency:
         # imports a model's library, which a trial's driver has no other use for

@@ -27,7 +27,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from fmray.config import AdaLlavaRecipe
 from fmray.runtime import files as manifest
 from fmray.runtime import ray_private
 from fmray.runtime.run_log import event
@@ -36,20 +35,6 @@ STATE_FILE = "state.json"
 TAG = "deepspeed"
 UNIVERSAL = "universal"
 STORAGE_HOURS = 3  # how long ranks wait for one another while files are written, read or converted
-
-# settings that change how a run is carried out, not what it computes
-FREE_SETTINGS = {
-    "data": {"store", "loader_threads", "prefetch_batches", "rows_per_shard"},
-    "train": {
-        "micro_batch",
-        "gradient_checkpointing",
-        "eval_every",
-        "eval_rows",
-        "eval_budgets",
-        "checkpoint_every",
-        "keep_checkpoints",
-    },
-}
 
 
 @dataclass(frozen=True)
@@ -69,19 +54,6 @@ class TrainState:
     settings: dict[str, Any]
     best: float | None
     best_step: int | None
-
-
-def training_settings(recipe: AdaLlavaRecipe) -> dict[str, Any]:
-    """Dotted settings that decide what a run computes.
-
-    A checkpoint is only resumed under equal ones.
-    """
-    values = recipe.model_dump(mode="json", include={"seed", "model", "adaptive", "data", "train"})
-    for section, names in FREE_SETTINGS.items():
-        for name in names:
-            values[section].pop(name)
-    values["zero"] = {"stage": recipe.zero.stage}
-    return flatten_settings(values)
 
 
 def flatten_settings(values: dict[str, Any]) -> dict[str, Any]:
@@ -117,11 +89,6 @@ def parse_state(text: str, where: str) -> TrainState:
     if set(values) != names:
         raise ValueError(f"{where}: should hold {sorted(names)}, holds {sorted(values)}")
     return TrainState(**values)
-
-
-def check_state(state: TrainState, recipe: AdaLlavaRecipe, checkpoint: Path | str) -> None:
-    """Raises ValueError, naming the settings, when recipe and checkpoint do not go together."""
-    check_settings(state, training_settings(recipe), checkpoint)
 
 
 def check_settings(state: TrainState, now: dict[str, Any], checkpoint: Path | str) -> None:

@@ -11,8 +11,7 @@ from ray.cluster_utils import Cluster
 
 from fmray.config import AdaLlavaRecipe, ClusterConfig
 from fmray.runtime import nodes as node_checks
-from fmray.runtime.nodes import check_nodes
-from fmray.train.job import session
+from fmray.runtime.nodes import check_nodes, session
 
 ROOT = Path(__file__).parents[2]
 

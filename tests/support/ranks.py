@@ -6,7 +6,6 @@ world size, and no notice.
 
 from __future__ import annotations
 
-import json
 import os
 import traceback
 from collections.abc import Callable
@@ -24,6 +23,7 @@ from support.forked import forked
 import fmray.train.loop
 from fmray.config import LoadedRecipe
 from fmray.train.engine import import_deepspeed
+from fmray.train.method import TrainJob
 
 import_deepspeed()
 SECONDS = 300
@@ -42,11 +42,7 @@ def train_on(
 
     Raises RuntimeError with the traceback of a rank that failed.
     """
-    config = {
-        "recipe": loaded.recipe.model_dump_json(),
-        "recipe_text": loaded.dump(),
-        "run_id": run_id,
-    }
+    config = {"job": TrainJob(loaded.recipe, loaded.dump(), run_id)}
     context = forked()
     with TemporaryDirectory() as folder:
         pipes = [context.Pipe(duplex=False) for _ in range(world_size)]
@@ -106,6 +102,6 @@ def run_rank(
     ray.train.get_preemption_info = lambda: None
     ray.train.report = lambda metrics: None
     store = dist.FileStore(str(folder / "store"), world_size)
-    timeout = timedelta(seconds=json.loads(config["recipe"])["cluster"]["timeout_s"])
+    timeout = timedelta(seconds=config["job"].recipe.cluster.timeout_s)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size, timeout=timeout)
     return fmray.train.loop.train_worker(config)

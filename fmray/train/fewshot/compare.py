@@ -30,6 +30,7 @@ from fmray.data.image_store import ImageManifest, ImageStore
 from fmray.fewshot import Encoder, confidence_interval
 from fmray.plots import fewshot as fewshot_plots
 from fmray.runtime import tracking
+from fmray.runtime.nodes import session
 from fmray.train.fewshot.comparison import (
     Cell,
     Comparison,
@@ -45,7 +46,6 @@ from fmray.train.fewshot.encoder import TaskFeatures, decode_all, load_encoder
 from fmray.train.fewshot.evaluate import percent, shots_name
 from fmray.train.fewshot.pretrain import pretrain
 from fmray.train.fewshot.select import candidate_tasks, choose, measure
-from fmray.train.job import session
 
 
 def compare(loaded: LoadedRecipe[FewshotRecipe], run_id: str) -> Comparison:

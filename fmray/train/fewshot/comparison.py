@@ -28,9 +28,10 @@ from fmray.train.engine import make_engine
 from fmray.train.fewshot.encoder import Pictures, load_encoder
 from fmray.train.fewshot.evaluate import measure, percent, shots_name, task_samplers, ways_of
 from fmray.train.fewshot.learners import make_learner
-from fmray.train.fewshot.loop import run_steps, training_settings
+from fmray.train.fewshot.method import run_steps
 from fmray.train.fewshot.select import CandidateTask, candidate_tasks
 from fmray.train.fewshot.tasks import TrainingSet
+from fmray.train.method import Worker, training_settings
 
 ALL, RANDOM, SELECTED = "multitask/all", "multitask/random", "multitask/selected"
 CLAIMS = (
@@ -274,10 +275,11 @@ def run_cells(
         training = TrainingSet(chosen, store, own.episodes, own.seed, own.select.weights)
         learner = make_learner(encoder, training, pictures, own.train, own.seed, device)
         engine = make_engine(learner, own.train, world_size=1)
-        steps = list(run_steps(engine, training, pictures, own.train, 0, 0, 1, device))
-        seconds = sum(own.train.episodes_per_step / m["episodes_per_s"] for _, m, _ in steps)
+        alone = Worker(0, 1, device)
+        steps = [m for _, m in run_steps(engine, training, pictures, own.train, 0, alone)]
+        seconds = sum(own.train.episodes_per_step / metrics["episodes_per_s"] for metrics in steps)
         last = steps[-max(1, len(steps) // 10) :]
-        loss = sum(metrics["loss"] for _, metrics, _ in last) / len(last)
+        loss = sum(metrics["loss"] for metrics in last) / len(last)
     results: dict[str, Measured] = {}
     for cell in cells:
         if cell.key in results:

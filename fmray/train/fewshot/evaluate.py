@@ -80,7 +80,7 @@ def evaluate_encoder(loaded: LoadedRecipe[FewshotRecipe], run_id: str) -> Evalua
     method = recipe.train.method
     encoders = {DIRECT: recipe.encoder}
     if method != DIRECT:
-        model = find_model(recipe.cluster, run_dir, "train_fewshot.py")
+        model = find_model(recipe.cluster, run_dir, "jobs/train.py")
         encoders[method] = recipe.encoder.model_copy(update={"checkpoint": model})
     store = ImageStore.open(recipe.images.store, recipe.images.cache)
     rows = store.select(recipe.target.collection, recipe.target.split)

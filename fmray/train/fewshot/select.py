@@ -14,6 +14,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -27,6 +28,7 @@ from fmray.fewshot import Encoder, EpisodeSampler
 from fmray.plots import fewshot as fewshot_plots
 from fmray.runtime import tracking
 from fmray.runtime.cluster import start_or_join
+from fmray.runtime.files import write_json
 from fmray.selection import Selection as Choice
 from fmray.selection import TaskMoments, choose_peer, select_tasks
 from fmray.selection.baselines import class_responses, leep, logme
@@ -216,6 +218,33 @@ def choose(
         choice.coverage,
         [measured.candidates[name] for name in choice.names],
     )
+
+
+def choose_for_run(recipe: FewshotRecipe, path: Path) -> list[str]:
+    """Choose the tasks that a run is finetuned on, and write them to `path` (JSON).
+
+    Raises ValueError when `select.only` or `select.weights` names no candidate task.
+    """
+    store = ImageStore.open(recipe.images.store, recipe.images.cache)
+    if recipe.select.only or recipe.select.method == "all":
+        candidates = [task.name for task in candidate_tasks(store, recipe, recipe.target)]
+        tasks = list(recipe.select.only) or candidates
+        selection: dict[str, Any] = {"tasks": tasks}
+    else:
+        encoder = load_encoder(recipe.encoder)
+        method, seed = recipe.select.method, recipe.seed
+        selected = choose(recipe, store, encoder, recipe.target, method, seed)
+        tasks, candidates = list(selected.names), selected.order
+        selection = {"tasks": tasks, "similarity": dict(selected.similarity)}
+    for key, names in (("only", recipe.select.only), ("weights", recipe.select.weights)):
+        if unknown := [name for name in names if name not in candidates]:
+            raise ValueError(
+                f"select.{key}: there is no candidate task {unknown[0]!r}; there are"
+                f" {', '.join(candidates)}"
+            )
+    write_json(path, selection)
+    print(f"finetuning on {len(tasks)} tasks: {', '.join(tasks)}", flush=True)
+    return tasks
 
 
 def select_run(loaded: LoadedRecipe[FewshotRecipe], run_id: str) -> Selected:

@@ -16,7 +16,6 @@ from support.selection import color_store
 
 from fmray.data.image_store import ImageStore
 from fmray.train.fewshot.compare import compare
-from fmray.train.fewshot.job import train_fewshot
 
 TWO = {"workers": 2, "cpus_per_worker": 0.5, "data_cpus": 0.5}
 ROOT = Path(__file__).parents[3]
@@ -50,13 +49,11 @@ def test_two_workers_learn_what_one_does_and_one_can_go_on(
     if strategy == "zero":
         train |= {"optimizer": "adamw", "lr": 1e-3}
     encoder = {"checkpoint": start}
-    alone = train_fewshot(
-        fewshot_recipe(store, tmp_path / "alone", train=train, encoder=encoder), "run"
-    )
+    alone = train(fewshot_recipe(store, tmp_path / "alone", train=train, encoder=encoder), "run")
     train |= {"strategy": strategy}
     sections = {"train": train, "encoder": encoder}
     loaded = fewshot_recipe(store, tmp_path, cluster=TWO | {"workers": [1, 2]}, **sections)
-    together = train_fewshot(loaded, "run")
+    together = train(loaded, "run")
     assert "2 ranks, each 2 episodes a step" in (together.run_dir / "events.jsonl").read_text()
     assert losses(together.run_dir) == pytest.approx(losses(alone.run_dir), rel=1e-4)
     wanted = weights(alone.model_dir)
@@ -64,7 +61,7 @@ def test_two_workers_learn_what_one_does_and_one_can_go_on(
         torch.testing.assert_close(tensor, wanted[name], rtol=1e-3, atol=1e-5)
     # one worker goes on from the two's checkpoint, momentum included
     forget_after(together.run_dir, step=2)
-    resumed = train_fewshot(fewshot_recipe(store, tmp_path, **sections), "run")
+    resumed = train(fewshot_recipe(store, tmp_path, **sections), "run")
     assert losses(resumed.run_dir) == pytest.approx(losses(alone.run_dir), rel=1e-4)
 
 

@@ -20,7 +20,7 @@ from fmray.errors import GaveUp
 from fmray.runtime.ray_private import get_or_create_autoscaling_coordinator
 from fmray.runtime.run_log import read_log
 from fmray.train import supervise
-from fmray.train.job import train
+from fmray.train.launch import train
 
 TESTS = Path(__file__).parents[2]
 TRAIN = {"lr": 2e-3, "steps": 12, "global_batch": 16, "micro_batch": 4, "eval_rows": 4}

@@ -20,7 +20,7 @@ from support.training import ADAPTIVE, load_recipe, make_store
 
 from fmray.runtime.run_log import read_log
 from fmray.train.checkpoint import find_checkpoint, read_state
-from fmray.train.job import Result, train
+from fmray.train.launch import Result, train
 
 TWO = {"workers": 2}
 ROOT = Path(__file__).parents[3]

@@ -23,7 +23,7 @@ from fmray.data.processor import load_processor
 from fmray.search import plans as plan_answers
 from fmray.search.plans import PlansResult, search_plans
 from fmray.train.adallava.batches import model_inputs, score_answers
-from fmray.train.job import train
+from fmray.train.launch import train
 
 UNITS = 6  # two in each of three layers
 SIZES = {0.5: 2, 0.75: 4}  # the layer that always runs is as much as two units

@@ -17,7 +17,7 @@ from fmray.data.loader import evaluation_batches
 from fmray.data.processor import load_processor
 from fmray.train.adallava.batches import model_inputs, score_answers
 from fmray.train.adallava.evaluate import Evaluation, evaluate, evaluate_run
-from fmray.train.job import train
+from fmray.train.launch import train
 
 BUDGETS = (0.25, 0.5, 0.75, 1.0)
 KINDS = ("learned", "random", "static", "importance")

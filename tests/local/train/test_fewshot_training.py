@@ -23,9 +23,9 @@ from fmray.train.fewshot import comparison as cells
 from fmray.train.fewshot import pretrain as pretraining
 from fmray.train.fewshot.encoder import Pictures, load_encoder
 from fmray.train.fewshot.evaluate import evaluate_encoder, measure, task_samplers
-from fmray.train.fewshot.job import train_fewshot
-from fmray.train.fewshot.loop import EVALUATION_SEED
+from fmray.train.fewshot.method import EVALUATION_SEED
 from fmray.train.fewshot.pretrain import pretrain_encoder
+from fmray.train.launch import train
 
 TARGETS = [{"collection": "target"}, {"collection": "sea", "split": "all"}]
 COMPARE = {
@@ -56,27 +56,27 @@ def test_a_resumed_run_ends_with_the_same_weights(
     }
     sections["encoder"] = {"checkpoint": start}
     loaded = fewshot_recipe(store, tmp_path, **sections)
-    whole = train_fewshot(loaded, "run")
+    whole = train(loaded, "run")
     wanted, lines = weights(whole.model_dir), losses(whole.run_dir)
     assert len(lines) == 6
     assert not any(torch.equal(wanted[name], tensor) for name, tensor in weights(start).items())
     forget_after(whole.run_dir, step=4)
-    again = train_fewshot(loaded, "run")
+    again = train(loaded, "run")
     assert losses(again.run_dir) == lines
     for name, tensor in weights(again.model_dir).items():
         assert torch.equal(tensor, wanted[name]), name
     sections["train"] |= {"lr": 0.5}
     other = fewshot_recipe(store, tmp_path, **sections)
     with pytest.raises(ValueError, match=r"train\.lr was 0\.02 and is 0\.5"):
-        train_fewshot(other, "run")
+        train(other, "run")
 
 
 def test_evaluations_on_the_way_change_nothing_and_tell_the_accuracy(store, tmp_path: Path) -> None:
     start_encoder(tmp_path / "it")
     encoder = {"checkpoint": tmp_path / "it"}
-    blind = train_fewshot(fewshot_recipe(store, tmp_path, encoder=encoder), "blind")
-    train = TRAIN | {"eval_every": 4, "eval_split": "train"}
-    result = train_fewshot(fewshot_recipe(store, tmp_path, encoder=encoder, train=train), "run")
+    blind = train(fewshot_recipe(store, tmp_path, encoder=encoder), "blind")
+    steps = TRAIN | {"eval_every": 4, "eval_split": "train"}
+    result = train(fewshot_recipe(store, tmp_path, encoder=encoder, train=steps), "run")
     for name, tensor in weights(result.model_dir).items():
         assert torch.equal(tensor, weights(blind.model_dir)[name]), name
     assert losses(result.run_dir) == losses(blind.run_dir)
@@ -97,7 +97,7 @@ def test_evaluations_on_the_way_change_nothing_and_tell_the_accuracy(store, tmp_
         assert evaluations[6][f"accuracy/{shots}-shot"] == values.mean()
     # resumed after the last step there is nothing to train, and the accuracy is told all the same
     assert (
-        train_fewshot(fewshot_recipe(store, tmp_path, encoder=encoder, train=train), "run").metrics[
+        train(fewshot_recipe(store, tmp_path, encoder=encoder, train=steps), "run").metrics[
             "accuracy/1-shot"
         ]
         == measured[1].mean()
@@ -105,15 +105,15 @@ def test_evaluations_on_the_way_change_nothing_and_tell_the_accuracy(store, tmp_
 
 
 def test_zero_with_sgd_goes_on_with_as_many_workers_only(store, tmp_path: Path) -> None:
-    train = TRAIN | {"steps": 2, "strategy": "zero"}
-    run_dir = train_fewshot(fewshot_recipe(store, tmp_path, train=train), "run").run_dir
+    steps = TRAIN | {"steps": 2, "strategy": "zero"}
+    run_dir = train(fewshot_recipe(store, tmp_path, train=steps), "run").run_dir
     [state] = run_dir.glob("checkpoint-*/state.json")
     state.write_text(state.read_text().replace('"world_size": 1', '"world_size": 2'))
     folder = state.parent
     files = [path for path in folder.rglob("*") if path.is_file() and path.name != MANIFEST]
     write_manifest(folder, describe_files(folder, files))
     with pytest.raises(ValueError, match="2 workers with ZeRO and SGD, which can only be resumed"):
-        train_fewshot(fewshot_recipe(store, tmp_path, train=train), "run")
+        train(fewshot_recipe(store, tmp_path, train=steps), "run")
 
 
 def test_evaluation_puts_the_gain_beside_direct_adaptation(
@@ -122,7 +122,7 @@ def test_evaluation_puts_the_gain_beside_direct_adaptation(
     loaded = fewshot_recipe(store, tmp_path, encoder={"checkpoint": start})
     with pytest.raises(ValueError, match="no model/ to evaluate"):
         evaluate_encoder(loaded, "run")
-    train_fewshot(loaded, "run")
+    train(loaded, "run")
     result = evaluate_encoder(loaded, "run")
     assert set(result.accuracies) == {(m, s) for m in ("direct", "multitask") for s in (1, 5)}
     out = tmp_path / "run" / "evaluation"
@@ -149,7 +149,7 @@ def test_evaluation_puts_the_gain_beside_direct_adaptation(
 )
 def test_what_cannot_be_trained_is_said(store, tmp_path: Path, sections: Any, words: str) -> None:
     with pytest.raises(ValueError, match=words):
-        train_fewshot(fewshot_recipe(store, tmp_path, **sections), "run")
+        train(fewshot_recipe(store, tmp_path, **sections), "run")
 
 
 @pytest.mark.parametrize("objective", ["simclr", "moco", "supervised"])

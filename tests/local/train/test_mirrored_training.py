@@ -17,8 +17,7 @@ from support.training import ADAPTIVE, load_recipe, make_store
 from fmray.config import ClusterConfig
 from fmray.runtime.run_log import RunReader
 from fmray.train.checkpoint import TrainState
-from fmray.train.fewshot.job import train_fewshot
-from fmray.train.job import Result, train
+from fmray.train.launch import Result, train
 from fmray.train.mirror import CheckpointManager, Mirror, find_model
 
 TRAIN = MIRRORED | {"micro_batch": 8}
@@ -154,7 +153,7 @@ def test_finetuning_goes_through_the_same_door(
     encoder = {"checkpoint": tmp_path / "from"}
     train = {"steps": 6, "episodes_per_step": 2, "lr": 0.02, "checkpoint_every": 2}
     sections = {"train": train, "encoder": encoder}
-    alone = train_fewshot(fewshot_recipe(images, tmp_path / "alone", **sections), "run")
+    alone = train(fewshot_recipe(images, tmp_path / "alone", **sections), "run")
 
     def mirrored(storage: Path) -> Any:
         cluster = {"workers": 0, "storage": str(storage), "mirror": s3.uri("fewshot")}
@@ -163,9 +162,9 @@ def test_finetuning_goes_through_the_same_door(
     with monkeypatch.context() as patch:
         stop_after(patch, 4)
         with pytest.raises(KeyboardInterrupt):
-            train_fewshot(mirrored(tmp_path / "first"), "run")
+            train(mirrored(tmp_path / "first"), "run")
     shutil.rmtree(tmp_path / "first")
-    result = train_fewshot(mirrored(tmp_path / "second"), "run")
+    result = train(mirrored(tmp_path / "second"), "run")
     assert losses_of(result.run_dir) == losses_of(alone.run_dir)
     assert result.tasks == alone.tasks
     assert "selection.json" in s3.names("fewshot/run")

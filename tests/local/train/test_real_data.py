@@ -10,7 +10,7 @@ from support.training import SCRATCH, load_recipe, make_store
 from fmray.config import LoadedRecipe
 from fmray.runtime.run_log import read_log
 from fmray.train.adallava.evaluate import evaluate_run
-from fmray.train.job import train
+from fmray.train.launch import train
 
 
 @pytest.fixture

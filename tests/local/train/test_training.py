@@ -20,7 +20,7 @@ from fmray.data.processor import load_processor
 from fmray.runtime.run_log import STATUS_FILE, StepLog, read_log, read_status
 from fmray.train.adallava.model import build_model
 from fmray.train.checkpoint import find_checkpoint, read_state
-from fmray.train.job import Result, train
+from fmray.train.launch import Result, train
 
 TRAIN = {"lr": 2e-3, "steps": 8, "global_batch": 16, "micro_batch": 8, "eval_rows": 8}
 

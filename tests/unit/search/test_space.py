@@ -30,7 +30,7 @@ from fmray.search.space import (
     override,
 )
 from fmray.selection import selected_count
-from fmray.train.fewshot.job import _tasks
+from fmray.train.fewshot.select import choose_for_run
 
 FEWSHOT = FewshotRecipe.model_validate({"name": "few", "target": {"collection": "mnist"}})
 ADAPTIVE = AdaLlavaRecipe.model_validate({"name": "adaptive", "adaptive": {}})
@@ -240,19 +240,19 @@ def test_select_only_is_what_is_trained_on(tmp_path: Path) -> None:
         return recipe.model_copy(update={"select": select})
 
     first, second = (task for task in _all_tasks(recipe, tmp_path)[:2])
-    assert _tasks(only(second, first), tmp_path / "some.json") == [second, first]
+    assert choose_for_run(only(second, first), tmp_path / "some.json") == [second, first]
     with pytest.raises(ValueError, match=r"select\.only: there is no candidate task 'none'; there"):
-        _tasks(only("none"), tmp_path / "none.json")
+        choose_for_run(only("none"), tmp_path / "none.json")
     select = recipe.select.model_copy(update={"method": "all", "weights": {"none": 2.0}})
     with pytest.raises(ValueError, match=r"select\.weights: there is no candidate task 'none'"):
-        _tasks(recipe.model_copy(update={"select": select}), tmp_path / "none.json")
+        choose_for_run(recipe.model_copy(update={"select": select}), tmp_path / "none.json")
     with pytest.raises(ValueError, match=r"select\.only: 'a' is there twice"):
         FewshotRecipe.model_validate({"name": "a", "select": {"only": ["a", "a"]}})
 
 
 def _all_tasks(recipe: FewshotRecipe, folder: Path) -> list[str]:
     select = recipe.select.model_copy(update={"method": "all"})
-    return _tasks(recipe.model_copy(update={"select": select}), folder / "all.json")
+    return choose_for_run(recipe.model_copy(update={"select": select}), folder / "all.json")
 
 
 def test_search_recipes_load_and_fit_the_schema(tmp_path: Path) -> None:

@@ -1,0 +1,114 @@
+"""What each job script does: the table of kinds of recipe, and the one function behind `jobs/*.py`.
+
+A script parses `--config`, `--set` and `--run-id`, calls the function that the recipe's kind has
+for its action, and exits with an exit code. Functions are named here and imported when they are
+called: their imports take seconds, and no job needs them all.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from fmray.config import AdaLlavaRecipe, BaseRecipe
+from fmray.config.arguments import job_arguments
+from fmray.config.fewshot import FewshotRecipe
+from fmray.config.search import PlansRecipe, SearchRecipe
+from fmray.errors import exit_code
+
+#: action -> `--help` of its script
+ACTIONS = {
+    "prepare": "Read or generate data into the recipe's Parquet store.",
+    "pretrain": "Pretrain a small image encoder from scratch.",
+    "select": "Choose the tasks to finetune on for a target.",
+    "train": "Train the recipe's model on Ray Train.",
+    "evaluate": "Evaluate a trained model at several budgets, or an encoder on test tasks.",
+    "compare": "Compare methods and task selections over targets.",
+    "search": "Search values of a recipe by trials on Ray Tune, or the plans of a trained model.",
+}
+
+
+@dataclass(frozen=True)
+class Kind:
+    """The functions that a kind of recipe has, as "module:function"; None: no such action.
+
+    `prepare` takes the recipe, the others the loaded recipe and the run id.
+    """
+
+    recipe: type[BaseRecipe]
+    prepare: str | None = None
+    pretrain: str | None = None
+    select: str | None = None
+    train: str | None = None
+    evaluate: str | None = None
+    compare: str | None = None
+    search: str | None = None
+
+    def function(self, action: str) -> Callable[..., Any]:
+        """Import the function of an action that the kind has."""
+        module, _, name = getattr(self, action).partition(":")
+        return getattr(importlib.import_module(module), name)
+
+
+KINDS = {
+    "adallava": Kind(
+        AdaLlavaRecipe,
+        prepare="fmray.data.ingest:prepare",
+        train="fmray.train.launch:train",
+        evaluate="fmray.train.adallava.evaluate:evaluate_run",
+    ),
+    "fewshot": Kind(
+        FewshotRecipe,
+        prepare="fmray.data.image_ingest:prepare_images",
+        pretrain="fmray.train.fewshot.pretrain:pretrain_encoder",
+        select="fmray.train.fewshot.select:select_run",
+        train="fmray.train.launch:train",
+        evaluate="fmray.train.fewshot.evaluate:evaluate_encoder",
+        compare="fmray.train.fewshot.compare:compare",
+    ),
+    "search": Kind(
+        SearchRecipe,
+        prepare="fmray.commands.jobs:prepare_base",
+        search="fmray.search.run:search",
+    ),
+    "plans": Kind(PlansRecipe, search="fmray.search.plans:search_plans"),
+}
+
+
+def run_job(action: str, old_name: str | None = None) -> int:
+    """Run a job script: parse the command line, call the function, return the exit code.
+
+    Args:
+        action: a key of `ACTIONS`.
+        old_name: the script's name of the previous release, if it was called by that.
+    """
+    return exit_code(_run, action, old_name)
+
+
+def _run(action: str, old_name: str | None) -> None:
+    if old_name is not None:
+        print(f"jobs/{old_name} is now jobs/{script_of(action)}.py", file=sys.stderr)
+    kinds = [kind.recipe for kind in KINDS.values() if getattr(kind, action) is not None]
+    loaded, run_id = job_arguments(None, ACTIONS[action], kinds)
+    function = KINDS[loaded.recipe.kind].function(action)
+    if action == "prepare":
+        function(loaded.recipe)
+    else:
+        function(loaded, run_id)
+
+
+def script_of(action: str) -> str:
+    """Name of the action's script in `jobs/`, without `.py`."""
+    return {"prepare": "prepare_data", "select": "select_tasks"}.get(action, action)
+
+
+def prepare_base(recipe: SearchRecipe) -> None:
+    """Prepare the data of a search: those of its base recipe."""
+    from fmray.config import load
+
+    kinds = (AdaLlavaRecipe, FewshotRecipe)
+    base = load(recipe.base, recipe.base_set, kinds=kinds).recipe
+    KINDS[base.kind].function("prepare")(base)

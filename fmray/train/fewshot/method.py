@@ -1,0 +1,163 @@
+"""How an image encoder is finetuned on episodes: the `fewshot` method.
+
+Which episodes a step uses depends on the seed and the step alone. Rank r of w takes every w-th of
+them, from the r-th; the gradient is that of their mean, so it is the same for any w.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from fmray.config.fewshot import FewshotRecipe, FewshotTrainConfig
+from fmray.data.image_store import ImageStore
+from fmray.data.loader import passes_of
+from fmray.fewshot import Encoder, finetuning_mode
+from fmray.train.engine import ZERO_STAGE, TorchEngine, make_engine
+from fmray.train.fewshot.encoder import Pictures, export_encoder, load_encoder
+from fmray.train.fewshot.evaluate import measure, shots_name, task_samplers
+from fmray.train.fewshot.learners import make_learner
+from fmray.train.fewshot.select import candidate_tasks
+from fmray.train.fewshot.tasks import TrainingSet, read_ahead
+from fmray.train.method import Evaluation, Score, TrainJob, Worker
+
+if TYPE_CHECKING:
+    from deepspeed import DeepSpeedEngine
+
+EVALUATION_SEED = 1_000_003  # added to the recipe's: not the tasks that jobs/evaluate.py measures
+
+
+class FewshotMethod:
+    """See `fmray.train.method.Method`. Stepped by plain torch (DDP) or DeepSpeed ZeRO."""
+
+    def __init__(self, job: TrainJob, worker: Worker) -> None:
+        recipe: FewshotRecipe = job.recipe
+        train = recipe.train
+        self._recipe, self._worker = recipe, worker
+        store = ImageStore.open(recipe.images.store, recipe.images.cache)
+        self._encoder = load_encoder(recipe.encoder).to(worker.device)
+        chosen = set(job.tasks)
+        tasks = [t for t in candidate_tasks(store, recipe, recipe.target) if t.name in chosen]
+        self._training = TrainingSet(
+            tasks, store, recipe.episodes, recipe.seed, recipe.select.weights
+        )
+        self._pictures = Pictures(store, self._encoder.preprocess)
+        self._learner = make_learner(
+            self._encoder, self._training, self._pictures, train, recipe.seed, worker.device
+        )
+        self.evaluates = train.eval_every is not None
+        self._measure = _evaluation(recipe, store, self._pictures) if self.evaluates else None
+
+        self.total_steps = train.steps
+        self.zero_stage = ZERO_STAGE if train.strategy == "zero" else 0
+        self.share = f"{passes_of(train.episodes_per_step, 1, worker.world_size)} episodes"
+
+    def build(self, resumed_from: int | None) -> TorchEngine | DeepSpeedEngine:
+        """The engine of `train.strategy`.
+
+        Raises ValueError for ZeRO states of SGD that another number of ranks has sharded.
+        """
+        train, world_size = self._recipe.train, self._worker.world_size
+        if resumed_from is not None and train.optimizer == "sgd":
+            # DeepSpeed converts only Adam's states
+            raise ValueError(
+                f"the checkpoint was made by {resumed_from} workers with ZeRO and SGD, which can"
+                f" only be resumed by as many, not by {world_size}; set cluster.workers back"
+            )
+        return make_engine(self._learner, train, world_size, resumed_from is not None)
+
+    def position(self, step: int) -> tuple[int, int]:
+        """(times that all episodes were used, episodes used since)."""
+        return divmod(step * self._recipe.train.episodes_per_step, self._recipe.episodes.tasks)
+
+    def steps(
+        self, engine: TorchEngine | DeepSpeedEngine, start: int
+    ) -> Iterator[tuple[int, dict[str, float]]]:
+        """Yield (step, metrics) after each optimizer step."""
+        train = self._recipe.train
+        return run_steps(engine, self._training, self._pictures, train, start, self._worker)
+
+    def evaluate(self, engine: TorchEngine | DeepSpeedEngine) -> Evaluation | None:
+        """Mean accuracy on the target's tasks for each number of shots; rank 0 measures it."""
+        if not self._worker.is_rank_zero:
+            return None
+        evaluation = self._measure(self._encoder)
+        finetuning_mode(engine.module)
+        return evaluation
+
+    def export(self, engine: TorchEngine | DeepSpeedEngine, target: Path) -> None:
+        """Write the encoder, without what was trained on top of it."""
+        if self._worker.is_rank_zero:
+            export_encoder(self._encoder, target)
+
+    def summary(self) -> dict[str, float]:
+        """Nothing that training does not change."""
+        return {}
+
+
+def run_steps(
+    engine: TorchEngine | DeepSpeedEngine,
+    training: TrainingSet,
+    pictures: Pictures,
+    train: FewshotTrainConfig,
+    start: int,
+    worker: Worker,
+) -> Iterator[tuple[int, dict[str, float]]]:
+    """Take the steps after `start`; yield each step's number and its metrics over all ranks."""
+    finetuning_mode(engine.module)
+    episodes, rank, world_size = train.episodes_per_step, worker.rank, worker.world_size
+    passes = passes_of(episodes, 1, world_size)
+    own = len(range(rank, episodes, world_size))
+    # the engine averages over passes x ranks; a pass that only fills up the step has weight 0
+    weights = [passes * world_size / episodes] * own + [0.0] * (passes - own)
+    order = []
+    for step in range(start, train.steps):
+        mine = training.order(step, episodes)[rank::world_size]
+        order += [*mine, *mine[: passes - own]]
+    batches = read_ahead(training, pictures, order)
+    for step in range(start + 1, train.steps + 1):
+        began = time.monotonic()
+        sums = torch.zeros(2, dtype=torch.float64, device=worker.device)  # loss, accuracy
+        for weight, batch in zip(weights, batches, strict=False):  # batches are of all steps
+            inputs = (batch.support, batch.query, batch.labels)
+            loss, accuracy = engine(*(part.to(worker.device) for part in inputs))
+            engine.backward(loss * weight)
+            engine.step()
+            if weight:
+                sums += torch.stack([loss.detach(), accuracy.detach()])
+        loss_mean, accuracy_mean = (total / episodes for total in worker.end_step(sums.tolist()))
+        metrics = {
+            "loss": loss_mean,
+            "accuracy": accuracy_mean,
+            "episodes_per_s": episodes / (time.monotonic() - began),
+        }
+        norm = engine.get_global_grad_norm()
+        if norm is not None:
+            metrics["grad_norm"] = float(norm)
+        yield step, metrics
+
+
+def _evaluation(
+    recipe: FewshotRecipe, store: ImageStore, pictures: Pictures
+) -> Callable[[Encoder], Evaluation]:
+    """The function that evaluates an encoder on the target; scores are named `N-shot`.
+
+    Raises ValueError for a target without images in that split, or too few for a task.
+    """
+    split = recipe.train.eval_split or recipe.target.split
+    target = recipe.target.model_copy(update={"split": split})
+    rows = store.select(target.collection, split)
+    seed = recipe.seed + EVALUATION_SEED
+    samplers = task_samplers(store, rows, target, recipe.evaluate, seed)
+
+    def evaluate(encoder: Encoder) -> Evaluation:
+        values = measure(encoder, pictures, rows, samplers, recipe.evaluate)
+        return Evaluation(
+            tuple(Score(shots_name(n), float(accuracy.mean())) for n, accuracy in values.items())
+        )
+
+    return evaluate

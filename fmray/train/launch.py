@@ -1,0 +1,209 @@
+"""Runs the training job of a recipe: from the driver's checks to the registered model.
+
+`train` serves every kind of recipe. The run's folder `<storage>/<run id>/` gets the resolved
+`recipe.yaml`, `log.jsonl`, checkpoints and `model/` (few-shot: also `selection.json`, the tasks it
+is finetuned on). The same run id resumes a run.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ray.train import UserCallback
+
+from fmray.config import AdaLlavaRecipe, BaseRecipe, LoadedRecipe
+from fmray.config.fewshot import FewshotRecipe
+from fmray.runtime import tracking
+from fmray.runtime.nodes import session
+from fmray.train import checkpoint as checkpoints
+from fmray.train.method import JOB_NAMES, Evaluation, TrainJob, training_settings
+from fmray.train.mirror import Mirror, get_folder, last_state, open_mirror, put_files
+from fmray.train.supervise import fit
+
+SELECTION = "selection.json"
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a finished training leaves."""
+
+    run_dir: Path
+    model_dir: Path  #: safetensors, with the processor or the encoder's settings
+    metrics: dict[str, float]  #: the last step's and the last evaluation's, by their logged names
+    evaluation: Evaluation | None = None
+    best_checkpoint: Path | None = None  #: None: no evaluation, or no longer kept
+    mlflow_run_id: str | None = None
+    model_version: str | None = None  #: version in the model registry, with `register_as`
+    tasks: list[str] = field(default_factory=list)  #: finetuned on (few-shot)
+
+
+def train(
+    loaded: LoadedRecipe[Any],
+    run_id: str,
+    callbacks: Sequence[UserCallback] = (),
+    parent: str | None = None,
+) -> Result:
+    """Train the recipe's model on Ray Train and wait for it.
+
+    Args:
+        callbacks: of Ray's controller, called at each report.
+        parent: MLflow run id of the search that this run is a trial of.
+
+    Raises:
+        ValueError: recipe, data or checkpoint do not fit together.
+        GaveUp, SystemExit: see `fmray.train.supervise.fit`.
+        TrackingError: the model could not be registered.
+    """
+    recipe = loaded.recipe.with_absolute_paths()
+    check_trainable(recipe)
+    cluster, run_dir = recipe.cluster, recipe.cluster.storage / run_id
+    mirror = open_mirror(cluster, run_dir)
+    tasks = _earlier_tasks(run_dir, mirror) if isinstance(recipe, FewshotRecipe) else []
+    _check_resume(recipe, run_id, run_dir, mirror, tasks)
+    run_dir.mkdir(parents=True, exist_ok=True)
+    (run_dir / "recipe.yaml").write_text(loaded.dump(), encoding="utf-8")
+    put_files(mirror, "recipe.yaml")
+    print(loaded.dump(), flush=True)
+
+    # The driver's MLflow run is open before the workers' (with sqlite it creates the database), and
+    # it ends the run whatever becomes of them.
+    in_process = cluster.workers == 0
+    with tracking.open_job_run(recipe, run_id, JOB_NAMES[recipe.kind], parent) as run:
+        mlflow_run_id = run.mlflow_run_id
+        with nullcontext() if in_process else session(recipe):
+            if isinstance(recipe, FewshotRecipe):
+                tasks = tasks or _choose_tasks(recipe, run_dir / SELECTION)
+                put_files(mirror, SELECTION)
+                run.artifact(run_dir / SELECTION)
+            job = TrainJob(recipe, loaded.dump(), run_id, tuple(tasks))
+            loop = _train_in_process if in_process else _train_worker
+            outcome = fit(recipe, run_id, {"job": job}, loop, run, callbacks)
+    get_folder(mirror, run_dir / "model")
+
+    version = None
+    if recipe.tracking.register_as is not None:
+        version = tracking.register(
+            recipe.tracking, cluster.storage, recipe.tracking.register_as, run_dir / "model", run_id
+        )
+    values = outcome.values
+    result = Result(
+        run_dir=run_dir,
+        model_dir=run_dir / "model",
+        metrics=values["metrics"],
+        evaluation=values["evaluation"],
+        best_checkpoint=_best_checkpoint(run_dir, values["best_step"]),
+        mlflow_run_id=mlflow_run_id,
+        model_version=version,
+        tasks=list(tasks),
+    )
+    print("\n".join([*_summary(recipe, run_id, result), *outcome.lines()]), flush=True)
+    return result
+
+
+def check_trainable(recipe: BaseRecipe) -> None:
+    """Raise ValueError for a recipe that trains nothing, or whose data are not prepared."""
+    if isinstance(recipe, AdaLlavaRecipe):
+        store = recipe.data.store
+        for part in ("processor", "train", "validation", "manifest.json"):
+            if not (store / part).exists():
+                raise ValueError(
+                    f"data.store {store}: no {part}; "
+                    "prepare it with `python jobs/prepare_data.py --config ...`"
+                )
+    elif recipe.train.method == "direct":
+        raise ValueError(
+            "train.method: direct adaptation trains nothing; evaluate the encoder as it is, with"
+            " `python jobs/evaluate.py`"
+        )
+    elif recipe.target is None and not recipe.select.only and recipe.select.method != "all":
+        raise ValueError(
+            f"select.method: {recipe.select.method} chooses tasks for a target: set"
+            " target.collection, or select.method: all"
+        )
+
+
+def _check_resume(
+    recipe: AdaLlavaRecipe | FewshotRecipe,
+    run_id: str,
+    run_dir: Path,
+    mirror: Mirror | None,
+    tasks: Sequence[str],
+) -> None:
+    """Raise ValueError, before any worker starts, for a checkpoint of another recipe."""
+    newest = last_state(run_dir, mirror)
+    if newest is not None:
+        where, state = newest
+        checkpoints.check_settings(state, training_settings(recipe, tasks), where)
+        print(f"run {run_id}: resuming from {where}", flush=True)
+
+
+def _earlier_tasks(run_dir: Path, mirror: Mirror | None) -> list[str]:
+    """The tasks that this run has selected before; [] for a new run."""
+    path = run_dir / SELECTION
+    if mirror is not None and not path.exists():
+        mirror.get(SELECTION)  # the run began on another machine
+    return json.loads(path.read_text(encoding="utf-8"))["tasks"] if path.is_file() else []
+
+
+def _choose_tasks(recipe: FewshotRecipe, path: Path) -> list[str]:
+    # imports torch and the encoders' libraries, which a resumed run does not need
+    from fmray.train.fewshot.select import choose_for_run
+
+    return choose_for_run(recipe, path)
+
+
+def _train_worker(config: dict[str, Any]) -> dict[str, Any]:
+    # the loop's imports take seconds, and the driver and Ray's controller do not need them
+    from fmray.train.loop import train_worker
+
+    return train_worker(config)
+
+
+def _train_in_process(config: dict[str, Any]) -> dict[str, Any]:
+    from fmray.train.loop import train_in_process
+
+    return train_in_process(config)
+
+
+def _best_checkpoint(run_dir: Path, step: int | None) -> Path | None:
+    if step is None:
+        return None
+    path = checkpoints.checkpoint_path(run_dir, step)
+    return path if path.is_dir() else None
+
+
+def _summary(recipe: BaseRecipe, run_id: str, result: Result) -> list[str]:
+    """The end of the job in a few lines."""
+    metrics = result.metrics
+    title = f"run {run_id}: {int(metrics['step'])} steps"
+    if isinstance(recipe, FewshotRecipe):
+        episodes = recipe.episodes
+        title += (
+            f" of {recipe.train.method} on {len(result.tasks)} tasks"
+            f" ({episodes.ways}-way {episodes.shots}-shot)"
+        )
+    lines = [title]
+    if isinstance(recipe, FewshotRecipe) and "loss" in metrics:  # some step was left to take
+        lines.append(f"{'':>12}{'loss':>10}{'accuracy':>10}")
+        lines.append(f"{'last step':>12}{metrics['loss']:>10.4f}{metrics['accuracy']:>10.4f}")
+    if result.evaluation is not None:
+        what = "shots" if isinstance(recipe, FewshotRecipe) else "budget"
+        lines.append(f"{what:>13}  {'accuracy':>8}  {'loss':>8}")
+        for score in result.evaluation.scores:
+            loss = "" if score.loss is None else f"{score.loss:8.4f}"
+            lines.append(f"{score.name:>13}  {score.accuracy:8.4f}  {loss}".rstrip())
+    lines.append(f"model: {result.model_dir}")
+    if result.model_version is not None:
+        name = recipe.tracking.register_as
+        lines.append(f"registered as models:/{name}@production (version {result.model_version})")
+    if result.best_checkpoint is not None:
+        lines.append(f"best checkpoint: {result.best_checkpoint}")
+    if result.mlflow_run_id is not None:
+        experiment = recipe.tracking.experiment
+        lines.append(f"MLflow run: {result.mlflow_run_id} (experiment {experiment})")
+    return lines
