@@ -16,6 +16,7 @@ from support.selection import color_store
 
 from fmray.data.image_store import ImageStore
 from fmray.train.fewshot.compare import compare
+from fmray.train.launch import train
 
 TWO = {"workers": 2, "cpus_per_worker": 0.5, "data_cpus": 0.5}
 ROOT = Path(__file__).parents[3]
@@ -44,14 +45,14 @@ def test_two_workers_learn_what_one_does_and_one_can_go_on(
     store, start: Path, tmp_path: Path, method: str, strategy: str
 ) -> None:
     """Three episodes a step, which two workers cannot share evenly."""
-    train = TRAIN | {"method": method, "checkpoint_every": 2, "keep_checkpoints": 9}
-    train |= {"episodes_per_step": 3}
+    steps = TRAIN | {"method": method, "checkpoint_every": 2, "keep_checkpoints": 9}
+    steps |= {"episodes_per_step": 3}
     if strategy == "zero":
-        train |= {"optimizer": "adamw", "lr": 1e-3}
+        steps |= {"optimizer": "adamw", "lr": 1e-3}
     encoder = {"checkpoint": start}
-    alone = train(fewshot_recipe(store, tmp_path / "alone", train=train, encoder=encoder), "run")
-    train |= {"strategy": strategy}
-    sections = {"train": train, "encoder": encoder}
+    alone = train(fewshot_recipe(store, tmp_path / "alone", train=steps, encoder=encoder), "run")
+    steps |= {"strategy": strategy}
+    sections = {"train": steps, "encoder": encoder}
     loaded = fewshot_recipe(store, tmp_path, cluster=TWO | {"workers": [1, 2]}, **sections)
     together = train(loaded, "run")
     assert "2 ranks, each 2 episodes a step" in (together.run_dir / "events.jsonl").read_text()

@@ -145,14 +145,14 @@ def test_a_copy_that_fails_is_said_and_the_last_one_must_not(
     assert complete(s3, "cable") == [NAMES[1], NAMES[2], "model"]
 
 
-def test_finetuning_goes_through_the_same_door(
+def test_fewshot_training_resumes_from_the_mirror(
     s3: S3, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     images = color_store(tmp_path)
     start_encoder(tmp_path / "from")
     encoder = {"checkpoint": tmp_path / "from"}
-    train = {"steps": 6, "episodes_per_step": 2, "lr": 0.02, "checkpoint_every": 2}
-    sections = {"train": train, "encoder": encoder}
+    steps = {"steps": 6, "episodes_per_step": 2, "lr": 0.02, "checkpoint_every": 2}
+    sections = {"train": steps, "encoder": encoder}
     alone = train(fewshot_recipe(images, tmp_path / "alone", **sections), "run")
 
     def mirrored(storage: Path) -> Any:
