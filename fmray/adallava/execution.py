@@ -10,6 +10,8 @@ per pattern and keeps the cut layers (section 5.2.4).
 from __future__ import annotations
 
 import copy
+import functools
+import inspect
 from collections import OrderedDict
 from dataclasses import dataclass, replace
 
@@ -44,15 +46,31 @@ class LayerInputs:
             positions=_rows(self.positions, 0, index),
         )
 
-    def arguments(self, cache: LayerCache | None) -> dict[str, object]:
-        """Keyword arguments of a stock decoder layer."""
-        return {
-            "attention_mask": self.mask,
-            "position_embeddings": self.rotary,
-            "position_ids": self.positions,
-            "past_key_values": cache,
-            "use_cache": cache is not None,
-        }
+    def run(self, layer: nn.Module, hidden: Tensor, cache: object | None = None) -> Tensor:
+        """Run a stock decoder layer on hidden states [B, n, d].
+
+        Args:
+            cache: anything with the `update` of a `LayerCache`.
+        """
+        return layer(
+            hidden,
+            attention_mask=self.mask,
+            position_embeddings=self.rotary,
+            position_ids=self.positions,
+            use_cache=cache is not None,
+            **{cache_argument(type(layer)): cache},
+        )
+
+
+@functools.cache
+def cache_argument(layer: type[nn.Module]) -> str:
+    """Return the keyword under which a stock decoder layer takes its cache.
+
+    `past_key_values` in transformers 5.20; later versions call it `cache`, deprecate the old name
+    and remove it in 5.40.
+    """
+    names = inspect.signature(layer.forward).parameters
+    return "cache" if "cache" in names else "past_key_values"
 
 
 def _rows(value: Tensor | None, dim: int, index: Tensor) -> Tensor | None:
@@ -141,7 +159,7 @@ class Execution:
         if self.layout.design == "layers":
             gate = switches[:, :, None]
             # not h + gate * (y - h): with gate 1 this gives y to the last bit
-            return layer(hidden, **inputs.arguments(None)) * gate + hidden * (1 - gate)
+            return inputs.run(layer, hidden) * gate + hidden * (1 - gate)
         heads = switches[:, self._unit_of_feature.to(hidden.device)][:, None, :]
         channels = switches[:, self._unit_of_channel.to(hidden.device)][:, None, :]
         block = block_of(layer)
@@ -154,7 +172,7 @@ class Execution:
             ),
         ]
         try:
-            return layer(hidden, **inputs.arguments(None))
+            return inputs.run(layer, hidden)
         finally:
             for hook in hooks:
                 hook.remove()
@@ -198,8 +216,8 @@ class Execution:
         for place, group in enumerate(groups):
             cache = caches[place]
             if group.rows is None:
-                return group.layer(hidden, **inputs.arguments(cache))
-            rows = group.layer(before[group.rows], **inputs.rows(group.rows).arguments(cache))
+                return inputs.run(group.layer, hidden, cache)
+            rows = inputs.rows(group.rows).run(group.layer, before[group.rows], cache)
             hidden = hidden.index_copy(0, group.rows, rows)
         return hidden
 

@@ -183,10 +183,10 @@ class Backbone:
         the kernel.
         """
         return create_causal_mask(
-            config=self.config,
-            inputs_embeds=hidden,
-            attention_mask=attention_mask,
-            past_key_values=None,
+            self.config,
+            hidden,
+            attention_mask,
+            None,  # no cache; by position, for its name depends on the version of transformers
             position_ids=positions if positions is None or positions.dim() == 2 else None,
             allow_is_causal_skip=not explicit,
         )

@@ -176,7 +176,7 @@ def masked_pass(model: AdaptiveVLM, prompt: Prompt, draw: Draw) -> tuple[Tensor,
         return function(*tensors)
 
     for layer in backbone.layers[: layout.first]:
-        hidden = run(lambda h, layer=layer: layer(h, **lower.arguments(None)), hidden)
+        hidden = run(lambda h, layer=layer: lower.run(layer, h), hidden)
     if model.latency_token == "inline":
         token = hidden[torch.arange(hidden.shape[0], device=hidden.device), prompt.end]
     else:
@@ -207,7 +207,7 @@ def prefill(
     # a probe reads the prompt's keys, so they are held while it does
     lower = [LayerCache() if keep or probe else None for _ in range(model.layout.first)]
     for layer, cache in zip(backbone.layers, lower, strict=False):
-        hidden = layer(hidden, **inputs.arguments(cache))
+        hidden = inputs.run(layer, hidden, cache)
     if probe:
         token = _run_probe(backbone, token, prompt, lower)
     else:
@@ -235,7 +235,7 @@ def hidden_under(model: AdaptiveVLM, prompt: Prompt, plans: Tensor) -> Iterator[
         hidden, mask, positions = insert_token(hidden, token, mask, positions, prompt.end)
     inputs = _inputs(backbone, hidden, mask, positions)
     for layer in backbone.layers[: layout.first]:
-        hidden = layer(hidden, **inputs.arguments(None))
+        hidden = inputs.run(layer, hidden)
     patterns = plans.view(len(plans), -1, layout.units_per_layer).tolist()
     states, before = [hidden], []  # after each layer of the plan before
     for index in sorted(range(len(plans)), key=patterns.__getitem__):
@@ -246,7 +246,7 @@ def hidden_under(model: AdaptiveVLM, prompt: Prompt, plans: Tensor) -> Iterator[
         for place in range(shared, len(pattern)):
             layer = model.execution.module_for(layout.first + place, tuple(pattern[place]))
             hidden = states[-1]
-            states.append(hidden if layer is None else layer(hidden, **inputs.arguments(None)))
+            states.append(hidden if layer is None else inputs.run(layer, hidden))
         before = pattern
         yield index, states[-1]
 
@@ -264,7 +264,7 @@ def decode(model: AdaptiveVLM, tokens: Tensor, positions: Tensor, state: Decodin
         positions[:, None],
     )
     for layer, cache in zip(backbone.layers, state.lower, strict=False):
-        hidden = layer(hidden, **inputs.arguments(cache))
+        hidden = inputs.run(layer, hidden, cache)
     for layer_groups, caches in zip(state.groups, state.upper, strict=True):
         hidden = model.execution.run_groups(hidden, inputs, layer_groups, caches)
     return backbone.logits(hidden[:, 0])
@@ -328,6 +328,6 @@ def _run_probe(
         place if place.dim() == 2 else None,
     )
     for layer, cache in zip(backbone.layers, caches, strict=False):
-        hidden = layer(hidden, **inputs.arguments(cache))
+        hidden = inputs.run(layer, hidden, cache)
         cache.drop_last()
     return hidden[:, 0]

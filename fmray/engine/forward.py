@@ -160,7 +160,7 @@ class Prefill:
             inputs = self._inputs(hidden, positions, known)
             for index, (arena, slot) in enumerate(places):
                 cache = PrefillCache(arena, slot, known)
-                hidden = backbone.layers[index](hidden, **inputs.arguments(cache))
+                hidden = inputs.run(backbone.layers[index], hidden, cache)
         if prefix is not None:
             hidden = torch.cat((prefix.hidden[None], hidden), dim=1)
         if inline:
@@ -172,7 +172,7 @@ class Prefill:
         )
         for index, (arena, slot) in enumerate(places):
             cache = PrefillCache(arena, slot, length)
-            token = backbone.layers[index](token, **inputs.arguments(cache))
+            token = inputs.run(backbone.layers[index], token, cache)
         return hidden, token[:, 0]
 
     def _upper(self, row: Row, hidden: Tensor, positions: Tensor) -> Tensor:
@@ -188,7 +188,7 @@ class Prefill:
                 continue
             heads, share = self.memory.token.heads(pattern), sum(pattern) / units
             arena, slot = self.memory.place(row, (index, pattern), index, module, heads, share)
-            hidden = module(hidden, **inputs.arguments(PrefillCache(arena, slot)))
+            hidden = inputs.run(module, hidden, PrefillCache(arena, slot))
             row.layers += 1
         return hidden
 
@@ -301,7 +301,7 @@ class Decode:
                 some, own, places = prepared[call.order]
                 cache = DecodeCache(call.arena, own, places)
                 given = before if call.index is None else before[call.index]
-                found = call.arena.module(given, **some.arguments(cache))
+                found = some.run(call.arena.module, given, cache)
                 if call.index is None:
                     hidden = found
                 else:

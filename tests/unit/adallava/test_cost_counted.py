@@ -20,6 +20,7 @@ from transformers import (
 )
 
 from fmray.adallava.cost import CostModel
+from fmray.adallava.execution import cache_argument
 from fmray.adallava.layout import SwitchLayout
 
 SMALL = {
@@ -93,9 +94,9 @@ def test_exact_is_what_the_stock_model_does(config):
     assert layers == cost.layers_cost(23, full)
     assert head == cost.lm_head
     assert layers + head == cost.prefill(23, full)
-    layers, head, _ = counted(
-        model, "model.layers", ids[:, :1], past_key_values=output.past_key_values
-    )
+    name = cache_argument(type(model))
+    cache = {name: getattr(output, name)}
+    layers, head, _ = counted(model, "model.layers", ids[:, :1], **cache)
     assert layers + head == cost.decode(24, full)
     # Fewer layers in the model and fewer switches on are the same amount of work.
     del model.model.layers[3]
