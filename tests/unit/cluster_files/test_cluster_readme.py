@@ -1,4 +1,4 @@
-"""cluster/README.md: every path is there, and every command is one that its program takes."""
+"""docs/cluster.md: every path is there, and every command is one that its program takes."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from fmray.cli import COMMANDS, main
 from fmray.config import AdaLlavaRecipe
 from fmray.config.arguments import job_arguments
 
-TEXT = (CLUSTER / "README.md").read_text()
+TEXT = (ROOT / "docs" / "cluster.md").read_text()
 BLOCKS = re.findall(r"```(\w+)\n(.*?)```", TEXT, re.S)
 SHELL = [
     re.sub(r"(?m)(?:^|\s)#.*$", "", body.replace("\\\n", " "))  # without comments

@@ -35,7 +35,7 @@ from fmray.serve.app import build
 
 RAY_KINDS = ["RayCluster", "RayJob", "RayService"]
 OBJECTS = [item for path in KUBERAY for item in documents(path)]
-README = (ROOT / "cluster" / "README.md").read_text()
+README = (ROOT / "docs" / "cluster.md").read_text()
 
 
 @pytest.fixture(scope="session")

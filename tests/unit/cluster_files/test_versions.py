@@ -26,7 +26,8 @@ from support.cluster_files import (
 
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 DOCKERFILE = (CLUSTER / "Dockerfile").read_text()
-TEXTS = {path: path.read_text() for path in sorted(CLUSTER.rglob("*")) if path.is_file()}
+PAGE = ROOT / "docs" / "cluster.md"
+TEXTS = {path: path.read_text() for path in sorted([*CLUSTER.rglob("*"), PAGE]) if path.is_file()}
 OTHER_IMAGES = {"postgres:17"}
 
 
@@ -107,7 +108,7 @@ def test_every_pod_and_machine_has_the_image() -> None:
         ("-py311", "-py312", "Python 3.12 is not 3.11"),
         ("rayVersion: 2.60.0", "rayVersion: 2.59.0", "rayjob.yaml: Ray 2.59.0"),
         ("fmray:0.1.0-ray2.60.0", "fmray:latest", "gcp.yaml: fmray:latest"),
-        ("ray[default]==2.60.0", "ray[default]==2.60.1", "README.md: Ray 2.60.1"),
+        ("ray[default]==2.60.0", "ray[default]==2.60.1", "cluster.md: Ray 2.60.1"),
     ],
 )
 def test_another_version_is_caught(old: str, new: str, said: str) -> None:
