@@ -1,9 +1,7 @@
-"""`fmray`: one command, a few subcommands, each of which is a module with `add_arguments` and
-`run`.
+"""The command `fmray`. Each subcommand is a module with `add_arguments` and `run`.
 
-In: the command line. Out: an exit code: 0, what the subcommand says, or 2 for a user's mistake,
-which is said in one line. A subcommand's module is imported only when it is chosen, so that `fmray
---help` answers at once.
+The exit code is the subcommand's, or 2 after one line about a user's mistake. A subcommand's module
+is imported only when it is chosen, so that `fmray --help` is quick.
 """
 
 from __future__ import annotations
@@ -19,32 +17,32 @@ from fmray.errors import exit_code
 COMMANDS = {
     "quickstart": (
         "fmray.commands.quickstart",
-        "train, finetune and measure a small adaptive model on this machine",
+        "train and evaluate a small adaptive model on this machine",
     ),
     "ask": ("fmray.commands.ask", "ask a trained model a question about an image, under a budget"),
-    "serve": ("fmray.commands.serve", "an OpenAI-style endpoint for a trained model, on Ray Serve"),
-    "cost": ("fmray.commands.cost", "what a budget buys: layers, operations, roofline time"),
+    "serve": ("fmray.commands.serve", "serve a trained model to OpenAI clients, on Ray Serve"),
+    "cost": ("fmray.commands.cost", "units, operations and roofline time of a model under budgets"),
     "models": ("fmray.commands.models", "register a finished run's model in the registry"),
     "top": (
         "fmray.commands.top",
-        "what a run is doing: workers, step, speed, checkpoints",
+        "show what a run is doing: workers, step, speed, checkpoints",
     ),
     "doctor": (
         "fmray.commands.doctor",
-        "what is installed, what Ray sees, whether a recipe fits",
+        "check the installation, the cluster, and whether a recipe fits",
     ),
     "config": (
         "fmray.commands.config",
-        "a recipe resolved, with the origin of each value; or the JSON Schema",
+        "print a recipe with the origin of each value, or the JSON Schema",
     ),
 }
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run `fmray`; returns the exit code."""
+    """Run `fmray` and return the exit code."""
     words = list(sys.argv[1:] if argv is None else argv)
     parser = argparse.ArgumentParser(
-        prog="fmray", description="Foundation models adapted to a job and a compute budget, on Ray."
+        prog="fmray", description="Adapt foundation models to a task and a compute budget, on Ray."
     )
     parser.add_argument("--version", action="version", version=f"fmray {__version__}")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)

@@ -13,14 +13,14 @@ import ipaddress
 import signal
 import threading
 from pathlib import Path
-from typing import Any
 
-import yaml
 from pydantic import ValidationError
 
 from fmray.commands.ask import MODEL, STORAGE
 from fmray.config.arguments import add_overrides
 from fmray.config.serve import ALIAS, REGISTRY, ServeConfig
+from fmray.config.yaml_file import Entry, explain, override
+from fmray.errors import ConfigError
 from fmray.serve.keys import VARIABLE, load_keys
 
 
@@ -62,29 +62,27 @@ def run(options: argparse.Namespace) -> int:
 
 
 def settings_of(options: argparse.Namespace) -> ServeConfig:
-    """The settings that the command line asks for. Raises ValueError in one line."""
+    """Return the settings that the command line asks for.
+
+    Raises:
+        ConfigError: one line with the setting and what is wrong with it.
+    """
     model = options.model
     if not model.startswith(REGISTRY) and not Path(model).is_dir() and "/" not in model:
         model = f"{REGISTRY}{model}{ALIAS}"
-    values: dict[str, Any] = {
+    words = {
         "model": model,
-        "storage": options.storage,
+        "storage": str(options.storage),
         "tracking_uri": options.uri,
-        "keys_file": options.keys_file,
+        "keys_file": options.keys_file and str(options.keys_file),
     }
-    for override in options.overrides:
-        key, equals, text = override.partition("=")
-        if not equals:
-            raise ValueError(f"--set {override}: KEY=VALUE is needed")
-        value = yaml.safe_load(text)
-        values[key.strip()] = text if isinstance(value, float) else value
+    origin = "command line"
+    tree = Entry({key: Entry(value, origin) for key, value in words.items()}, origin)
+    tree = override(tree, options.overrides)
     try:
-        return ServeConfig.model_validate(values)
+        return ServeConfig.model_validate(tree.plain())
     except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        place = ".".join(str(part) for part in first["loc"])
-        text = first["msg"].removeprefix("Value error, ")
-        raise ValueError(f"{place}: {text}" if place else text) from None
+        raise ConfigError(explain(error, ServeConfig, tree)) from error
 
 
 def _loopback(host: str) -> bool:

@@ -1,4 +1,7 @@
-"""Every setting of fmray: typed recipes, one module per kind, and one way to load them."""
+"""All settings of fmray: typed recipes, one module per kind, and one loader.
+
+`fmray.config.serve` (the endpoint's settings) is imported by itself: it needs torch.
+"""
 
 from fmray.config.adallava import (
     AdaLlavaRecipe,
@@ -21,10 +24,13 @@ from fmray.config.base import (
     Share,
     TrackingConfig,
 )
-from fmray.config.recipes import LoadedRecipe, R, load
+from fmray.config.fewshot import FewshotRecipe
+from fmray.config.recipes import KINDS, LoadedRecipe, R, load
+from fmray.config.search import PlansRecipe, SearchRecipe
 from fmray.errors import ConfigError
 
 __all__ = [
+    "KINDS",
     "NAME",
     "AdaLlavaRecipe",
     "AdaptiveConfig",
@@ -33,12 +39,15 @@ __all__ = [
     "ConfigError",
     "DataConfig",
     "EvaluateConfig",
+    "FewshotRecipe",
     "LoadedRecipe",
     "Location",
     "LoraConfig",
     "ModelConfig",
+    "PlansRecipe",
     "R",
     "ScratchConfig",
+    "SearchRecipe",
     "Section",
     "ShapesConfig",
     "Share",

@@ -1,8 +1,7 @@
-"""The recipe of an AdaLLaVA job, `kind: adallava`: model, switches, data, training, evaluation."""
+"""The recipe of an AdaLLaVA job (`kind: adallava`): model, units, data, training, evaluation."""
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Literal, Self
@@ -15,7 +14,7 @@ Decay = Annotated[float, Field(ge=0, lt=1)]
 
 
 class ScratchConfig(Section):
-    """A small LLaVA made from sizes, for `model.source: scratch` (no download)."""
+    """Sizes of a small LLaVA with random weights, for `model.source: scratch` (no download)."""
 
     text_family: Literal["llama", "qwen2", "phi"] = "llama"
     layers: int = Field(8, ge=2)
@@ -30,6 +29,25 @@ class ScratchConfig(Section):
     patch_size: int = Field(16, ge=2)
     max_vocabulary: int = Field(4096, ge=16)
 
+    def conflicts(self) -> Iterator[tuple[str, str]]:
+        """See `Section.conflicts`."""
+        kv_heads = self.kv_heads or self.heads
+        if self.heads % kv_heads:
+            yield "kv_heads", f"should divide heads ({self.heads}); {kv_heads} does not"
+        # Rotary embeddings rotate pairs of channels: a head needs an even number of them.
+        if self.hidden % (2 * self.heads):
+            yield "hidden", f"{self.hidden} should be a multiple of 2 x heads = {2 * self.heads}"
+        if self.vision_hidden % self.vision_heads:
+            yield (
+                "vision_hidden",
+                f"{self.vision_hidden} should be a multiple of vision_heads = {self.vision_heads}",
+            )
+        if self.image_size % self.patch_size:
+            yield (
+                "image_size",
+                f"{self.image_size} should be a multiple of patch_size = {self.patch_size}",
+            )
+
 
 class LoraConfig(Section):
     """LoRA (peft) on the linear layers of the decoder."""
@@ -40,7 +58,7 @@ class LoraConfig(Section):
 
 
 class ModelConfig(Section):
-    """Which base model, how it is loaded and which parts of it learn."""
+    """The base model, how it is loaded and which of its parts train."""
 
     source: str = Field(
         "scratch", description="hub name, directory (stock or adaptive), or `scratch`"
@@ -54,7 +72,7 @@ class ModelConfig(Section):
 
 
 class AdaptiveConfig(Section):
-    """The switches, the latency token and how plans are drawn; null trains the base model alone."""
+    """Units, latency token and scheduler; null trains the base model without them."""
 
     design: Literal["layers", "heads"] = "layers"
     first: int | None = Field(None, ge=1, description="first switchable layer; default: half")
@@ -64,26 +82,31 @@ class AdaptiveConfig(Section):
     tau: float = Field(5.0, gt=0, description="temperature of the Gumbel-softmax")
     penalty: float = Field(1.0, ge=0, description="lambda of the deterministic baseline")
     min_budget: float | None = Field(
-        None, gt=0, le=1, description="smallest training budget; default: the smallest there is"
+        None, gt=0, le=1, description="smallest training budget; default: the smallest possible"
     )
 
 
 class ShapesConfig(Section):
-    """The generated visual-question set, written in LLaVA's format."""
+    """A generated set of visual questions, in LLaVA's format."""
 
     pictures: int = Field(20_000, ge=1)
     validation_pictures: int = Field(500, ge=1)
-    grid: int = Field(2, ge=2, le=4, description="cells a side")
+    grid: int = Field(2, ge=2, le=4, description="cells per side")
     image_size: int = Field(32, ge=16)
-    turns: int = Field(4, ge=1, le=16, description="questions a picture")
+    turns: int = Field(4, ge=1, le=16, description="questions per image")
     two_hop: float = Field(0.4, ge=0, le=1, description="share of questions that need two look-ups")
     relations: int = Field(
-        3, ge=1, le=3, description="beside, vertical, opposite (larger grids: right, below)"
+        3,
+        ge=1,
+        le=3,
+        description="kinds of relation: beside, vertical, opposite (larger grids: right, below)",
     )
     colors: int = Field(4, ge=2, le=8)
     shapes: int = Field(3, ge=2, le=6)
     empty: float = Field(0.0, ge=0, lt=1, description="share of empty cells")
-    jitter: int = Field(2, ge=0, description="pixels a shape may lie off its cell's middle")
+    jitter: int = Field(
+        2, ge=0, description="largest offset of a shape from its cell's centre, in pixels"
+    )
 
 
 class DataConfig(Section):
@@ -95,14 +118,14 @@ class DataConfig(Section):
     train: Location | None = Field(None, description="LLaVA JSON or JSONL file")
     validation: Location | None = Field(None, description="LLaVA JSON or JSONL file")
     validation_share: float = Field(
-        0.05, gt=0, lt=1, description="held out by id when no validation file"
+        0.05, gt=0, lt=1, description="held out by id if there is no validation file"
     )
     image_folder: Location | None = None
     shapes: ShapesConfig | None = Field(None, description="generate the data instead of reading it")
     on_bad_row: Literal["error", "skip"] = "error"
     rows_per_shard: int = Field(1024, ge=1)
     max_length: int = Field(
-        2048, ge=8, description="tokens; longer samples are cut at a turn, or are bad rows"
+        2048, ge=8, description="tokens; longer samples are cut at a turn, or count as bad rows"
     )
     samples: Literal["turn", "conversation"] = Field(
         "turn", description="one training sample per supervised turn, or per conversation"
@@ -118,12 +141,12 @@ class ZeroConfig(Section):
     offload_optimizer: Literal["none", "cpu"] = "none"
     offload_parameters: Literal["none", "cpu"] = "none"
     parameter_persistence: int = Field(
-        100_000, ge=0, description="stage 3: parameters smaller than this stay whole"
+        100_000, ge=0, description="stage 3: smaller parameters are not sharded"
     )
 
 
 class TrainConfig(Section):
-    """Optimisation, evaluation during training and checkpoints."""
+    """Optimization, evaluation during training, and checkpoints."""
 
     lr: float = Field(1e-5, gt=0)
     scheduler_lr: float | None = Field(
@@ -146,7 +169,7 @@ class TrainConfig(Section):
 
 
 class EvaluateConfig(Section):
-    """What `jobs/evaluate.py` measures."""
+    """Budgets and plans that `jobs/evaluate.py` measures."""
 
     budgets: tuple[Share, ...] = Field((0.5, 0.6, 0.7, 0.75, 0.85, 0.95, 1.0), min_length=1)
     plans: tuple[Literal["learned", "random", "static", "importance"], ...] = Field(
@@ -155,12 +178,12 @@ class EvaluateConfig(Section):
     rows: int | None = Field(None, ge=1, description="default: all")
     batch: int = Field(64, ge=1)
     calibration_rows: int = Field(
-        512, ge=1, description="rows of the training split that static plans are fitted on"
+        512, ge=1, description="training rows that static plans are fitted on"
     )
 
 
 class AdaLlavaRecipe(BaseRecipe):
-    """One AdaLLaVA job, whole."""
+    """One AdaLLaVA job: prepare_data, train_adallava and evaluate read the same recipe."""
 
     kind: Literal["adallava"] = "adallava"
     model: ModelConfig = ModelConfig()
@@ -171,98 +194,56 @@ class AdaLlavaRecipe(BaseRecipe):
     evaluate: EvaluateConfig = EvaluateConfig()
 
     def conflicts(self) -> Iterator[tuple[str, str]]:
-        """See `BaseRecipe.conflicts`."""
-        return conflicts(self)
+        """See `Section.conflicts`."""
+        model, data, train, zero = self.model, self.data, self.train, self.zero
+        if model.attention == "flash_attention_2" and model.dtype == "float32":
+            yield "model.attention", "flash_attention_2 needs model.dtype: bfloat16 (or use sdpa)"
+        if self.adaptive:
+            yield from self._adaptive_conflicts(self.adaptive)
+        elif set(model.freeze) == {"vision", "projector", "language"} and not model.lora:
+            yield "model.freeze", "all three parts are frozen and nothing trains; leave one out"
+        if data.train and data.shapes:
+            yield "data.train", "data.shapes generates the data; set one of the two to null"
+        if data.validation and not data.train:
+            yield "data.validation", "needs data.train too"
+        if zero.offload_parameters == "cpu" and zero.stage != 3:
+            yield "zero.offload_parameters", f"needs zero.stage: 3, not {zero.stage} (or use none)"
+        if zero.offload_optimizer == "cpu" and zero.stage == 0:
+            yield "zero.offload_optimizer", "needs zero.stage: 1, 2 or 3, not 0 (or use none)"
+        micro = f"micro_batch {train.micro_batch}"
+        yield from batch_conflicts(
+            self.cluster, "train.global_batch", train.global_batch, train.micro_batch, micro
+        )
+        yield from super().conflicts()
+
+    def _adaptive_conflicts(self, adaptive: AdaptiveConfig) -> Iterator[tuple[str, str]]:
+        if adaptive.latency_token == "probe" and self.model.attention == "flash_attention_2":
+            yield (
+                "adaptive.latency_token",
+                "probe needs its own attention mask: use model.attention: sdpa, or inline",
+            )
+        if self.model.source != "scratch":
+            return
+        layers = self.model.scratch.layers
+        first = adaptive.first or layers // 2
+        if first >= layers:
+            yield (
+                "adaptive.first",
+                f"{first} leaves no switchable layer; at most {layers - 1} for {layers} layers",
+            )
+        # The layers before `first` and the output head always run: no plan costs less.
+        elif adaptive.min_budget is not None and adaptive.min_budget < first / layers:
+            yield (
+                "adaptive.min_budget",
+                f"{adaptive.min_budget} is below the cost of the first {first} of {layers} layers;"
+                f" use at least {first / layers:.3g}, or null",
+            )
 
     def with_absolute_paths(self) -> Self:
-        """See `BaseRecipe.with_absolute_paths`; `model.source` too, where it is a folder."""
+        """See `BaseRecipe.with_absolute_paths`; includes a `model.source` that is a folder."""
         model = self.model
         if model.source != "scratch" and Path(model.source).is_dir():
             model = model.model_copy(update={"source": str(Path(model.source).absolute())})
         data = self.data.absolute("store", "train", "validation", "image_folder")
         recipe = super().with_absolute_paths()
         return recipe.model_copy(update={"model": model, "data": data})
-
-
-def conflicts(recipe: AdaLlavaRecipe) -> Iterator[tuple[str, str]]:
-    """The clashes of a recipe: (dotted key, what is wrong and what would be right)."""
-    model, data, train, zero = recipe.model, recipe.data, recipe.train, recipe.zero
-    yield from _scratch_conflicts(model.scratch)
-    if model.attention == "flash_attention_2" and model.dtype == "float32":
-        yield "model.attention", "flash_attention_2 needs model.dtype: bfloat16 (or use sdpa)"
-    if recipe.adaptive:
-        yield from _adaptive_conflicts(recipe, recipe.adaptive)
-    elif set(model.freeze) == {"vision", "projector", "language"} and not model.lora:
-        yield "model.freeze", "all three parts are frozen and nothing learns; leave one out"
-    if data.train and data.shapes:
-        yield "data.train", "data.shapes generates the data; set one of the two to null"
-    if data.validation and not data.train:
-        yield "data.validation", "needs data.train beside it"
-    if zero.offload_parameters == "cpu" and zero.stage != 3:
-        yield "zero.offload_parameters", f"needs zero.stage: 3, not {zero.stage} (or use none)"
-    if zero.offload_optimizer == "cpu" and zero.stage == 0:
-        yield "zero.offload_optimizer", "needs zero.stage: 1, 2 or 3, not 0 (or use none)"
-    micro = f"micro_batch {train.micro_batch}"
-    yield from batch_conflicts(
-        recipe.cluster, "train.global_batch", train.global_batch, train.micro_batch, micro
-    )
-    uri = recipe.tracking.uri
-    if uri is not None and not re.match(r"https?://.|sqlite:///.", uri):
-        yield (
-            "tracking.uri",
-            f"should be http(s)://HOST or sqlite:///FILE, not {uri!r} (MLflow 3 has no file store)",
-        )
-    if recipe.tracking.register_as and not recipe.tracking.enabled:
-        yield "tracking.register_as", "the model registry needs tracking.enabled: true"
-
-
-def _scratch_conflicts(scratch: ScratchConfig) -> Iterator[tuple[str, str]]:
-    kv_heads = scratch.kv_heads or scratch.heads
-    if scratch.heads % kv_heads:
-        yield (
-            "model.scratch.kv_heads",
-            f"should divide heads ({scratch.heads}); {kv_heads} does not",
-        )
-    # Rotary embeddings turn pairs of channels: a head needs an even number of them.
-    if scratch.hidden % (2 * scratch.heads):
-        yield (
-            "model.scratch.hidden",
-            f"{scratch.hidden} should be a multiple of 2 x heads = {2 * scratch.heads}",
-        )
-    if scratch.vision_hidden % scratch.vision_heads:
-        yield (
-            "model.scratch.vision_hidden",
-            f"{scratch.vision_hidden} should be a multiple of vision_heads ="
-            f" {scratch.vision_heads}",
-        )
-    if scratch.image_size % scratch.patch_size:
-        yield (
-            "model.scratch.image_size",
-            f"{scratch.image_size} should be a multiple of patch_size = {scratch.patch_size}",
-        )
-
-
-def _adaptive_conflicts(
-    recipe: AdaLlavaRecipe, adaptive: AdaptiveConfig
-) -> Iterator[tuple[str, str]]:
-    if adaptive.latency_token == "probe" and recipe.model.attention == "flash_attention_2":
-        yield (
-            "adaptive.latency_token",
-            "probe needs an attention mask of its own: use model.attention: sdpa, or inline",
-        )
-    if recipe.model.source != "scratch":
-        return
-    layers = recipe.model.scratch.layers
-    first = adaptive.first or layers // 2
-    if first >= layers:
-        yield (
-            "adaptive.first",
-            f"{first} leaves no layer to switch; at most {layers - 1} for {layers} layers",
-        )
-    # The layers before `first` always run, and the output head beside them: no plan costs less.
-    elif adaptive.min_budget is not None and adaptive.min_budget < first / layers:
-        yield (
-            "adaptive.min_budget",
-            f"{adaptive.min_budget} is below what the first {first} of {layers} layers cost; at"
-            f" least {first / layers:.3g}, or null",
-        )

@@ -1,7 +1,4 @@
-"""The command line of jobs: `--config`, `--set`, `--run-id`; and where `jobs/` lies.
-
-In: words of the command line. Out: a `LoadedRecipe` and a run id.
-"""
+"""The command line of jobs (`--config`, `--set`, `--run-id`), and the location of `jobs/`."""
 
 from __future__ import annotations
 
@@ -19,24 +16,28 @@ from fmray.errors import ConfigError
 
 
 def add_overrides(parser: argparse.ArgumentParser, example: str = "train.lr=1e-5") -> None:
-    """The option `--set`, as every command and job takes it."""
+    """Add the option `--set` to a parser."""
     parser.add_argument(
         "--set",
         dest="overrides",
         action="append",
         default=[],
         metavar="KEY=VALUE",
-        help=f"override one value, such as {example}; repeatable",
+        help=f"override a value, such as {example}; repeatable",
     )
 
 
 def job_arguments(
     argv: Sequence[str] | None, description: str, kinds: Sequence[type[R]] = (AdaLlavaRecipe,)
 ) -> tuple[LoadedRecipe[R], str]:
-    """What every job takes: `--config`, `--set` and `--run-id`; for `kinds` see `load`.
+    """Parse the command line of a job into its recipe and run id.
 
-    Returns the recipe and the run id; by default the recipe's name, the time in UTC and four hex
-    digits.
+    The default run id is the recipe's name, the time in UTC and four hex digits.
+
+    Args:
+        argv: words of the command line; None for those of the process.
+        description: of the job, for `--help`.
+        kinds: see `load`.
 
     Raises:
         ConfigError: the recipe or the run id is wrong.
@@ -44,7 +45,7 @@ def job_arguments(
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--config", type=Path, required=True, help="recipe (YAML)")
     add_overrides(parser)
-    parser.add_argument("--run-id", help="name of the run; an earlier one resumes it")
+    parser.add_argument("--run-id", help="name of the run; that of an earlier run resumes it")
     arguments = parser.parse_args(argv)
     loaded = load(arguments.config, arguments.overrides, kinds)
     run_id = arguments.run_id
@@ -58,13 +59,13 @@ def job_arguments(
 
 
 def job_path(name: str) -> Path:
-    """A file or folder of `jobs/`, such as `recipes/shapes_tiny.yaml`, in checkout or wheel.
+    """Return the path of `jobs/NAME`, such as `recipes/shapes_tiny.yaml`, in checkout or wheel.
 
     Raises:
-        FileNotFoundError: neither has it.
+        FileNotFoundError: there is no such file or folder.
     """
     package = Path(__file__).parents[1]
     for folder in (package.parent / "jobs", package / "_jobs"):
         if (folder / name).exists():
             return folder / name
-    raise FileNotFoundError(f"there is no {name} in jobs/; is this a whole installation of fmray?")
+    raise FileNotFoundError(f"there is no {name} in jobs/; is the installation of fmray complete?")

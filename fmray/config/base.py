@@ -1,6 +1,6 @@
-"""What the recipes of every kind of job share: section base class, cluster, tracking, checks.
+"""The parts that recipes of every kind share: base classes, cluster, tracking and their checks.
 
-Used by the modules that define one kind of recipe each. Loading is in `recipes.py`.
+One module per kind of recipe builds on it; loading is in `recipes.py`.
 """
 
 from __future__ import annotations
@@ -25,22 +25,20 @@ NAME = r"^[A-Za-z0-9][A-Za-z0-9_.-]*$"
 Location = Annotated[Path, AfterValidator(Path.expanduser)]
 Share = Annotated[float, Field(gt=0, le=1)]
 
-
 S3_OPTIONS = {"endpoint_override", "region", "scheme"}
 
 
 def check_mirror(value: str) -> str:
-    """The URI, if it is one of a store and holds no credentials."""
+    """Return the URI if it names a store and holds no credentials."""
     parts = urlsplit(value)
     secret = parts.password or (parts.scheme == "s3" and parts.username)
     if secret or re.search("key|secret|token", parts.query, re.IGNORECASE):
-        text = (
+        # An error of this type is reported without the value.
+        raise PydanticCustomError(
+            "credentials",
             "credentials do not belong in a recipe: set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
-            " on the nodes, or use the instance's role"
+            " on the nodes, or use the instance's role",
         )
-        # as a clash of settings is said: without the value
-        context = {"key": "cluster.mirror", "text": text}
-        raise PydanticCustomError("conflict", "{key}: {text}", context)
     if parts.scheme == "s3":
         unknown = [name for name, _ in parse_qsl(parts.query) if name not in S3_OPTIONS]
         if parts.netloc and not unknown:
@@ -55,7 +53,7 @@ def check_mirror(value: str) -> str:
 
 
 def _number_or_range(value: Any) -> Any:
-    """Pydantic would name the members of the union, not what is right."""
+    """Check a number or a range; Pydantic's message would list the members of the union."""
     match value:
         case [fewest, most] if type(fewest) is type(most) is int and 1 <= fewest <= most:
             return fewest, most
@@ -67,69 +65,81 @@ def _number_or_range(value: Any) -> Any:
 
 
 Workers = Annotated[int | tuple[int, int], BeforeValidator(_number_or_range)]
-
-
 MirrorUri = Annotated[str, AfterValidator(check_mirror)]
 
 
 class Section(BaseModel):
-    """Base of all sections: unknown keys are refused, values are not changed after loading."""
+    """Base class of all sections: unknown keys are errors, values are immutable."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
+    def conflicts(self) -> Iterator[tuple[str, str]]:
+        """Yield settings that contradict each other: (dotted key, what is wrong and what is right).
+
+        Keys are relative to the section.
+        """
+        yield from ()
+
     def absolute(self, *names: str) -> Self:
-        """A copy in which the paths `names` (None stays None) are absolute."""
+        """Return a copy in which the paths `names` are absolute; None stays None."""
         paths = {name: getattr(self, name) for name in names}
         return self.model_copy(
             update={name: path.absolute() for name, path in paths.items() if path is not None}
         )
 
+    @model_validator(mode="after")
+    def _no_conflicts(self) -> Self:
+        for key, text in self.conflicts():
+            # The key is in the context: `yaml_file.explain` finds its file and line.
+            raise PydanticCustomError("conflict", "{key}: {text}", {"key": key, "text": text})
+        return self
+
 
 class ClusterConfig(Section):
-    """Where it runs: Ray address, workers and what each of them gets."""
+    """Where the job runs: Ray address, workers and their resources."""
 
     address: str | None = Field(
         None, description="Ray address; default: RAY_ADDRESS, a running one, or a new one"
     )
     storage: Location = Field(
         Path("runs"),
-        description="checkpoints and results; visible from every node, or with `mirror` each node's"
-        " own",
+        description="checkpoints and results; visible from every node, or with `mirror` a folder of"
+        " each node",
     )
     mirror: MirrorUri | None = Field(
         None,
-        description="where checkpoints and the model are copied, and fetched from:"
+        description="store for copies of checkpoints and the model:"
         " s3://BUCKET/PREFIX?endpoint_override=HOST:PORT, or any URI that pyarrow opens",
     )
     workers: Workers = Field(
         1,
-        description="0: in this process (Ray Train local mode); [FEWEST, MOST]: as many as there is"
-        " room for, changed while it runs as nodes come and go",
+        description="0: in this process (Ray Train local mode); [FEWEST, MOST]: as many as fit,"
+        " adjusted during the run as nodes join and leave",
     )
     cpus_per_worker: float = Field(1.0, gt=0)
     gpus_per_worker: float = Field(0.0, ge=0)
     data_cpus: float = Field(1.0, ge=0, description="CPUs left for Ray Data and the driver")
     gpu_memory_gib: float | None = Field(None, gt=0, description="per GPU, for `fmray doctor`")
     timeout_s: int = Field(
-        300, ge=10, description="how long workers may take to be placed, and wait for one another"
+        300, ge=10, description="limit for placing the workers, and for waits between them"
     )
     max_failures: int = Field(
-        3, ge=0, description="restarts in a row without a new checkpoint; then the job gives up"
+        3, ge=0, description="restarts in a row without a new checkpoint before the job gives up"
     )
 
     @property
     def fewest_workers(self) -> int:
-        """Below this number the job does not run. 0: in this process."""
+        """The smallest number of workers that the job runs with; 0: in this process."""
         return self.workers if isinstance(self.workers, int) else self.workers[0]
 
     @property
     def most_workers(self) -> int:
-        """As many as it takes when there is room. 0: in this process."""
+        """The largest number of workers that the job uses; 0: in this process."""
         return self.workers if isinstance(self.workers, int) else self.workers[1]
 
     @property
     def world_sizes(self) -> range:
-        """The numbers of ranks that a training may have."""
+        """The numbers of ranks that a training run may have."""
         return range(max(self.fewest_workers, 1), max(self.most_workers, 1) + 1)
 
 
@@ -145,7 +155,7 @@ class TrackingConfig(Section):
 
 
 class BaseRecipe(Section):
-    """What the recipes of all kinds of job have."""
+    """The settings and checks of every kind of recipe."""
 
     kind: str
     name: str = Field(pattern=NAME)
@@ -154,36 +164,43 @@ class BaseRecipe(Section):
     tracking: TrackingConfig = TrackingConfig()
 
     def conflicts(self) -> Iterator[tuple[str, str]]:
-        """Settings that clash: (dotted key, what is wrong and what would be right)."""
-        yield from ()
+        """See `Section.conflicts`; subclasses add their own."""
+        uri = self.tracking.uri
+        if uri is not None and not re.match(r"https?://.|sqlite:///.", uri):
+            yield (
+                "tracking.uri",
+                f"should be http(s)://HOST or sqlite:///FILE, not {uri!r} (MLflow 3 has no file"
+                " store)",
+            )
+        if self.tracking.register_as and not self.tracking.enabled:
+            yield "tracking.register_as", "the model registry needs tracking.enabled: true"
 
     def with_absolute_paths(self) -> Self:
-        """A copy with absolute paths: workers run in another directory."""
+        """Return a copy with absolute paths: workers run in another directory."""
         return self.model_copy(update={"cluster": self.cluster.absolute("storage")})
-
-    @model_validator(mode="after")
-    def _settings_agree(self) -> Self:
-        for key, text in self.conflicts():
-            # The key travels in the context, so that the loader can say file and line.
-            raise PydanticCustomError("conflict", "{key}: {text}", {"key": key, "text": text})
-        return self
 
 
 def batch_conflicts(
     cluster: ClusterConfig, key: str, batch: int, unit: int, unit_name: str
 ) -> Iterator[tuple[str, str]]:
-    """Whether a step's `batch` divides into whole passes of `unit`, or, where the number of workers
-    changes, whether there is something for each; some passes are then not full."""
+    """Yield a conflict if a step's batch does not divide over the workers.
+
+    With a fixed number of workers each of them does full passes. If the number may change, passes
+    may be partial, but each worker needs at least one sample.
+
+    Args:
+        key: of the batch in the recipe.
+        unit: samples per worker and pass, which the message calls `unit_name`.
+    """
     most = cluster.world_sizes[-1]
     if len(cluster.world_sizes) > 1:
         if batch < most:
-            yield key, f"{batch} leaves nothing for some of {most} workers; {most} or more would do"
+            yield key, f"{batch} leaves nothing for some of {most} workers; use {most} or more"
         return
     step = most * unit
     if batch % step:
-        right = " or ".join(str(n * step) for n in (batch // step, -(-batch // step)) if n)
+        multiples = " or ".join(str(n * step) for n in (batch // step, -(-batch // step)) if n)
         yield (
             key,
-            f"{batch} is not a multiple of {most} workers x {unit_name} = {step};"
-            f" {right} would be right",
+            f"{batch} is not a multiple of {most} workers x {unit_name} = {step}; use {multiples}",
         )

@@ -1,7 +1,6 @@
-"""Settings of the few-shot jobs: image collections, encoder, episodes, finetuning, task selection.
+"""The recipe of the few-shot jobs (`kind: fewshot`): images, encoder, episodes, finetuning, tasks.
 
-In: a recipe with `kind: fewshot`, read by `fmray.config.load`. Out: a `FewshotRecipe`. The jobs are
-prepare_data, pretrain_encoder, select_tasks, train_fewshot, evaluate and compare_fewshot.
+prepare_data, pretrain_encoder, select_tasks, train_fewshot, evaluate and compare_fewshot read it.
 """
 
 from __future__ import annotations
@@ -24,7 +23,9 @@ SELECTIONS: tuple[str, ...] = get_args(Selection)
 
 def _collection_name(name: str) -> str:
     if not name or not name.replace("_", "").replace("-", "").isalnum():
-        raise ValueError("letters, digits, `_` and `-` only (it names a folder and a task)")
+        raise ValueError(
+            f"{name!r}: letters, digits, `_` and `-` only (it names a folder and a task)"
+        )
     return name
 
 
@@ -36,24 +37,24 @@ class CollectionConfig(Section):
 
     path: Location = Field(description="a folder or a Parquet file")
     format: Literal["parquet", "folders", "meta_dataset"] | None = Field(
-        None, description="default: by what lies at `path`"
+        None, description="default: detected at `path`"
     )
     split: Literal["given", "hash"] | Location = Field(
         "given",
-        description="the classes' splits: as the data says, by a seeded hash (70/15/15), or a JSON "
-        "file {train|val|test: [class names]}; data that says nothing are hashed",
+        description="splits of the classes: given by the data, a seeded hash (70/15/15), or a JSON "
+        "file {train|val|test: [class names]}; data without splits are hashed",
     )
     specification: Location | None = Field(
-        None, description="Meta-Dataset's dataset_spec.json; default: the one beside the records"
+        None, description="Meta-Dataset's dataset_spec.json; default: the one next to the records"
     )
 
 
 class ImagesConfig(Section):
-    """The store of images that all few-shot jobs read."""
+    """The image store that all few-shot jobs read."""
 
     store: Location = Field(Path("runs/images"), description="visible from every node")
     collections: dict[CollectionName, CollectionConfig] = Field(
-        {}, description="name -> where its images are"
+        {}, description="name -> source of its images"
     )
     on_bad_row: Literal["error", "skip"] = "error"
     rows_per_group: int = Field(256, ge=1, description="images in a Parquet row group, at most")
@@ -70,9 +71,10 @@ class EncoderConfig(Section):
         description="`timm/NAME`, `clip/HUB-NAME`, `hf/HUB-NAME` or `small/vit` and `small/conv`",
     )
     checkpoint: Location | None = Field(
-        None, description="a model directory of ours (safetensors); default: the hub's weights"
+        None,
+        description="encoder directory of fmray, or weights file of timm; default: the hub's",
     )
-    pretrained: bool = Field(True, description="without a checkpoint: weights from the hub")
+    pretrained: bool = Field(True, description="without a checkpoint: load the hub's weights")
     image_size: int | None = Field(None, ge=8, description="pixels; default: the encoder's own")
 
 
@@ -80,13 +82,13 @@ class PretrainConfig(Section):
     """Contrastive or supervised pretraining of a small encoder."""
 
     objective: Literal["simclr", "moco", "supervised"] = "simclr"
-    collections: tuple[str, ...] = Field((), description="default: every one with train classes")
+    collections: tuple[str, ...] = Field((), description="default: all with train classes")
     steps: int = Field(1500, ge=1)
     batch: int = Field(128, ge=2)
     lr: float = Field(1e-3, gt=0)
     weight_decay: float = Field(1e-4, ge=0)
     temperature: float = Field(0.2, gt=0)
-    queue: int = Field(4096, ge=1, description="keys kept, objective `moco`")
+    queue: int = Field(4096, ge=1, description="length of the key queue, objective `moco`")
     momentum: float = Field(0.99, ge=0, lt=1, description="of the key encoder, objective `moco`")
 
 
@@ -110,28 +112,31 @@ class FewshotTrainConfig(Section):
     momentum: float = Field(0.9, ge=0, lt=1)
     weight_decay: float = Field(0.0, ge=0)
     gradient_clip: float = Field(1.0, ge=0, description="0: off")
-    temperature: float = Field(10.0, gt=0, description="of the cosine, at the start; learnt")
+    temperature: float = Field(
+        10.0, gt=0, description="initial temperature of the cosine; it is trained"
+    )
     probe_steps: int = Field(200, ge=1, description="of the linear probe, method lp_ft")
     inner_lr: float = Field(0.01, gt=0, description="method maml")
     inner_steps: int = Field(3, ge=1, description="method maml")
     order: Literal[1, 2] = Field(1, description="of MAML's gradient")
     strategy: Literal["ddp", "zero"] = "ddp"
     eval_every: int | None = Field(
-        None, ge=1, description="steps between evaluations on the target; default: none"
+        None, ge=1, description="steps between evaluations on the target; default: never"
     )
     eval_split: Literal["train", "val", "test", "all"] | None = Field(
-        None, description="of the target, for these; default: target.split (other tasks of it)"
+        None,
+        description="split for these evaluations; default: target.split (other tasks of it)",
     )
     checkpoint_every: int | None = Field(None, ge=1, description="steps; default: at the end only")
     keep_checkpoints: int = Field(2, ge=1)
 
 
 class SelectConfig(Section):
-    """Which candidate tasks to finetune on (Algorithm 1 and its peers)."""
+    """Which candidate tasks to finetune on (Algorithm 1 and its baselines)."""
 
     method: Selection = "selected"
     only: tuple[str, ...] = Field(
-        (), description="names of candidate tasks: these, whatever the method would choose"
+        (), description="names of candidate tasks that replace the method's choice"
     )
     weights: dict[str, Annotated[float, Field(gt=0)]] = Field(
         {}, description="name of a task -> its share of the episodes; default: 1 for each"
@@ -149,31 +154,33 @@ class SelectConfig(Section):
     k: int | None = Field(
         None,
         ge=1,
-        description="how many, for random, top_k, leep and logme; "
+        description="number of tasks for random, top_k, leep and logme; "
         "default: as many as Algorithm 1 selects",
     )
-    images_per_class: int = Field(64, ge=2, description="embedded for the moments of a task")
+    images_per_class: int = Field(64, ge=2, description="images embedded for the moments of a task")
 
 
 class TargetConfig(Section):
-    """The target: the task that the encoder is finetuned for."""
+    """The task that the encoder is finetuned for."""
 
     collection: str
     split: Literal["train", "val", "test", "all"] = "test"
-    unlabelled: int = Field(256, ge=2, description="images the target's moments are taken from")
+    unlabelled: int = Field(256, ge=2, description="images for the target's moments")
 
 
 class FewshotEvaluateConfig(Section):
     """Accuracy over many test tasks."""
 
     sampler: Literal["fixed", "meta_dataset_v1"] = Field(
-        "fixed", description="meta_dataset_v1 draws ways and shots itself, by Meta-Dataset's rules"
+        "fixed", description="meta_dataset_v1 draws ways and shots by Meta-Dataset's rules"
     )
     tasks: int = Field(1500, ge=2)
-    ways: int = Field(15, ge=2, description="targets with fewer classes: all of them, said so")
+    ways: int = Field(
+        15, ge=2, description="targets with fewer classes use all of them, with a note"
+    )
     shots: tuple[int, ...] = Field((1, 5), min_length=1)
     queries: int = Field(15, ge=1, description="per class")
-    batch: int = Field(256, ge=1, description="images an encoder call")
+    batch: int = Field(256, ge=1, description="images per encoder call")
 
 
 class CompareConfig(Section):
@@ -190,7 +197,7 @@ class CompareConfig(Section):
 
 
 class FewshotRecipe(BaseRecipe):
-    """One few-shot job, whole."""
+    """One few-shot job."""
 
     kind: Literal["fewshot"] = "fewshot"
     images: ImagesConfig = ImagesConfig()
@@ -204,7 +211,7 @@ class FewshotRecipe(BaseRecipe):
     compare: CompareConfig = CompareConfig()
 
     def conflicts(self) -> Iterator[tuple[str, str]]:
-        """Settings that clash, as in `BaseRecipe.conflicts`."""
+        """See `Section.conflicts`."""
         yield from batch_conflicts(
             self.cluster, "train.episodes_per_step", self.train.episodes_per_step, 1, "one episode"
         )
@@ -212,17 +219,18 @@ class FewshotRecipe(BaseRecipe):
         if elastic and self.train.strategy == "zero" and self.train.optimizer == "sgd":
             yield (
                 "cluster.workers",
-                "ZeRO's states of sgd are for one number of workers; use train.optimizer: adamw,"
-                " train.strategy: ddp, or one number",
+                "ZeRO's sgd states fit one number of workers; use train.optimizer: adamw,"
+                " train.strategy: ddp, or a fixed number",
             )
         if self.train.eval_every is not None and self.target is None:
             yield "train.eval_every", "evaluations need a target: set target.collection"
         if self.train.method == "maml" and self.train.strategy == "zero":
-            yield "train.strategy", "maml needs the whole weights in each worker: use ddp"
+            yield "train.strategy", "maml needs complete weights in each worker: use ddp"
         only = self.select.only
         if len(set(only)) < len(only):
-            again = next(name for name in only if only.count(name) > 1)
-            yield "select.only", f"{again!r} is there twice; keep one of them"
+            twice = next(name for name in only if only.count(name) > 1)
+            yield "select.only", f"{twice!r} is listed twice; keep one of them"
+        # Every collection that the recipe names exists.
         known = self.images.collections
         named = [("target.collection", self.target.collection)] if self.target else []
         named += [
@@ -233,8 +241,7 @@ class FewshotRecipe(BaseRecipe):
         for key, name in named:
             if known and name not in known:
                 yield key, f"images.collections has no {name!r}; it has {', '.join(known)}"
-        if self.tracking.register_as and not self.tracking.enabled:
-            yield "tracking.register_as", "the model registry needs tracking.enabled: true"
+        yield from super().conflicts()
 
     def with_absolute_paths(self) -> Self:
         """See `BaseRecipe.with_absolute_paths`."""

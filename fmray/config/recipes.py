@@ -1,13 +1,12 @@
-"""Loads a recipe of any kind: typed values, and the origin of each.
+"""Load a recipe of any kind: typed values, and the origin of each.
 
-In: a YAML recipe (with at most one `extends:` parent) and dotted `--set` overrides. Out: a
-`LoadedRecipe`: the typed recipe, where each value came from, and a resolved dump. A user's mistake
-is a `ConfigError` of one line.
+A recipe is a YAML file with at most one `extends:` parent, under dotted `--set` overrides; its
+`kind` says which of `KINDS` it is. A user's mistake is a `ConfigError` of one line.
 """
 
 from __future__ import annotations
 
-import hashlib
+import difflib
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -19,27 +18,31 @@ from typing_extensions import TypeVar
 
 from fmray.config.adallava import AdaLlavaRecipe
 from fmray.config.base import BaseRecipe
+from fmray.config.fewshot import FewshotRecipe
+from fmray.config.search import PlansRecipe, SearchRecipe
 from fmray.config.yaml_file import Entry, dump_value, explain, read
 from fmray.errors import ConfigError
 
 R = TypeVar("R", bound=BaseRecipe, default=AdaLlavaRecipe)
 
+#: Every kind of recipe by the name that its file gives; a file without `kind` is of the first.
+KINDS: dict[str, type[BaseRecipe]] = {
+    "adallava": AdaLlavaRecipe,
+    "fewshot": FewshotRecipe,
+    "search": SearchRecipe,
+    "plans": PlansRecipe,
+}
+
 
 @dataclass(frozen=True)
 class LoadedRecipe(Generic[R]):
-    """A recipe and where each value came from: dotted key -> `file:line`, `--set` or `default`."""
+    """A recipe and where each of its values came from."""
 
     recipe: R
-    origins: dict[str, str]
-
-    @property
-    def hash(self) -> str:
-        """12 hex digits that change with any resolved value."""
-        values = json.dumps(self.recipe.model_dump(mode="json"), sort_keys=True)
-        return hashlib.sha256(values.encode()).hexdigest()[:12]
+    origins: dict[str, str]  # dotted key -> `file:line`, `--set` or `default`
 
     def dump(self) -> str:
-        """All values as YAML that loads again, each with its origin as a comment."""
+        """Return all values as YAML that loads again, each with its origin as a comment."""
         return "\n".join(self._lines(self.recipe.model_dump(mode="json"), "")) + "\n"
 
     def _lines(self, values: dict[str, Any], prefix: str) -> Iterator[str]:
@@ -55,44 +58,46 @@ class LoadedRecipe(Generic[R]):
 def load(
     path: Path, overrides: Sequence[str] = (), kinds: Sequence[type[R]] = (AdaLlavaRecipe,)
 ) -> LoadedRecipe[R]:
-    """Read a recipe, its parents and the overrides (`train.lr=1e-5`) on top.
+    """Load a recipe: its parents, the file, and the overrides (`train.lr=1e-5`) on top.
 
     Args:
-        kinds: the kinds of recipe that will do; the file's `kind` says which it is, and a file that
-            does not say is of the first.
+        kinds: accepted kinds of recipe (`tuple(KINDS.values())` for all); a file without `kind` is
+            of the first.
 
     Raises:
-        ConfigError: one line: file:line, the key, what is wrong and what would be right.
+        ConfigError: one line with file, line, key, what is wrong and what would be right.
     """
     path = Path(path)
     tree = read(path, overrides)
-    model = _kind(tree, path, kinds)
+    model = _model(tree, kinds)
     try:
-        # JSON's strict mode is the useful one: `true` is no number and "5" is text, yet a list may
-        # fill a tuple.
+        # JSON's strict mode fits YAML: `true` is no number and "5" is text, yet a list may fill a
+        # tuple.
         recipe = model.model_validate_json(json.dumps(tree.plain()), strict=True)
     except ValidationError as error:
-        raise ConfigError(explain(error, tree, path, model)) from error
+        raise ConfigError(explain(error, model, tree, str(path))) from error
     return LoadedRecipe(recipe, dict(_origins(recipe.model_dump(mode="json"), tree, "")))
 
 
-def _kind(tree: Entry, path: Path, kinds: Sequence[type[R]]) -> type[R]:
-    written = tree.value.get("kind") if isinstance(tree.value, dict) else None
-    if written is None:
+def _model(tree: Entry, kinds: Sequence[type[R]]) -> type[R]:
+    kind = tree.child("kind")
+    if kind is None:
         return kinds[0]
-    known = {kind.model_fields["kind"].default: kind for kind in kinds}
-    if written.value not in known:
-        right = " or ".join(f"kind: {name}" for name in known)
-        raise ConfigError(
-            f"{written.origin}: kind: this needs a recipe of {right}, not of {written.value!r}"
-        )
-    return known[written.value]
+    accepted = {name: model for name, model in KINDS.items() if model in kinds}
+    if isinstance(kind.value, str) and kind.value in accepted:
+        return accepted[kind.value]
+    name = kind.plain()
+    close = difflib.get_close_matches(str(name), accepted, n=1) if name not in KINDS else []
+    hint = f"; did you mean {close[0]}?" if close else ""
+    wanted = " or ".join(f"kind: {name}" for name in accepted)
+    raise ConfigError(
+        f"{kind.origin}: kind: this needs a recipe of {wanted}, not of {name!r}{hint}"
+    )
 
 
 def _origins(values: dict[str, Any], tree: Entry | None, prefix: str) -> Iterator[tuple[str, str]]:
-    written = tree.value if tree and isinstance(tree.value, dict) else {}
     for name, value in values.items():
-        entry = written.get(name)
+        entry = tree.child(name) if tree else None
         if isinstance(value, dict) and value:
             yield from _origins(value, entry, f"{prefix}{name}.")
         else:

@@ -1,20 +1,22 @@
-"""Every setting of the endpoint: one typed, flat model.
+"""The settings of the endpoint: one typed, flat model.
 
-In: `args:` of a Serve config file, `key=value` words of `serve run`, or the options of `fmray
-serve`. Out: a `ServeConfig`. It is flat because `serve run` passes flat words, which also arrive as
-text and are converted here.
+They come from `args:` of a Serve config file, `key=value` words of `serve run`, or the options of
+`fmray serve`. The model is flat because `serve run` passes flat words; it passes them as text,
+which Pydantic converts.
 """
 
 from __future__ import annotations
 
-import difflib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, Field, field_validator, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, field_validator, model_validator
+from pydantic_core import PydanticCustomError
 
 from fmray.adallava.cost import exact_number
 from fmray.config.base import Location, Section
+from fmray.config.yaml_file import unknown_key
 
 REGISTRY = "models:/"
 ALIAS = "@production"
@@ -22,15 +24,20 @@ ALIAS = "@production"
 
 def _budget(text: str) -> str:
     if not 0 < exact_number(text, "budget") <= 1:
-        raise ValueError(f"{text!r} is no budget; a number in (0, 1] is")
+        raise ValueError(f"{text!r} is no budget; write a number in (0, 1]")
     return text
 
 
-BudgetText = Annotated[str, AfterValidator(_budget)]
+def _as_text(value: Any) -> Any:
+    """Return a number's decimal text; budgets are exact decimals, not floats."""
+    return str(value) if type(value) in (int, float) else value
+
+
+BudgetText = Annotated[str, BeforeValidator(_as_text), AfterValidator(_budget)]
 
 
 class ServeConfig(Section):
-    """What is served, how many requests at once, and what is refused."""
+    """The model, its replicas and engine, and the limits on requests."""
 
     model: str = Field(
         min_length=1,
@@ -40,96 +47,96 @@ class ServeConfig(Section):
         None,
         pattern=r"^[\w][\w./:@-]*$",
         max_length=128,
-        description="what clients call the model; default: its name in the registry or its folder",
+        description="the model's name for clients; default: its name in the registry or its folder",
     )
     release: str | None = Field(
         None,
-        description="any text: with another one, `serve deploy` builds the application again and so"
-        " takes the version in production by then; Serve leaves one alone that did not change",
+        description="any text; another one makes `serve deploy` rebuild the application and so take"
+        " the current production version (Serve ignores a config that did not change)",
     )
     storage: Location = Field(
-        Path("runs"), description="where the registry's sqlite file and fetched models are"
+        Path("runs"), description="folder of the registry's sqlite file and of fetched models"
     )
     tracking_uri: str | None = Field(None, description="MLflow server; default: sqlite in storage")
     keys_file: Location | None = Field(
-        None, description="YAML file of bearer keys; default: FMRAY_API_KEYS, or no keys at all"
+        None, description="YAML file of bearer keys; default: FMRAY_API_KEYS, or no keys"
     )
     require_keys: bool = Field(
-        False, description="do not start without keys; set where the builder saw some"
+        False, description="do not start without keys; set if the builder found some"
     )
 
-    # -- replicas ----------------------------------------------------------------------------
+    # --- Replicas ---
     min_replicas: int = Field(1, ge=1)
     max_replicas: int = Field(1, ge=1)
     target_ongoing_requests: float | None = Field(
-        None, gt=0, description="autoscaling: requests a replica should have; default: max_rows"
+        None, gt=0, description="autoscaling target, requests per replica; default: max_rows"
     )
     max_ongoing_requests: int | None = Field(
         None,
         ge=1,
-        description="a replica; default: max_rows + max_queue, so that all waiting is done in the "
-        "engine's own queue, which is fair and knows of deadlines",
+        description="per replica; default: max_rows + max_queue, so that requests wait in the "
+        "engine's queue, which is fair and knows their deadlines",
     )
     max_queued_requests: int = Field(
-        256, ge=-1, description="waiting at each proxy beyond that; then Ray Serve refuses"
+        256, ge=-1, description="requests waiting at each proxy beyond that; then Ray Serve refuses"
     )
     surge_percent: int = Field(
         25,
         ge=0,
         le=100,
         description="extra replicas during an update, at least one, so that the old ones serve "
-        "until the new ones are ready; 0 where there is no room for one more",
+        "until the new ones are ready; 0 if there is no room for one more",
     )
-    cpus: float = Field(1.0, ge=0, description="of each replica, for placement")
+    cpus: float = Field(1.0, ge=0, description="CPUs of each replica, for placement")
     gpus: float = Field(0.0, ge=0)
     threads: int | None = Field(None, ge=1, description="torch threads; default: torch's own")
     dtype: Literal["float32", "bfloat16"] = "float32"
-    device: str | None = Field(None, description="default: cuda where there is a GPU, else cpu")
+    device: str | None = Field(None, description="default: cuda if there is a GPU, else cpu")
 
-    # -- engine ------------------------------------------------------------------------------
+    # --- Engine ---
     max_rows: int = Field(8, ge=1, description="requests in the running batch")
-    kv_mib: int = Field(1024, ge=1, description="bound on keys and values")
-    vision_mib: int = Field(256, ge=0, description="bound on cached picture features")
-    prefix_mib: int = Field(256, ge=0, description="bound on reused prompt beginnings")
+    kv_mib: int = Field(1024, ge=1, description="limit on keys and values")
+    vision_mib: int = Field(256, ge=0, description="limit on cached image features")
+    prefix_mib: int = Field(256, ge=0, description="limit on cached prompt prefixes")
     calibration: Location | None = Field(
-        None, description="JSON of the cost-to-time model; made at start-up where it is not there"
+        None, description="JSON of the cost-to-time model; measured at start-up if missing"
     )
-    calibration_s: float = Field(20.0, gt=0, description="time that measuring the machine takes")
+    calibration_s: float = Field(20.0, gt=0, description="duration of that measurement")
     auto: bool = Field(True, description="lower budgets under load; false: `auto` is budget 1")
-    floor: BudgetText = Field("0.5", description="smallest budget that `auto` goes down to")
-    p95_ms: float = Field(2000.0, gt=0, description="the 95th percentile that `auto` holds")
+    floor: BudgetText = Field("0.5", description="smallest budget that `auto` uses")
+    p95_ms: float = Field(
+        2000.0, gt=0, description="the 95th percentile of latency that `auto` keeps"
+    )
     p95_of: Literal["first_token", "answer"] = "first_token"
     max_queue: int = Field(256, ge=1, description="requests waiting in the engine; then 429")
 
-    # -- requests ----------------------------------------------------------------------------
-    max_new_tokens: int = Field(128, ge=1, description="where a request does not say max_tokens")
-    max_output_tokens: int = Field(1024, ge=1, description="the most a request may ask for")
-    request_timeout_s: float = Field(120.0, gt=0, description="from the first byte to the last")
-    read_timeout_s: float = Field(30.0, gt=0, description="for a request's body to arrive")
+    # --- Requests ---
+    max_new_tokens: int = Field(128, ge=1, description="for requests without max_tokens")
+    max_output_tokens: int = Field(1024, ge=1, description="upper limit of a request's max_tokens")
+    request_timeout_s: float = Field(120.0, gt=0, description="from first to last byte")
+    read_timeout_s: float = Field(30.0, gt=0, description="limit for reading a request's body")
     max_body_mib: int = Field(16, ge=1, le=1024)
     max_bodies_mib: int = Field(
-        256, ge=1, description="bodies that are read or wait to be decoded, together; then 503"
+        256, ge=1, description="all bodies being read or waiting to be decoded; then 503"
     )
     max_messages: int = Field(128, ge=1)
-    max_characters: int = Field(65_536, ge=1, description="text of all messages")
+    max_characters: int = Field(65_536, ge=1, description="text of all messages together")
     max_images: int = Field(8, ge=0)
-    max_pixels: int = Field(16_000_000, ge=1, description="of all pictures of a request")
+    max_pixels: int = Field(16_000_000, ge=1, description="all images of a request together")
 
-    # -- life --------------------------------------------------------------------------------
-    drain_s: float = Field(30.0, ge=0, description="running answers may finish for so long")
+    # --- Life cycle ---
+    drain_s: float = Field(30.0, ge=0, description="time for running answers to finish at shutdown")
     health_period_s: float = Field(10.0, gt=0)
     health_timeout_s: float = Field(30.0, gt=0)
 
     @model_validator(mode="before")
     @classmethod
-    def _unknown_names(cls, values: Any) -> Any:
-        """An unknown setting is an error that names the nearest one."""
-        if isinstance(values, dict):
-            for key in values:
-                if key not in cls.model_fields:
-                    near = difflib.get_close_matches(str(key), cls.model_fields, n=1)
-                    hint = f"; did you mean {near[0]}?" if near else ""
-                    raise ValueError(f"{key}: there is no such setting{hint}")
+    def _unknown_keys(cls, values: Any) -> Any:
+        """Name the nearest key here: Ray Serve builds the settings, and shows Pydantic's text."""
+        for key in values if isinstance(values, dict) else ():
+            if key not in cls.model_fields:
+                context = {"key": str(key), "text": unknown_key([str(key)], cls)}
+                raise PydanticCustomError("conflict", "{key}: {text}", context)
         return values
 
     @field_validator("model")
@@ -138,27 +145,28 @@ class ServeConfig(Section):
         if value.startswith(REGISTRY) and (
             not value.endswith(ALIAS) or len(value) == len(REGISTRY + ALIAS)
         ):
-            raise ValueError(f"{value!r}: of the registry, {REGISTRY}NAME{ALIAS} is served")
+            raise ValueError(f"{value!r}: write {REGISTRY}NAME{ALIAS} for a model of the registry")
         return value
 
-    @model_validator(mode="after")
-    def _agree(self) -> ServeConfig:
-        if self.max_replicas < self.min_replicas:
-            raise ValueError("max_replicas is smaller than min_replicas")
-        if self.max_output_tokens < self.max_new_tokens:
-            raise ValueError("max_output_tokens is smaller than max_new_tokens")
-        if self.max_bodies_mib < self.max_body_mib:
-            raise ValueError("max_bodies_mib is smaller than max_body_mib")
-        return self
+    def conflicts(self) -> Iterator[tuple[str, str]]:
+        """See `Section.conflicts`."""
+        for larger, smaller in (
+            ("max_replicas", "min_replicas"),
+            ("max_output_tokens", "max_new_tokens"),
+            ("max_bodies_mib", "max_body_mib"),
+        ):
+            limit, value = getattr(self, larger), getattr(self, smaller)
+            if limit < value:
+                yield larger, f"{limit} is smaller than {smaller} ({value})"
 
     @property
     def registered_name(self) -> str | None:
-        """NAME of models:/NAME@production, or None for a directory."""
+        """NAME of models:/NAME@production; None for a directory."""
         if self.model.startswith(REGISTRY):
             return self.model.removeprefix(REGISTRY).removesuffix(ALIAS)
         return None
 
     @property
     def public_name(self) -> str:
-        """What clients call the model."""
+        """The model's name for clients."""
         return self.name or self.registered_name or Path(self.model).resolve().name

@@ -1,11 +1,11 @@
-"""Recipe files: YAML with at most one `extends:` parent, and dotted `key=VALUE` overrides.
+"""Read YAML files and `key=VALUE` overrides into trees that know where each value was written.
 
-In: the path of a recipe and the overrides of the command line. Out: one tree of `Entry`, each of
-which knows where it was written, and texts for mistakes in it that Pydantic finds. What the keys
-mean is `fmray.config`'s business.
+A recipe may extend one parent (`extends:`); overrides go on top. The result is a tree of `Entry`.
+`explain` turns Pydantic's complaint about such a tree into one line with file, line, key, reason
+and remedy. The meaning of the keys is up to the models of `fmray.config`.
 
-The YAML is version 1.2's core schema: `1e-5` is a number; `on`, `no` and `2024-01-01` are strings.
-(PyYAML speaks 1.1, in which a forgotten dot turns a learning rate into text.)
+The YAML is version 1.2's core schema: `1e-5` is a number; `on`, `no` and `2024-01-01` are strings;
+`010` is ten. (PyYAML implements 1.1, in which a forgotten dot turns a learning rate into text.)
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from typing import Any, ClassVar, get_args
 
 import yaml
 from pydantic import BaseModel, ValidationError
+from pydantic_core import ErrorDetails
 
 from fmray.errors import ConfigError
 
@@ -29,17 +30,29 @@ MAX_PARENTS = 10
 
 @dataclass(frozen=True)
 class Entry:
-    """A value of a recipe (`dict[str, Entry]` for a mapping) and where it was written."""
+    """A value and where it was written."""
 
-    value: Any
-    origin: str
+    value: Any  # a scalar, `dict[str, Entry]` for a mapping, `list[Entry]` for a list
+    origin: str  # `file:line`, or another name such as `--set`
 
     def plain(self) -> Any:
-        """The value without origins."""
+        """Return the value without origins."""
         if isinstance(self.value, dict):
             return {key: entry.plain() for key, entry in self.value.items()}
+        if isinstance(self.value, list):
+            return [entry.plain() for entry in self.value]
         return self.value
 
+    def child(self, key: str) -> Entry | None:
+        """Return the entry at a key of a mapping or an index of a list; None if there is none."""
+        if isinstance(self.value, dict):
+            return self.value.get(key)
+        if isinstance(self.value, list) and key.isdecimal() and int(key) < len(self.value):
+            return self.value[int(key)]
+        return None
+
+
+# --- YAML 1.2 -------------------------------------------------------------------------------------
 
 RESOLVERS = {
     "tag:yaml.org,2002:null": (r"~|null|Null|NULL|", ["~", "n", "N", ""]),
@@ -50,10 +63,11 @@ RESOLVERS = {
         list("-+.0123456789"),
     ),
 }
+COLLECTION_TAGS = {"tag:yaml.org,2002:map", "tag:yaml.org,2002:seq"}
 
 
-class RecipeLoader(yaml.SafeLoader):
-    """PyYAML's safe loader with YAML 1.2's scalars, without aliases (which can expand for ever)."""
+class _Loader(yaml.SafeLoader):
+    """PyYAML's safe loader with YAML 1.2's scalars, without aliases (which can expand forever)."""
 
     yaml_implicit_resolvers: ClassVar[dict[str, list[Any]]] = {}
     depth = 0
@@ -75,96 +89,137 @@ class RecipeLoader(yaml.SafeLoader):
         return node
 
     def construct_decimal(self, node: yaml.ScalarNode) -> int:
-        """Decimal whole numbers; PyYAML would read `010` as eight."""
+        """Return a decimal integer; PyYAML reads `010` as eight."""
         return int(self.construct_scalar(node))
 
 
-class RecipeDumper(yaml.SafeDumper):
-    """Writes scalars so that `RecipeLoader` reads them back as they were."""
+class _Dumper(yaml.SafeDumper):
+    """Writes scalars that `_Loader` reads back unchanged."""
 
     yaml_implicit_resolvers: ClassVar[dict[str, list[Any]]] = {}
 
 
-for _tag, (_pattern, _first) in RESOLVERS.items():
-    for _class in (RecipeLoader, RecipeDumper):
-        _class.add_implicit_resolver(_tag, re.compile(rf"^(?:{_pattern})$"), _first)
-RecipeLoader.add_constructor("tag:yaml.org,2002:int", RecipeLoader.construct_decimal)
+for _tag, (_pattern, _starts) in RESOLVERS.items():
+    for _class in (_Loader, _Dumper):
+        _class.add_implicit_resolver(_tag, re.compile(rf"^(?:{_pattern})$"), _starts)
+_Loader.add_constructor("tag:yaml.org,2002:int", _Loader.construct_decimal)
 
 
 def dump_value(value: Any) -> str:
-    """One line of YAML for a scalar or a list of scalars."""
+    """Return one line of YAML for a scalar or a list of scalars."""
     text = yaml.dump(
-        value, Dumper=RecipeDumper, default_flow_style=True, allow_unicode=True, width=float("inf")
+        value, Dumper=_Dumper, default_flow_style=True, allow_unicode=True, width=float("inf")
     )
     return text.removesuffix("\n").removesuffix("\n...")
 
 
-def parse(text: str, name: str) -> Entry | None:
-    """The tree of one YAML text; None when it is empty. `name` is what origins and errors call it.
+def parse(text: str, name: str, secret: bool = False) -> Entry | None:
+    """Return the tree of one YAML text; None if it is empty.
+
+    Args:
+        name: what origins and errors call the text.
+        secret: errors quote nothing of the text.
 
     Raises:
-        ConfigError: not YAML, a duplicate key, a key that is not a string, or a tag or alias.
+        ConfigError: not YAML, a duplicate key, a key that is not a string, a tag or an alias.
     """
     try:
-        # A text with characters YAML forbids fails in the loader's constructor already.
-        loader = RecipeLoader(text)
+        # The loader's constructor already rejects characters that YAML forbids.
+        loader = _Loader(text)
         node = loader.get_single_node()
         return None if node is None else _entry(node, loader, name)
     except yaml.MarkedYAMLError as error:
         line = f":{error.problem_mark.line + 1}" if error.problem_mark else ""
-        raise ConfigError(f"{name}{line}: not valid YAML: {error.problem}") from error
+        where, reason = f"{name}{line}", f"not valid YAML: {error.problem}"
     except yaml.YAMLError as error:
-        reason = " ".join(str(error).split())
-        raise ConfigError(f"{name}: not valid YAML: {reason}") from error
+        where, reason = name, f"not valid YAML: {' '.join(str(error).split())}"
+    except _Mistake as error:
+        where, reason = f"{name}:{error.line}", error.reason
+    if secret:
+        reason = "not valid YAML with unique keys, no tags and no aliases"
+    raise ConfigError(f"{where}: {reason}")
 
 
-def _entry(node: yaml.Node, loader: RecipeLoader, name: str) -> Entry:
+class _Mistake(Exception):
+    """Valid YAML that a settings file may not contain."""
+
+    def __init__(self, node: yaml.Node, reason: str) -> None:
+        super().__init__(reason)
+        self.line, self.reason = node.start_mark.line + 1, reason
+
+
+def _entry(node: yaml.Node, loader: _Loader, name: str) -> Entry:
     origin = f"{name}:{node.start_mark.line + 1}"
-    if not isinstance(node, yaml.MappingNode):
+    if not isinstance(node, yaml.CollectionNode):
         try:
             return Entry(loader.construct_object(node, deep=True), origin)
         except ValueError as error:  # such as `!!int text`, or a number of 5000 digits
-            raise ConfigError(f"{origin}: not valid YAML: {error}") from error
+            raise _Mistake(node, f"not valid YAML: {error}") from error
+    if node.tag not in COLLECTION_TAGS:
+        raise _Mistake(node, f"not valid YAML: the tag {node.tag} is not allowed")
+    if isinstance(node, yaml.SequenceNode):
+        return Entry([_entry(item, loader, name) for item in node.value], origin)
     entries: dict[str, Entry] = {}
     for key_node, value_node in node.value:
-        where = f"{name}:{key_node.start_mark.line + 1}"
         key = loader.construct_object(key_node, deep=True)
         if not isinstance(key, str):
-            raise ConfigError(f"{where}: the key {key!r} is not a name; keys are plain text")
+            raise _Mistake(key_node, f"the key {key!r} is not a name; keys are plain text")
         if key in entries:
-            first = entries[key].origin.rpartition(":")[2]
-            raise ConfigError(
-                f"{where}: {key} is written twice (first in line {first}); keep one of them"
+            line = entries[key].origin.rpartition(":")[2]
+            raise _Mistake(
+                key_node, f"{key} is written twice (first in line {line}); keep one of them"
             )
-        # A mapping's own mark is the line of its first key: the line of its name is the useful one.
+        # A mapping's own mark is the line of its first key; the line of its name is more useful.
+        where = f"{name}:{key_node.start_mark.line + 1}"
         entries[key] = Entry(_entry(value_node, loader, name).value, where)
     return Entry(entries, origin)
 
 
-def merge(base: Entry, over: Entry) -> Entry:
-    """`over` on top of `base`: mappings merge key by key, all else (lists, null) replaces."""
-    if not (isinstance(base.value, dict) and isinstance(over.value, dict)):
-        return over
-    merged = dict(base.value)
-    for key, entry in over.value.items():
-        merged[key] = merge(merged[key], entry) if key in merged else entry
-    return Entry(merged, over.origin)
+# --- Files, parents and overrides -----------------------------------------------------------------
 
 
 def read(path: Path, overrides: Sequence[str] = ()) -> Entry:
-    """The recipe at `path` on top of its parents, with the overrides on top of that.
+    """Return the tree of the recipe at `path`, on top of its parents, under the overrides.
 
     Raises:
-        ConfigError: with file, line and key, whatever is wrong.
+        ConfigError: with file, line and key.
     """
-    tree = _read_with_parents(path, ())
-    for override in overrides:
-        tree = merge(tree, parse_override(override))
+    return override(_read_with_parents(path, ()), overrides)
+
+
+def read_yaml(path: Path, what: str, secret: bool = False) -> Entry | None:
+    """Return the tree of one YAML file, without parents; None if it is empty.
+
+    Args:
+        what: the kind of file, for errors.
+        secret: see `parse`.
+
+    Raises:
+        ConfigError: missing, too large, not UTF-8 text, or see `parse`.
+    """
+    if path.is_dir():
+        raise ConfigError(f"{path}: a folder, not a {what}; name a YAML file in it")
+    if not path.is_file():
+        raise ConfigError(f"{path}: there is no such {what}")
+    if path.stat().st_size > MAX_BYTES:
+        raise ConfigError(f"{path}: larger than {MAX_BYTES} bytes; this is not a {what}")
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        # The error holds the text, which may be secret: it is not chained.
+        raise ConfigError(f"{path}: not a text file in UTF-8 (byte {error.start})") from None
+    return parse(text, str(path), secret)
+
+
+def override(tree: Entry, overrides: Sequence[str]) -> Entry:
+    """Return the tree with `key=VALUE` overrides on top, the last one first."""
+    for text in overrides:
+        tree = _merge(tree, parse_override(text))
     return tree
 
 
 def parse_override(text: str) -> Entry:
-    """The tree of one `--set`, such as `train.lr=1e-5`; the value is YAML, as in a file."""
+    """Return the tree of one `--set`, such as `train.lr=1e-5`; the value is YAML, as in a file."""
     key, equals, value = text.partition("=")
     key = key.strip()
     if not equals or not all(key.split(".")):
@@ -176,10 +231,22 @@ def parse_override(text: str) -> Entry:
     return entry
 
 
+def _merge(base: Entry, over: Entry) -> Entry:
+    """Put `over` on top of `base`: mappings merge key by key, all else (lists, null) replaces."""
+    if not (isinstance(base.value, dict) and isinstance(over.value, dict)):
+        return over
+    merged = dict(base.value)
+    for key, entry in over.value.items():
+        merged[key] = _merge(merged[key], entry) if key in merged else entry
+    return Entry(merged, over.origin)
+
+
 def _relabel(entry: Entry, origin: str) -> Entry:
     value = entry.value
     if isinstance(value, dict):
         value = {key: _relabel(child, origin) for key, child in value.items()}
+    elif isinstance(value, list):
+        value = [_relabel(child, origin) for child in value]
     return Entry(value, origin)
 
 
@@ -187,10 +254,10 @@ def _read_with_parents(path: Path, children: tuple[Path, ...]) -> Entry:
     resolved = path.resolve()
     if resolved in children:
         chain = " -> ".join(child.name for child in (*children, resolved))
-        raise ConfigError(f"{children[-1]}: `extends` goes round in a circle: {chain}")
+        raise ConfigError(f"{children[-1]}: `extends` forms a circle: {chain}")
     if len(children) > MAX_PARENTS:
         raise ConfigError(f"{path}: more than {MAX_PARENTS} recipes extend one another")
-    tree = _read_file(path)
+    tree = _read_recipe(path)
     parent = tree.value.pop("extends", None)
     if parent is None:
         return tree
@@ -201,68 +268,111 @@ def _read_with_parents(path: Path, children: tuple[Path, ...]) -> Entry:
     parent_path = path.parent / parent.value
     if not parent_path.is_file():
         raise ConfigError(f"{parent.origin}: extends: there is no file {parent_path}")
-    return merge(_read_with_parents(parent_path, (*children, resolved)), tree)
+    return _merge(_read_with_parents(parent_path, (*children, resolved)), tree)
 
 
-def _read_file(path: Path) -> Entry:
-    if path.is_dir():
-        raise ConfigError(f"{path}: a folder, not a recipe; name a YAML file in it")
-    if not path.is_file():
-        raise ConfigError(f"{path}: there is no such recipe file")
-    if path.stat().st_size > MAX_BYTES:
-        raise ConfigError(f"{path}: larger than {MAX_BYTES} bytes; this is not a recipe")
-    try:
-        text = path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"{path}: not a text file in UTF-8 (byte {error.start})") from error
-    tree = parse(text, str(path))
+def _read_recipe(path: Path) -> Entry:
+    tree = read_yaml(path, "recipe file")
     if tree is None or tree.value is None:
         raise ConfigError(f"{path}: the recipe is empty; it needs at least `name:`")
     if not isinstance(tree.value, dict):
-        raise ConfigError(
-            f"{tree.origin}: a recipe is a mapping of `key: value` lines, not {_kind(tree.value)}"
-        )
+        kind = "a list" if isinstance(tree.value, list) else f"the value {tree.value!r}"
+        raise ConfigError(f"{tree.origin}: a recipe is a mapping of `key: value` lines, not {kind}")
     return tree
 
 
-def _kind(value: Any) -> str:
-    return "a list" if isinstance(value, list) else f"the value {value!r}"
+# --- Errors ---------------------------------------------------------------------------------------
 
 
-def explain(error: ValidationError, tree: Entry, path: Path, model: type[BaseModel]) -> str:
-    """One line for Pydantic's first complaint about `tree`, with the number of the others."""
+def explain(
+    error: ValidationError,
+    model: type[BaseModel],
+    tree: Entry | None = None,
+    origin: str = "",
+    prefix: str = "",
+    secret: bool = False,
+) -> str:
+    """Return one line for Pydantic's first complaint: where, which key, why, and how many more.
+
+    Args:
+        model: the model that refused the values; it has the nearest name to an unknown key.
+        tree: the values; the line starts with the origin of the key, or of what is next above it.
+        origin: starts the line if the tree has no such key.
+        prefix: dotted key of the section that `model` describes.
+        secret: values, and names of unknown keys, are not quoted.
+    """
     mistakes = error.errors(include_url=False)
-    mistake = mistakes[0]
-    kind, context = mistake["type"], mistake.get("ctx", {})
-    keys = [str(key) for key in mistake["loc"]]
-    if kind == "conflict":
-        keys = context["key"].split(".")
-        text = context["text"]
-    elif kind == "extra_forbidden":
-        text = f"there is no such key; {_nearest(keys, model)}"
-    elif kind == "missing" and isinstance(mistake["loc"][-1], int):
-        text = "is missing (the list is too short)"
-    elif kind == "missing":
-        text = "is missing"
-    elif kind == "too_short":
-        text = f"should be a list of {context['min_length']} or more, not []"
-    elif kind == "tuple_type":
-        text = f"should be a list such as [1, 2], not {_short(mistake['input'])}"
-    elif kind == "model_type":
-        text = f"should be a mapping of keys, not {_short(mistake['input'])}"
-    elif kind == "string_pattern_mismatch":
-        text = f"should match {context['pattern']}, not {_short(mistake['input'])}"
-    else:
-        wanted = mistake["msg"].removeprefix("Input ")
-        text = f"{wanted[0].lower()}{wanted[1:]}, not {_short(mistake['input'])}"
-    where, entry = str(path), tree
+    mistake = _first(mistakes)
+    keys, reason = _key_and_reason(mistake, model, prefix, secret)
+    where, entry = origin, tree
     for key in keys:
-        if not isinstance(entry.value, dict) or key not in entry.value:
+        entry = entry and entry.child(key)
+        if entry is None:
             break
-        entry = entry.value[key]
         where = entry.origin
+    if secret and mistake["type"] == "extra_forbidden":
+        keys = keys[:-1]
+    dotted = ".".join([prefix, *keys] if prefix else keys)
     more = f" (and {len(mistakes) - 1} more)" if len(mistakes) > 1 else ""
-    return f"{where}: {'.'.join(keys)}: {text}{more}"
+    return ": ".join(part for part in (where, dotted, reason + more) if part)
+
+
+def unknown_key(keys: Sequence[str], model: type[BaseModel], prefix: str = "") -> str:
+    """Return what is right instead of an unknown key: the nearest name in its section, the same
+    name in another one, or all names of the section.
+    """
+    section = _section(model, keys[:-1])
+    start = [prefix, *keys[:-1]] if prefix else keys[:-1]
+    close = difflib.get_close_matches(keys[-1], section.model_fields, n=1)
+    if close:
+        return f"there is no such key; did you mean {'.'.join([*start, close[0]])}?"
+    elsewhere = [key for key in _dotted(model, "") if key.rpartition(".")[2] == keys[-1]]
+    if elsewhere:
+        return f"there is no such key; did you mean {' or '.join(elsewhere)}?"
+    return f"there is no such key; the keys here are {', '.join(section.model_fields)}"
+
+
+def _first(mistakes: Sequence[ErrorDetails]) -> ErrorDetails:
+    """Return the first mistake; a missing key gives way to a misspelt one in the same section."""
+    first = mistakes[0]
+    if first["type"] != "missing":
+        return first
+    unknown = (mistake for mistake in mistakes if mistake["type"] == "extra_forbidden")
+    return next((m for m in unknown if m["loc"][:-1] == first["loc"][:-1]), first)
+
+
+def _key_and_reason(
+    mistake: ErrorDetails, model: type[BaseModel], prefix: str, secret: bool
+) -> tuple[list[str], str]:
+    """Return the key below `prefix`, and what is wrong with its value and what would be right."""
+    kind, context, message = mistake["type"], mistake.get("ctx", {}), mistake["msg"]
+    keys = [str(key) for key in mistake["loc"]]
+    if keys and keys[-1].endswith("]"):  # a branch of a union, or a dict's `[key]`
+        keys.pop()
+    quoted = "" if secret else f", not {_short(mistake['input'])}"
+    match kind:
+        case "conflict":
+            return [*keys, *context["key"].split(".")], context["text"]
+        case "extra_forbidden":
+            return keys, unknown_key(keys, model, prefix)
+        case "missing" if isinstance(mistake["loc"][-1], int):
+            return keys, "is missing (the list is too short)"
+        case "missing":
+            return keys, "is missing"
+        case "credentials":
+            return keys, message
+        case "value_error":
+            return keys, message.removeprefix("Value error, ")
+        case "too_short":
+            return keys, f"should be a list of {context['min_length']} or more{quoted}"
+        case "tuple_type":
+            return keys, f"should be a list such as [1, 2]{quoted}"
+        case "model_type":
+            return keys, f"should be a mapping of keys{quoted}"
+        case "string_pattern_mismatch":
+            return keys, f"should match {context['pattern']}{quoted}"
+    wanted = message.removeprefix("Input ")
+    return keys, f"{wanted[0].lower()}{wanted[1:]}{quoted}"
 
 
 def _short(value: Any) -> str:
@@ -270,25 +380,24 @@ def _short(value: Any) -> str:
     return text if len(text) <= 60 else text[:57] + "..."
 
 
-def _nearest(keys: list[str], model: type[BaseModel]) -> str:
-    """What to say of an unknown key: the nearest in its section, the same elsewhere, or all."""
-    everything = list(_dotted(model, ""))
-    section = ".".join(keys[:-1])
-    names = [
-        name for parent, _, name in (key.rpartition(".") for key in everything) if parent == section
-    ]
-    close = difflib.get_close_matches(keys[-1], names, n=1)
-    if close:
-        return f"did you mean {'.'.join([*keys[:-1], close[0]])}?"
-    elsewhere = [key for key in everything if key.rpartition(".")[2] == keys[-1]]
-    if elsewhere:
-        return f"did you mean {' or '.join(elsewhere)}?"
-    return f"the keys here are {', '.join(names)}"
+def _section(model: type[BaseModel], keys: Sequence[str]) -> type[BaseModel]:
+    """Return the model at `keys`; indices of lists and names in dicts are passed over."""
+    for key in keys:
+        if key in model.model_fields:
+            model = next(_models(model.model_fields[key].annotation), model)
+    return model
+
+
+def _models(annotation: Any) -> Iterator[type[BaseModel]]:
+    """Yield the models in an annotation such as `X | None`, `tuple[X, ...]` or `dict[str, X]`."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        yield annotation
+    for part in get_args(annotation):
+        yield from _models(part)
 
 
 def _dotted(model: type[BaseModel], prefix: str) -> Iterator[str]:
     for name, field in model.model_fields.items():
         yield prefix + name
-        for part in get_args(field.annotation) or (field.annotation,):
-            if isinstance(part, type) and issubclass(part, BaseModel):
-                yield from _dotted(part, f"{prefix}{name}.")
+        for section in _models(field.annotation):
+            yield from _dotted(section, f"{prefix}{name}.")

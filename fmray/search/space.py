@@ -20,8 +20,8 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from fmray.config import BaseRecipe, Section
-from fmray.config.yaml_file import dump_value, parse_override
+from fmray.config import BaseRecipe, ConfigError
+from fmray.config.yaml_file import dump_value, explain, parse_override
 
 Values = Mapping[str, Any]  # by parameter; of a Subset, a tuple of its items in their order
 
@@ -250,7 +250,7 @@ def load_space(
     try:
         read = module.Options.model_validate_json(json.dumps(dict(options)), strict=True)
     except ValidationError as error:
-        raise ValueError(_explain(error, module.Options)) from error
+        raise ConfigError(explain(error, module.Options, prefix="options")) from error
     try:
         if getattr(module, "TASKS", False):
             if tasks is None:
@@ -281,15 +281,6 @@ def _load(name: str) -> ModuleType:
         if not hasattr(module, needed):
             raise ValueError(f"space: tune_spaces/{name}.py has no `{needed}`; see the others")
     return module
-
-
-def _explain(error: ValidationError, options: type[Section]) -> str:
-    mistake = error.errors(include_url=False)[0]
-    where = ".".join(str(part) for part in ("options", *mistake["loc"]))
-    if mistake["type"] == "extra_forbidden":
-        return f"{where}: there is no such option; there are {_listed(options.model_fields)}"
-    wanted = mistake["msg"].removeprefix("Input ")
-    return f"{where}: {wanted[0].lower()}{wanted[1:]}, not {mistake['input']!r}"
 
 
 def _twice(values: Sequence[Any]) -> str | None:

@@ -22,12 +22,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Self
 
-import yaml
 from pydantic import Field, TypeAdapter, ValidationError, model_validator
 
 from fmray.config import Section
 from fmray.config.serve import BudgetText
+from fmray.config.yaml_file import explain, read_yaml
 from fmray.engine.fairness import CallerLimits
+from fmray.errors import ConfigError
 
 VARIABLE = "FMRAY_API_KEYS"
 ANONYMOUS = "anonymous"
@@ -50,7 +51,7 @@ class KeyEntry(Section):
     @model_validator(mode="after")
     def _one_of(self) -> Self:
         if (self.key is None) == (self.sha256 is None):
-            raise ValueError("give `key` or `sha256`")
+            raise ValueError("needs either `key` or `sha256`")
         return self
 
 
@@ -99,30 +100,30 @@ class KeyRing:
 
 
 def load_keys(file: Path | None) -> KeyRing:
-    """Keys of the file; without one those of FMRAY_API_KEYS (separated by commas); or an open ring.
+    """Load the keys of a file, else of FMRAY_API_KEYS (comma-separated), else an open ring.
 
-    Raises ValueError for a file that is no list of keys; the message never holds a key.
+    Raises:
+        ValueError: the file is no list of keys; the message never contains a key.
     """
     if file is None:
         words = [word.strip() for word in os.environ.get(VARIABLE, "").split(",")]
         words = [word for word in words if word]
         if any(len(word) < _SHORTEST for word in words):
-            raise ValueError(f"{VARIABLE}: a key has fewer than {_SHORTEST} characters")
+            raise ConfigError(f"{VARIABLE}: a key has fewer than {_SHORTEST} characters")
         return KeyRing(
             (hashlib.sha256(word.encode()).digest(), Caller(f"key{index}"))
             for index, word in enumerate(words, start=1)
         )
+    tree = read_yaml(file, "keys file", secret=True)
     try:
-        entries = _Entries.validate_python(yaml.safe_load(file.read_text()))
+        entries = _Entries.validate_python(tree and tree.plain())
     except ValidationError as error:
-        first = error.errors(include_input=False, include_url=False, include_context=False)[0]
-        place = ".".join(str(part) for part in first["loc"])
-        raise ValueError(f"{file}: {place + ': ' if place else ''}{first['msg']}") from None
-    except (yaml.YAMLError, UnicodeDecodeError):
-        raise ValueError(f"{file}: not a YAML file") from None  # the cause would quote the file
+        # Pydantic's error holds the values: it is not chained.
+        text = explain(error, KeyEntry, tree, str(file), secret=True)
+        raise ConfigError(text) from None
     names = [entry.name for entry in entries]
     if len(set(names)) < len(names):
-        raise ValueError(f"{file}: two keys have the same name")
+        raise ConfigError(f"{file}: two keys have the same name")
     return KeyRing((_hash(entry), _caller(entry)) for entry in entries)
 
 

@@ -1,8 +1,9 @@
-"""Settings, the builder, the recipe and the command: nothing is started."""
+"""Settings, the builder, the config file and the command; no server starts."""
 
 from __future__ import annotations
 
 import argparse
+import traceback
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +14,11 @@ from ray.serve.schema import ServeDeploySchema
 
 from fmray.cli import main
 from fmray.commands import serve as command
-from fmray.config import TrackingConfig
+from fmray.config import ConfigError, TrackingConfig
 from fmray.config.serve import ServeConfig
 from fmray.runtime.registry import register
 from fmray.serve.app import build, find_directory
-from fmray.serve.keys import VARIABLE
+from fmray.serve.keys import VARIABLE, load_keys
 
 
 def options(*words: str) -> argparse.Namespace:
@@ -26,7 +27,7 @@ def options(*words: str) -> argparse.Namespace:
     return parser.parse_args(list(words))
 
 
-def test_words_become_settings() -> None:
+def test_text_is_converted_to_settings() -> None:
     settings = ServeConfig.model_validate(
         {"model": "m", "max_rows": "4", "p95_ms": "150", "auto": "false", "floor": "0.6"}
     )
@@ -49,7 +50,7 @@ def test_words_become_settings() -> None:
         ({"name": "a\nb"}, "pattern"),
     ],
 )
-def test_wrong_settings(values: dict[str, Any], text: str) -> None:
+def test_wrong_settings_are_errors(values: dict[str, Any], text: str) -> None:
     with pytest.raises(ValidationError, match=text):
         ServeConfig.model_validate({"model": "m"} | values)
 
@@ -65,7 +66,7 @@ def test_the_serve_config_fits_ray_s_schema_and_its_args_fit_ours() -> None:
     assert deployed.http_options.request_timeout_s > settings.request_timeout_s
 
 
-def test_the_registry_s_production_version_is_served(directory: Path, tmp_path: Path) -> None:
+def test_the_production_version_of_the_registry_is_served(directory: Path, tmp_path: Path) -> None:
     register(TrackingConfig(), tmp_path, "shapes", directory, "run")
     settings = ServeConfig(model="models:/shapes@production", storage=tmp_path)
     assert find_directory(settings) == directory.resolve()
@@ -74,7 +75,7 @@ def test_the_registry_s_production_version_is_served(directory: Path, tmp_path: 
         find_directory(ServeConfig(model="models:/none@production", storage=tmp_path))
 
 
-def test_the_application_asks_for_keys_where_the_builder_saw_some(
+def test_the_application_requires_keys_if_the_builder_found_some(
     directory: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def required() -> bool:
@@ -87,7 +88,7 @@ def test_the_application_asks_for_keys_where_the_builder_saw_some(
     assert required()
 
 
-def test_a_replica_without_the_keys_that_are_required_does_not_start(
+def test_a_replica_without_the_required_keys_does_not_start(
     directory: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from fmray.serve.replica import open_answerer
@@ -97,7 +98,7 @@ def test_a_replica_without_the_keys_that_are_required_does_not_start(
         open_answerer(ServeConfig(model=str(directory), require_keys=True), directory)
 
 
-def test_the_application_s_limits(directory: Path) -> None:
+def test_the_settings_become_limits_of_the_deployment(directory: Path) -> None:
     application = build(
         ServeConfig(model=str(directory), max_replicas=3, max_rows=5, max_queued_requests=7)
     )
@@ -107,19 +108,81 @@ def test_the_application_s_limits(directory: Path) -> None:
     assert config.max_queued_requests == 7
 
 
-def test_the_command_s_settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_options_and_overrides_of_the_command_become_settings(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     settings = command.settings_of(options(str(tmp_path), "--set", "max_rows=3"))
     assert settings.model == str(tmp_path) and settings.max_rows == 3
     settings = command.settings_of(options("shapes", "--set", "floor=0.6"))
     assert settings.model == "models:/shapes@production" and settings.floor == "0.6"
-    with pytest.raises(ValueError, match="did you mean max_rows"):
-        command.settings_of(options("shapes", "--set", "max_row=3"))
-    with pytest.raises(ValueError, match="KEY=VALUE"):
-        command.settings_of(options("shapes", "--set", "max_rows"))
+    settings = command.settings_of(options("shapes", "--set", "max_rows=010", "--set", "name=on"))
+    assert (settings.max_rows, settings.name) == (10, "on")  # YAML 1.2, as in recipes
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["max_row=3"], "--set: max_row: there is no such key; did you mean max_rows?"),
+        (["max_rows=0"], "--set: max_rows: should be greater than or equal to 1, not 0"),
+        (["floor=2"], "--set: floor: '2' is no budget; write a number in (0, 1]"),
+        (["min_replicas=3"], "max_replicas: 1 is smaller than min_replicas (3)"),
+        (["max_rows"], "--set max_rows: write key=VALUE with a dotted key, such as train.lr=1e-5"),
+    ],
+)
+def test_wrong_overrides_of_the_command_are_errors_of_one_line(
+    overrides: list[str], message: str
+) -> None:
+    words = [word for text in overrides for word in ("--set", text)]
+    with pytest.raises(ConfigError) as raised:
+        command.settings_of(options("shapes", *words))
+    assert str(raised.value) == message
+
+
+def test_a_wrong_model_on_the_command_line_is_an_error() -> None:
+    with pytest.raises(
+        ConfigError, match=r"command line: model: 'models:/a/3': write models:/NAME"
+    ):
+        command.settings_of(options("models:/a/3"))
+
+
+SECRET = "sk-0123456789abcdef"
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (f"- name: a\n  key: {SECRET}\n  burts: 3\n", ":3: 0: there is no such key; did you mean"),
+        (f"- name: a\n  {SECRET}: 3\n", ":2: 0: there is no such key; the keys here are name,"),
+        (f"- name: a\n  key: {SECRET}\n  weight: 0\n", ":3: 0.weight: should be greater than 0"),
+        (f"- name: a\n  key: {SECRET}\n  max_budget: 7\n", ":3: 0.max_budget: '7' is no budget"),
+        (f"- name: a\n  key: {SECRET}\n- name: b\n", ":3: 1: needs either `key` or `sha256`"),
+        (f"- name: a\n  {SECRET}: 1\n  {SECRET}: 2\n", ":3: not valid YAML with unique keys"),
+        (f"- name: a\n  key: !{SECRET} a\n", ":2: not valid YAML with unique keys"),
+        (f"- name: a\n  key: [{SECRET}\n", ":3: not valid YAML with unique keys"),
+        (f"name: {SECRET}\n", ": should be a valid list"),
+    ],
+)  # fmt: skip
+def test_errors_of_a_keys_file_name_the_line_and_no_secret(
+    tmp_path: Path, text: str, message: str
+) -> None:
+    path = tmp_path / "keys.yaml"
+    path.write_text(text)
+    with pytest.raises(ConfigError) as raised:
+        load_keys(path)
+    assert str(raised.value).startswith(f"{path}{message}"), str(raised.value)
+    assert SECRET not in "".join(traceback.format_exception(raised.value))
+
+
+def test_a_keys_file_is_yaml_1_2(tmp_path: Path) -> None:
+    path = tmp_path / "keys.yaml"
+    path.write_text(f"- {{name: on, key: {SECRET}, max_budget: 0.80, requests_per_second: 010}}\n")
+    [caller] = load_keys(path).callers
+    assert caller.name == "on"
+    assert (caller.limits.max_budget, caller.limits.requests_per_second) == ("0.8", 10)
 
 
 @pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.168.1.1", "example.com"])
-def test_other_machines_need_a_key(
+def test_listening_for_other_machines_requires_keys(
     host: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.delenv(VARIABLE, raising=False)
@@ -127,7 +190,7 @@ def test_other_machines_need_a_key(
     assert "there are no keys" in capsys.readouterr().err
 
 
-def test_a_model_that_is_not_there(
+def test_a_missing_model_is_an_error_of_one_line(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.delenv(VARIABLE, raising=False)

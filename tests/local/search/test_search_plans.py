@@ -211,7 +211,7 @@ def test_what_cannot_be_searched_is_named(folder: Path, result: PlansResult) -> 
         ValueError, match=r"answers\.jsonl: these are answers of .*'rows': 15.*--run-id"
     ):
         search_plans(load_plans(folder, calibration_rows=9), "plans")
-    with pytest.raises(ValueError, match=r"budgets: 0\.5 is there more than once; leave one"):
+    with pytest.raises(ValueError, match=r"budgets: 0\.5 is listed more than once; keep one"):
         load_plans(folder, budgets=[0.5, 0.5])
     with pytest.raises(
         ValueError, match=r"tracking\.register_as: a search for plans makes no model"

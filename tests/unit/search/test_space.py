@@ -203,7 +203,12 @@ def test_wrong_spaces_get_their_message(wrong: Space, message: str) -> None:
     [
         ("nothing", FEWSHOT, {}, "tune_spaces/ has no 'nothing'; it has budgets, fewshot, task_"),
         ("../jobs/search", FEWSHOT, {}, "tune_spaces/ has no '../jobs/search'"),
-        ("fewshot", FEWSHOT, {"rate": 1}, "options.rate: there is no such option; there are ways,"),
+        (
+            "fewshot",
+            FEWSHOT,
+            {"rate": 1},
+            "options.rate: there is no such key; the keys here are ways,",
+        ),
         ("fewshot", FEWSHOT, {"lr": [1]}, "options.lr"),
         ("fewshot", FEWSHOT, {"ways": ["5"]}, "options.ways.0: should be a valid integer, not '5'"),
         ("fewshot", FEWSHOT, {"lr": [1e-2, 1e-6]}, "train.lr: runs from 0.01 to 1e-06"),
@@ -246,7 +251,7 @@ def test_select_only_is_what_is_trained_on(tmp_path: Path) -> None:
     select = recipe.select.model_copy(update={"method": "all", "weights": {"none": 2.0}})
     with pytest.raises(ValueError, match=r"select\.weights: there is no candidate task 'none'"):
         choose_for_run(recipe.model_copy(update={"select": select}), tmp_path / "none.json")
-    with pytest.raises(ValueError, match=r"select\.only: 'a' is there twice"):
+    with pytest.raises(ValueError, match=r"select\.only: 'a' is listed twice"):
         FewshotRecipe.model_validate({"name": "a", "select": {"only": ["a", "a"]}})
 
 
