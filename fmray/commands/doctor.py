@@ -23,7 +23,6 @@ import torch
 from packaging.requirements import Requirement
 
 from fmray.config import AdaLlavaRecipe, ConfigError, load
-from fmray.config.adallava import conflicts
 from fmray.config.arguments import add_overrides
 from fmray.config.yaml_file import dump_value
 from fmray.runtime.cluster import check_answers
@@ -289,7 +288,7 @@ def _what_would_fit(sizes: Sizes, recipe: AdaLlavaRecipe, have: float) -> str:
         section, _, name = key.partition(".")
         changed = getattr(recipe, section).model_copy(update={name: value})
         changed_recipe = recipe.model_copy(update={section: changed})
-        valid = value and not any(conflicts(changed_recipe))
+        valid = value and not any(changed_recipe.conflicts())
         if valid and estimate(sizes, changed_recipe).total <= have:
             return f"; {key}: {dump_value(value)} would fit"
     return "; more workers, a shorter data.max_length or model.lora: {} use less"
