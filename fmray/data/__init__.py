@@ -1,1 +1,1 @@
-"""Data: generated shapes, LLaVA files -> Parquet store -> batches."""
+"""Data: shapes and LLaVA files -> Parquet store -> batches; image collections -> image store."""

@@ -1,7 +1,8 @@
-"""What lies at the path of an image collection: its classes and splits, and its images.
+"""Find image collections: their classes and splits, and their images one by one.
 
-In: Meta-Dataset's TFRecords with their specification, a tree of class folders, or labelled Parquet.
-Out: a `Collection` with the pieces that tasks read, and the images of a piece one by one.
+Reads Meta-Dataset's TFRecord files with their specification, trees of class folders, and labelled
+Parquet. `find_collection` lists classes and pieces without reading images; tasks read the pieces
+with `read_piece`. A class belongs to one split: its images are never divided.
 """
 
 from __future__ import annotations
@@ -25,123 +26,47 @@ from fmray.data.records import BROKEN_IMAGE, BadRow, decode_image
 from fmray.data.tfrecord import parse_example, read_records
 from fmray.fewshot.specification import SPLIT_NAMES, DatasetSpecification
 
-# Which split each class of a collection is in: as the data says, by a file, or by a seeded hash.
-#
-# In: class names, and what says their split. Out: class name -> train, val or test. A class is in
-# one split: its images are never divided.
-
-HELD_OUT = 0.15  # of the classes, in each of val and test
-WORDS = {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
-
-
-def hash_split(names: Iterable[str], seed: int) -> dict[str, str]:
-    """Split by the order of a seeded hash of the names: 15 % of the classes (2 at least) each to
-    val and test, but never so many that train has none. Same names, same split, in any collection.
-    """
-    ordered = sorted(names, key=lambda name: hashlib.sha256(f"{seed}/{name}".encode()).digest())
-    held = min(max(2, round(HELD_OUT * len(ordered))), (len(ordered) - 1) // 2)
-    splits = ["val"] * held + ["test"] * held + ["train"] * (len(ordered) - 2 * held)
-    return dict(zip(ordered, splits, strict=True))
-
-
-def file_split(path: Path, names: Iterable[str]) -> dict[str, str]:
-    """Split by a JSON file {train|val|test: [class names]}; Meta-Dataset's `valid` is val.
-
-    The file may name classes that are not there.
-
-    Raises:
-        ValueError: it is no such file, names a class twice, or leaves one of `names` out.
-    """
-    try:
-        listed = json.loads(path.read_text())
-    except OSError as error:
-        raise ValueError(f"{path}: {error.strerror}; name a JSON file of class splits") from error
-    except ValueError as error:
-        raise ValueError(f"{path}: not JSON: {error}") from error
-    if not isinstance(listed, dict) or not all(isinstance(part, list) for part in listed.values()):
-        raise ValueError(f"{path}: should be {{train|val|test: [class names]}}")
-    split: dict[str, str] = {}
-    for key, part in listed.items():
-        if key not in WORDS:
-            raise ValueError(f"{path}: {key}: no such split; should be train, val or test")
-        for name in part:
-            if name in split:
-                raise ValueError(f"{path}: class {name!r} is listed twice ({split[name]}, {key})")
-            split[name] = WORDS[key]
-    for name in names:
-        if name not in split:
-            raise ValueError(f"{path}: class {name!r} has no split; list it in train, val or test")
-    return {name: split[name] for name in names}
-
-
-def merge_splits(where: str, found: Iterable[tuple[str, str]]) -> dict[str, str]:
-    """Class name -> split from (class name, word for its split) pairs of the data itself.
-
-    Raises:
-        ValueError: a word that means no split, or a class in two splits.
-    """
-    split: dict[str, str] = {}
-    for name, word in found:
-        if word not in WORDS:
-            raise ValueError(
-                f"{where}: class {name!r}: split is {word!r}; should be train, val or test"
-            )
-        if split.setdefault(name, WORDS[word]) != WORDS[word]:
-            raise ValueError(
-                f"{where}: class {name!r} is in {split[name]} and in {WORDS[word]}; a class has one"
-                " split: mend it, or set split: hash to split anew"
-            )
-    return split
-
-
-def splits_table(splits: dict[str, tuple[str, dict[str, str]]]) -> str:
-    """Classes a split of each collection, as text. splits: collection -> (where its split is from,
-    class name -> split)."""
-    width = max(map(len, ["collection", *splits]))
-    lines = [f"{'collection':{width}}  train   val  test  classes split by"]
-    for name, (source, split) in splits.items():
-        counts = "  ".join(f"{list(split.values()).count(part):4d}" for part in SPLITS)
-        lines.append(f"{name:{width}}   {counts}  {source}")
-    return "\n".join(lines)
-
-
+HELD_OUT = 0.15  # share of the classes in val, and in test
+SPLIT_WORDS = {
+    "train": "train",
+    "val": "val",
+    "valid": "val",
+    "validation": "val",
+    "test": "test",
+}
 SUFFIXES = {".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp"}
-ROWS_AT_ONCE = 64  # of Parquet
+ROWS_AT_ONCE = 64  # rows of Parquet in memory
 
 
 @dataclass(frozen=True)
 class Piece:
-    """A stretch of source, read in order. `root`: the collection's path; `bytes`: of images, about;
-    `changed`: modification time, ns; `class_name`: of all its images, None where a column says;
-    `row_groups`: of a Parquet file, from and to; `class_id` and `images`: as the specification has
-    them, for a TFRecord file."""
+    """A part of the source that is read in order: a file, or row groups of a Parquet file."""
 
-    root: str
+    root: str  # the collection's path
     path: str
-    bytes: int
-    changed: int
-    class_name: str | None = None
-    row_groups: tuple[int, int] | None = None
-    class_id: int | None = None
-    images: int | None = None
+    bytes: int  # size of the images, about
+    changed: int  # modification time, ns
+    class_name: str | None = None  # of all its images; None if a column has it
+    row_groups: tuple[int, int] | None = None  # of a Parquet file: begin, end
+    class_id: int | None = None  # of a TFRecord file, by its specification
+    images: int | None = None  # number in a TFRecord file, by its specification
 
 
 @dataclass
 class Collection:
-    """`splits`: class name -> split, by name; `split_source`: what says so, in words;
-    `bad`: classes without images."""
+    """A collection before its images are read."""
 
     name: str
     pieces: list[Piece]
-    splits: dict[str, str]
-    split_source: str
+    splits: dict[str, str]  # class name -> split, sorted by name
+    split_source: str  # where the splits come from, as text
     specification: Path | None = None
-    bad: list[BadRow] = field(default_factory=list)
+    bad: list[BadRow] = field(default_factory=list)  # classes without images
 
 
 @dataclass(frozen=True)
-class FoundImage:
-    """An image of a collection: encoded bytes, checked to decode."""
+class SourceImage:
+    """An image of a collection, as encoded bytes that decode."""
 
     image: bytes
     class_name: str
@@ -149,19 +74,22 @@ class FoundImage:
 
 
 def find_collection(name: str, config: CollectionConfig, seed: int, portion: int) -> Collection:
-    """Look at a collection without reading its images.
+    """Find the classes, splits and pieces of a collection without reading its images.
 
     Args:
+        seed: for splits by hash.
         portion: bytes of a piece of Parquet, about.
 
     Raises:
-        ValueError: there is none, its classes contradict their specification, or have no split.
+        ValueError: the path is missing, or the classes have no split or contradict their
+            specification.
     """
+    # the format and the pieces
     path = config.path.resolve()
     if not path.exists():
         raise ValueError(f"images.collections.{name}.path: {path}: no such file or folder")
-    beside = path / SPECIFICATION
-    specification_path = config.specification or (beside if beside.is_file() else None)
+    default = path / SPECIFICATION
+    specification_path = config.specification or (default if default.is_file() else None)
     kind = config.format or _format(path)
     specification = DatasetSpecification.read(specification_path) if specification_path else None
     bad: list[BadRow] = []
@@ -170,17 +98,19 @@ def find_collection(name: str, config: CollectionConfig, seed: int, portion: int
             raise ValueError(
                 f"{path}: no {SPECIFICATION}; set images.collections.{name}.specification"
             )
-        pieces, given = _records(path, specification, bad), {}
+        pieces, given = _tfrecord_pieces(path, specification, bad), {}
     elif kind == "parquet":
-        pieces, given = _parquet(path, portion, config.split == "given")
+        pieces, given = _parquet_pieces(path, portion, config.split == "given")
     else:
-        pieces, given = _folders(path, bad, config.split == "given")
+        pieces, given = _folder_pieces(path, bad, config.split == "given")
     names = sorted(given) or sorted({piece.class_name for piece in pieces if piece.class_name})
     if not names:
-        raise ValueError(f"{path}: no images found; is it of another format than {kind}?")
+        raise ValueError(f"{path}: no images found; is its format not {kind}?")
+
+    # the split of each class
     source = str(config.split)
     if config.split == "given" and specification is not None:
-        splits, source = _specified(path, names, given, specification), "its specification"
+        splits, source = _specified_split(path, names, given, specification), "its specification"
     elif config.split == "given" and any(given.values()):
         splits, source = merge_splits(str(path), given.items()), "the data"
     elif config.split in ("given", "hash"):
@@ -189,20 +119,12 @@ def find_collection(name: str, config: CollectionConfig, seed: int, portion: int
         splits = file_split(Path(config.split), names)
     splits = {name: splits[name] for name in names}
     if config.split != "given":
-        specification_path = None  # its groups are of its own splits
+        specification_path = None  # its groups of classes fit only its own splits
     return Collection(name, pieces, splits, source, specification_path, bad)
 
 
-def read_piece(piece: Piece) -> Iterator[FoundImage | BadRow]:
-    """The images of a piece in order, with what is wrong in their places."""
-    if piece.row_groups is not None:
-        return _read_parquet(piece, *piece.row_groups)
-    if piece.class_id is not None:
-        return _read_tfrecords(piece)
-    return _read_file(piece)
-
-
 def _format(path: Path) -> str:
+    """Guess the format of a collection."""
     if path.is_file():
         return "parquet"
     if (path / SPECIFICATION).is_file() or any(path.glob("*.tfrecords")):
@@ -210,30 +132,36 @@ def _format(path: Path) -> str:
     return "parquet" if any(path.glob("*.parquet")) else "folders"
 
 
-def _specified(
+def _specified_split(
     path: Path, names: list[str], given: dict[str, str], specification: DatasetSpecification
 ) -> dict[str, str]:
-    """Splits by a specification, which the data must not contradict."""
-    known = {
+    """Return the splits of a specification.
+
+    Raises:
+        ValueError: the data contradicts the specification.
+    """
+    specified = {
         specification.class_names[number]: split
         for split in SPLIT_NAMES
         for number in specification.classes(split)
     }
     for name in names:
-        if name not in known:
+        if name not in specified:
             raise ValueError(
                 f"{path}: class {name!r} is not in the specification of {specification.name}"
             )
-        if given.get(name) and WORDS.get(given[name]) != known[name]:
+        if given.get(name) and SPLIT_WORDS.get(given[name]) != specified[name]:
             raise ValueError(
-                f"{path}: class {name!r} is {given[name]} here, and {known[name]} in the"
+                f"{path}: class {name!r} is {given[name]} here, and {specified[name]} in the"
                 f" specification of {specification.name}"
             )
-    return known
+    return specified
 
 
-def _records(path: Path, specification: DatasetSpecification, bad: list[BadRow]) -> list[Piece]:
-    """Each class is a file named after its id."""
+def _tfrecord_pieces(
+    path: Path, specification: DatasetSpecification, bad: list[BadRow]
+) -> list[Piece]:
+    """Return one piece per class, whose file is named after its id."""
     if specification.file_pattern != "{}.tfrecords":
         raise ValueError(
             f"{path}: file_pattern {specification.file_pattern!r}; should be {{}}.tfrecords"
@@ -250,23 +178,29 @@ def _records(path: Path, specification: DatasetSpecification, bad: list[BadRow])
             pieces.append(piece)
     if files:
         raise ValueError(
-            f"{path / min(files)}: no class of the specification of {specification.name}, whose"
+            f"{path / min(files)}: not a class of the specification of {specification.name}, whose"
             f" ids are 0 to {len(specification.class_names) - 1}"
         )
     return pieces
 
 
-def _folders(path: Path, bad: list[BadRow], given: bool) -> tuple[list[Piece], dict[str, str]]:
-    """Class folders, or train, val and test folders of class folders; images at any depth."""
+def _folder_pieces(
+    path: Path, bad: list[BadRow], given: bool
+) -> tuple[list[Piece], dict[str, str]]:
+    """Return pieces, and the split of each class as given ("" if none is).
+
+    `path` contains class folders, or train, val and test folders of class folders. Images may be at
+    any depth in a class folder.
+    """
     tops = sorted(entry for entry in path.iterdir() if entry.is_dir() and entry.name[0] != ".")
-    split_tree = bool(tops) and all(entry.name in WORDS for entry in tops)
-    found = [(folder, "") for folder in tops]
+    split_tree = bool(tops) and all(entry.name in SPLIT_WORDS for entry in tops)
+    classes = [(folder, "") for folder in tops]
     if split_tree:
-        found = [(f, top.name) for top in tops for f in sorted(top.iterdir()) if f.is_dir()]
+        classes = [(f, top.name) for top in tops for f in sorted(top.iterdir()) if f.is_dir()]
     if split_tree and given:
-        merge_splits(str(path), [(folder.name, split) for folder, split in found])
+        merge_splits(str(path), [(folder.name, split) for folder, split in classes])
     pieces, splits = [], {}
-    for folder, split in found:
+    for folder, split in classes:
         files = [
             Path(parent, name)
             for parent, _, names in os.walk(folder)
@@ -282,13 +216,17 @@ def _folders(path: Path, bad: list[BadRow], given: bool) -> tuple[list[Piece], d
     return pieces, splits
 
 
-def _parquet(path: Path, portion: int, given: bool) -> tuple[list[Piece], dict[str, str]]:
-    """Files with `image` and `label` or `class_name`, and `split` perhaps."""
+def _parquet_pieces(path: Path, portion: int, given: bool) -> tuple[list[Piece], dict[str, str]]:
+    """Return pieces of about `portion` bytes, and the split of each class as given ("" if none is).
+
+    The files have columns `image`, `label` or `class_name` or both, and optionally `split`.
+    """
     files = sorted(path.glob("*.parquet")) if path.is_dir() else [path]
     pieces: list[Piece] = []
     splits: dict[str, str] = {}
-    pairs: dict[tuple[str, Any], Any] = {}  # a label's class name, and the other way round
+    pairs: dict[tuple[str, Any], Any] = {}  # ("label", label) -> class name, and the reverse
     for file in files:
+        # the distinct values of class_name, label and split
         with _open_parquet(file) as parquet:
             sizes = [
                 parquet.metadata.row_group(number).total_byte_size
@@ -297,16 +235,18 @@ def _parquet(path: Path, portion: int, given: bool) -> tuple[list[Piece], dict[s
             columns = [
                 c for c in ("class_name", "label", "split") if c in parquet.schema_arrow.names
             ]
-            seen = set()
+            classes = set()
             for batch in parquet.iter_batches(1 << 16, columns=columns):
                 rows = pa.table(batch).group_by(columns).aggregate([]).to_pylist()
-                seen |= {
+                classes |= {
                     tuple(row.get(key) for key in ("class_name", "label", "split")) for row in rows
                 }
+
+        # each label has one class name and each class one split
         named = "class_name" in columns
-        for name, label, split in sorted(seen, key=str):
+        for name, label, split in sorted(classes, key=str):
             if (name if named else label) is None:
-                continue  # its rows will be bad rows
+                continue  # these rows become bad rows when they are read
             name = name if named else str(label)
             if label is not None:
                 for key, value, meaning in ((label, name, "label"), (name, label, "class_name")):
@@ -318,6 +258,8 @@ def _parquet(path: Path, portion: int, given: bool) -> tuple[list[Piece], dict[s
             if given and splits.get(name, split) != split:
                 merge_splits(str(file), [(name, str(splits[name])), (name, str(split))])
             splits[name] = split or ""
+
+        # consecutive row groups of about a portion
         begin = 0
         for end in range(1, len(sizes) + 1):
             if end == len(sizes) or sum(sizes[begin : end + 1]) > portion:
@@ -334,8 +276,120 @@ def _parquet(path: Path, portion: int, given: bool) -> tuple[list[Piece], dict[s
     return pieces, splits
 
 
+def _stamp(file: Path) -> tuple[str, int, int]:
+    """Return path, size and modification time.
+
+    Raises:
+        ValueError: there is no such file, as for a dangling link.
+    """
+    try:
+        stat = file.stat()
+    except OSError as error:
+        raise ValueError(f"{file}: {error.strerror}") from error
+    return str(file), stat.st_size, stat.st_mtime_ns
+
+
+# --- Splits ---
+
+
+def hash_split(names: Iterable[str], seed: int) -> dict[str, str]:
+    """Return the split of each class, by the order of a seeded hash of the names.
+
+    15 % of the classes, but at least 2, go to val and as many to test; train gets at least one. The
+    same names have the same splits in any collection.
+    """
+    ordered = sorted(names, key=lambda name: hashlib.sha256(f"{seed}/{name}".encode()).digest())
+    count = min(max(2, round(HELD_OUT * len(ordered))), (len(ordered) - 1) // 2)
+    splits = ["val"] * count + ["test"] * count + ["train"] * (len(ordered) - 2 * count)
+    return dict(zip(ordered, splits, strict=True))
+
+
+def file_split(path: Path, names: Iterable[str]) -> dict[str, str]:
+    """Return the split of each class from a JSON file {train|val|test: [class names]}.
+
+    Meta-Dataset's `valid` is val. The file may name classes that the collection lacks.
+
+    Raises:
+        ValueError: the file is not of this form, names a class twice, or lacks one of `names`.
+    """
+    try:
+        listed = json.loads(path.read_text())
+    except OSError as error:
+        raise ValueError(f"{path}: {error.strerror}; name a JSON file of class splits") from error
+    except ValueError as error:
+        raise ValueError(f"{path}: not JSON: {error}") from error
+    if not isinstance(listed, dict) or not all(isinstance(part, list) for part in listed.values()):
+        raise ValueError(f"{path}: should be {{train|val|test: [class names]}}")
+    split: dict[str, str] = {}
+    for key, part in listed.items():
+        if key not in SPLIT_WORDS:
+            raise ValueError(f"{path}: {key}: unknown split; should be train, val or test")
+        for name in part:
+            if name in split:
+                raise ValueError(f"{path}: class {name!r} is listed twice ({split[name]}, {key})")
+            split[name] = SPLIT_WORDS[key]
+    for name in names:
+        if name not in split:
+            raise ValueError(f"{path}: class {name!r} has no split; list it in train, val or test")
+    return {name: split[name] for name in names}
+
+
+def merge_splits(where: str, pairs: Iterable[tuple[str, str]]) -> dict[str, str]:
+    """Return the split of each class from the (class name, split) pairs of the data.
+
+    Args:
+        where: the source, for messages.
+        pairs: class names with a key of `SPLIT_WORDS`; may repeat.
+
+    Raises:
+        ValueError: a split is unknown, or a class is in two splits.
+    """
+    split: dict[str, str] = {}
+    for name, word in pairs:
+        if word not in SPLIT_WORDS:
+            raise ValueError(
+                f"{where}: class {name!r}: split is {word!r}; should be train, val or test"
+            )
+        if split.setdefault(name, SPLIT_WORDS[word]) != SPLIT_WORDS[word]:
+            raise ValueError(
+                f"{where}: class {name!r} is in {split[name]} and in {SPLIT_WORDS[word]}; a class"
+                " has one split: fix the data, or set split: hash to ignore its splits"
+            )
+    return split
+
+
+def splits_table(splits: dict[str, tuple[str, dict[str, str]]]) -> str:
+    """Return the number of classes per collection and split as text.
+
+    Args:
+        splits: collection -> (source of its splits, class name -> split).
+    """
+    width = max(map(len, ["collection", *splits]))
+    lines = [f"{'collection':{width}}  train   val  test  classes split by"]
+    for name, (source, split) in splits.items():
+        counts = "  ".join(f"{list(split.values()).count(part):4d}" for part in SPLITS)
+        lines.append(f"{name:{width}}   {counts}  {source}")
+    return "\n".join(lines)
+
+
+# --- Reading images ---
+
+
+def read_piece(piece: Piece) -> Iterator[SourceImage | BadRow]:
+    """Yield the images of a piece in order, with a `BadRow` in place of each bad one."""
+    if piece.row_groups is not None:
+        return _read_parquet(piece, *piece.row_groups)
+    if piece.class_id is not None:
+        return _read_tfrecords(piece)
+    return _read_file(piece)
+
+
 def _open_parquet(file: Path) -> pq.ParquetFile:
-    """The opened file, with the columns that images need."""
+    """Open a Parquet file and check its columns.
+
+    Raises:
+        ValueError: it is not a Parquet file, or not one of labelled images.
+    """
     try:
         parquet = pq.ParquetFile(file, pre_buffer=False, buffer_size=1 << 20)
     except (pa.ArrowInvalid, OSError) as error:
@@ -353,11 +407,11 @@ def _open_parquet(file: Path) -> pq.ParquetFile:
 
 
 def _is_struct(kind: pa.DataType) -> bool:
-    """Whether a column of images is as the `datasets` library writes it: {bytes, path}."""
+    """Return whether images are {bytes, path}, as the `datasets` library writes them."""
     return pa.types.is_struct(kind) and kind.get_field_index("bytes") >= 0
 
 
-def _read_parquet(piece: Piece, begin: int, end: int) -> Iterator[FoundImage | BadRow]:
+def _read_parquet(piece: Piece, begin: int, end: int) -> Iterator[SourceImage | BadRow]:
     with _open_parquet(Path(piece.path)) as parquet:
         row = sum(parquet.metadata.row_group(number).num_rows for number in range(begin))
         names = parquet.schema_arrow.names
@@ -373,12 +427,12 @@ def _read_parquet(piece: Piece, begin: int, end: int) -> Iterator[FoundImage | B
                 if values[label] is None:
                     yield BadRow(piece.path, row, values.get("source"), f"{label} is null")
                 else:
-                    found = FoundImage(image.as_py(), str(values[label]), source)
-                    yield _checked(found, piece, row)
+                    item = SourceImage(image.as_py(), str(values[label]), source)
+                    yield _check(item, piece, row)
                 row += 1
 
 
-def _read_tfrecords(piece: Piece) -> Iterator[FoundImage | BadRow]:
+def _read_tfrecords(piece: Piece) -> Iterator[SourceImage | BadRow]:
     path, row = Path(piece.path), 0
     try:
         for offset, data in read_records(path):
@@ -388,15 +442,15 @@ def _read_tfrecords(piece: Piece) -> Iterator[FoundImage | BadRow]:
                 yield BadRow(piece.path, row, None, f"byte {offset}: {error}")
             else:
                 if label != piece.class_id:
-                    reason = f"byte {offset}: label {label}; by the specification the file holds"
+                    reason = f"byte {offset}: label {label}; by the specification the file is"
                     reason += f" class {piece.class_id}, {piece.class_name!r}"
                     yield BadRow(piece.path, row, None, reason)
                 else:
                     source = f"{path.name}@{offset}"
-                    found = FoundImage(image, str(piece.class_name), source)
-                    yield _checked(found, piece, row, f"byte {offset}: ")
+                    item = SourceImage(image, str(piece.class_name), source)
+                    yield _check(item, piece, row, f"byte {offset}: ")
             row += 1
-    except ValueError as error:  # what follows cannot be read
+    except ValueError as error:  # the rest of the file cannot be read
         yield BadRow(piece.path, row, None, str(error).removeprefix(f"{path}: "))
         return
     if row != piece.images:
@@ -404,7 +458,7 @@ def _read_tfrecords(piece: Piece) -> Iterator[FoundImage | BadRow]:
         yield BadRow(piece.path, None, None, reason)
 
 
-def _read_file(piece: Piece) -> Iterator[FoundImage | BadRow]:
+def _read_file(piece: Piece) -> Iterator[SourceImage | BadRow]:
     path = Path(piece.path)
     try:
         image = path.read_bytes()
@@ -412,29 +466,21 @@ def _read_file(piece: Piece) -> Iterator[FoundImage | BadRow]:
         yield BadRow(piece.path, None, None, f"cannot be read: {error.strerror}")
         return
     source = str(path.relative_to(piece.root))
-    yield _checked(FoundImage(image, str(piece.class_name), source), piece, None)
+    yield _check(SourceImage(image, str(piece.class_name), source), piece, None)
 
 
-def _checked(
-    found: FoundImage, piece: Piece, row: int | None, where: str = ""
-) -> FoundImage | BadRow:
-    """The image where it decodes, otherwise why it does not."""
+def _check(
+    item: SourceImage, piece: Piece, row: int | None, where: str = ""
+) -> SourceImage | BadRow:
+    """Return the image if it decodes, otherwise why it does not."""
     try:
-        if found.image is None:
+        if item.image is None:
             reason = "image is null"
         else:
-            decode_image(found.image)
-            return found
+            decode_image(item.image)
+            return item
     except UnidentifiedImageError:  # its text has a memory address
         reason = "broken image: no image format that Pillow knows"
     except BROKEN_IMAGE as error:
         reason = f"broken image: {error}"
     return BadRow(piece.path, row, None, where + reason)
-
-
-def _stamp(file: Path) -> tuple[str, int, int]:
-    try:
-        found = file.stat()
-    except OSError as error:  # such as a link to nothing
-        raise ValueError(f"{file}: {error.strerror}") from error
-    return str(file), found.st_size, found.st_mtime_ns

@@ -1,27 +1,23 @@
-"""Reading a store of labelled images: classes at once, images when they are needed.
+"""Read a store of labelled images: all classes at once, images when they are needed.
 
-In: a folder that `jobs/prepare_data.py` has finished. Out: global row ids with labels, and encoded
-images by row id from a memory map on this node (`image_cache`), or as a stream from Parquet.
+`fmray.data.image_ingest` writes a store with this layout:
 
-The store's layout, which `image_ingest` writes:
+    images/<collection>/<split>/part-XXXXX.parquet   `IMAGE_SCHEMA`; each class begins a row group,
+                                                     and its rows are in a fixed random order
+    images/<collection>/dataset_spec.json            if its specification decides the splits
+    index.parquet      `INDEX_SCHEMA`: one row per piece of a class, in the order of row ids
+    duplicates.tsv     images that were skipped because their bytes occurred before
+    class_splits.tsv   the split of each class
+    manifest.json      written last: the store is complete
 
-    images/<collection>/<split>/part-XXXXX.parquet   `IMAGE_SCHEMA`; a class begins a row group, its
-                                                     rows are in an order drawn once
-    images/<collection>/dataset_spec.json            of a collection split by its specification
-    index.parquet    `INDEX_SCHEMA`: a row for each piece of a class, in the order of row ids
-    duplicates.tsv   images left out since their bytes were there before
-    class_splits.tsv the split of each class
-    manifest.json    written last: its presence means done
-
-Row ids count from 0 through collections by name, splits (train, val, test), labels and places in
-the class. They hold as long as `ImageStore.fingerprint` does.
+Row ids count from 0 through collections by name, splits (train, val, test), labels, and places in
+the class. They are valid while `ImageStore.fingerprint` is the same.
 """
 
 from __future__ import annotations
 
 import fcntl
 import json
-import os
 import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -33,90 +29,18 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from fmray.fewshot.specification import DatasetSpecification
-
-# Images of one folder of a store as an uncompressed Arrow IPC file in a memory map, for random
-# access.
-#
-# In: Parquet parts. Out: encoded images by row number. The file is made once on a node, by the
-# first process that asks; Parquet itself must read a whole row group to give one image.
-
-BATCH_BYTES = 64 * 2**20  # of images in memory while the file is made; few batches open fast
-SCHEMA = pa.schema([("image", pa.binary())])
-
-
-class MappedImages:
-    """The images of an Arrow IPC file, by row number; nothing is read before it is asked for."""
-
-    def __init__(self, path: Path) -> None:
-        reader = pa.ipc.open_file(pa.memory_map(str(path)))
-        batches = [reader.get_batch(number) for number in range(reader.num_record_batches)]
-        self._starts = np.cumsum([0, *map(len, batches)])
-        self._offsets: list[np.ndarray] = []  # int32 [rows + 1], in the map
-        self._data: list[memoryview] = []
-        for batch in batches:
-            _, offsets, data = batch.column(0).buffers()
-            self._offsets.append(np.frombuffer(offsets, dtype=np.int32))
-            self._data.append(memoryview(data).cast("B"))
-
-    def views(self, rows: np.ndarray) -> list[memoryview]:
-        """Encoded images of `rows` int64 [n], counted from the file's first; nothing is copied."""
-        number = np.searchsorted(self._starts, rows, side="right") - 1
-        row = rows - self._starts[number]
-        if (number == number[0]).all():
-            return self._slices(int(number[0]), row)
-        found: list[memoryview] = [self._data[0]] * len(rows)
-        for batch in np.unique(number):
-            there = np.flatnonzero(number == batch)
-            for place, view in zip(there, self._slices(int(batch), row[there]), strict=True):
-                found[place] = view
-        return found
-
-    def _slices(self, batch: int, row: np.ndarray) -> list[memoryview]:
-        offsets, data = self._offsets[batch], self._data[batch]
-        starts, ends = offsets[row].tolist(), offsets[row + 1].tolist()
-        return [data[start:end] for start, end in zip(starts, ends, strict=True)]
-
-
-def mapped_images(name: Path, parts: Sequence[Path]) -> MappedImages:
-    """The map `<name>.arrow` of the images of all parts in order, made where it is missing."""
-    path = name.with_name(name.name + ".arrow")
-    if not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with path.with_suffix(".lock").open("w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)  # other workers of this node wait, then find it made
-            if not path.exists():
-                temporary = path.with_suffix(f".{os.getpid()}.tmp")
-                _write(temporary, parts)
-                temporary.replace(path)
-    return MappedImages(path)
-
-
-def _write(path: Path, parts: Sequence[Path]) -> None:
-    with pa.ipc.new_file(str(path), SCHEMA) as writer:
-        for part in parts:
-            with pq.ParquetFile(part) as file:
-                held: list[pa.Table] = []
-                for group in range(file.num_row_groups):
-                    held.append(file.read_row_group(group, columns=["image"]))
-                    if sum(table.nbytes for table in held) >= BATCH_BYTES:
-                        writer.write_table(pa.concat_tables(held).combine_chunks())
-                        held = []
-                if held:
-                    writer.write_table(pa.concat_tables(held).combine_chunks())
-
+from fmray.runtime.files import atomic_path, write_json
 
 SPECIFICATION = "dataset_spec.json"
 SPLITS = ("train", "val", "test")
 IMAGE_SCHEMA = pa.schema(
     [
-        ("image", pa.binary()),
-        ("label", pa.int32()),
+        ("image", pa.binary()),  # encoded bytes as in the source
+        ("label", pa.int32()),  # index of the class in its collection, in order of class names
         ("class_name", pa.string()),
-        ("source", pa.string()),
+        ("source", pa.string()),  # where the image came from
     ]
 )
-"""`image`: encoded bytes as in the source. `label`: index of the class in its collection, in order
-of class names. `source`: where the image came from."""
 INDEX_SCHEMA = pa.schema(
     [
         ("collection", pa.string()),
@@ -124,16 +48,15 @@ INDEX_SCHEMA = pa.schema(
         ("label", pa.int32()),
         ("class_name", pa.string()),
         ("count", pa.int64()),
-        ("file", pa.string()),
-        ("row_group", pa.int32()),
+        ("file", pa.string()),  # relative to the store
+        ("row_group", pa.int32()),  # the piece's first
     ]
 )
-"""`file`: relative to the store. `row_group`: the first one of the piece."""
 
 
 @dataclass(frozen=True)
 class ClassEntry:
-    """A class of the store; its images are the row ids `first` to `first + count - 1`."""
+    """A class of the store; its images have the row ids `first` to `first + count - 1`."""
 
     collection: str
     split: str
@@ -145,41 +68,40 @@ class ClassEntry:
 
 @dataclass(frozen=True)
 class Rows:
-    """Some images. `rows` int64 [n]: global row ids; `labels` int64 [n]: class index within the
-    collection; `class_names`: of the whole collection, by label."""
+    """Images of a collection."""
 
-    rows: np.ndarray
-    labels: np.ndarray
-    class_names: tuple[str, ...]
+    rows: np.ndarray  # [n] int64, row ids
+    labels: np.ndarray  # [n] int64, class index within the collection
+    class_names: tuple[str, ...]  # all classes of the collection, by label
 
 
 @dataclass(frozen=True)
 class ImageManifest:
-    """What a store holds and what it was made of.
-
-    `collections`: name -> a hash of all that decides its content; `fingerprint`: hash of the
-    content itself, the same wherever and however it was made.
-    """
+    """What a store contains and what it was made from."""
 
     version: int
-    collections: dict[str, str]
-    fingerprint: str
+    collections: dict[str, str]  # name -> hash of everything that decides its content
+    fingerprint: str  # hash of the content itself, the same wherever and however it was made
     rows: int
     duplicates: int
     bad_rows: int
 
     @staticmethod
     def path(store: Path) -> Path:
-        """Where the manifest of a store lies."""
+        """Return the path of a store's manifest."""
         return store / "manifest.json"
 
     @classmethod
     def read(cls, store: Path) -> ImageManifest:
-        """Raises ValueError where there is no finished store or its manifest is not one."""
+        """Read the manifest of a store.
+
+        Raises:
+            ValueError: the store is missing or incomplete, or its manifest is not valid.
+        """
         path = cls.path(store)
         if not path.is_file():
             raise ValueError(
-                f"{store}: not a finished image store (no {path.name}); run jobs/prepare_data.py"
+                f"{store}: not a complete image store (no {path.name}); run jobs/prepare_data.py"
             )
         try:
             return cls(**json.loads(path.read_text()))
@@ -190,52 +112,52 @@ class ImageManifest:
             ) from error
 
     def write(self, store: Path) -> None:
-        """Written to a temporary name and moved."""
+        """Write the manifest, which makes the store complete."""
         write_json(self.path(store), asdict(self))
 
 
 class ImageStore:
-    """Classes and images of a finished store. Safe to read from several threads."""
+    """Classes and images of a complete store. Thread-safe."""
 
     def __init__(self, store: Path, cache: Path, fingerprint: str, index: list[Any]) -> None:
-        """See `open`. index: rows of `INDEX_SCHEMA`."""
+        """Use `open` instead. `index`: rows of `INDEX_SCHEMA`."""
         self.path, self.fingerprint = store, fingerprint
         self._cache, self._lock = cache / fingerprint, threading.Lock()
         self._mapped: dict[tuple[str, str], MappedImages] = {}
         self._folders: dict[tuple[str, str], list[str]] = {}  # (collection, split) -> files
         self._first: dict[tuple[str, str], int] = {}  # (collection, split) -> first row id
         classes: dict[tuple[str, int], ClassEntry] = {}
-        first = 0
+        next_row = 0
         for piece in index:
             folder = (piece["collection"], piece["split"])
-            self._first.setdefault(folder, first)
+            self._first.setdefault(folder, next_row)
             files = self._folders.setdefault(folder, [])
             if piece["file"] not in files[-1:]:
                 files.append(piece["file"])
             key = (piece["collection"], piece["label"])
-            before = classes.get(key)
+            earlier = classes.get(key)
             classes[key] = ClassEntry(
                 *folder,
                 label=piece["label"],
                 name=piece["class_name"],
-                count=piece["count"] + (before.count if before else 0),
-                first=before.first if before else first,
+                count=piece["count"] + (earlier.count if earlier else 0),
+                first=earlier.first if earlier else next_row,
             )
-            first += piece["count"]
-        self.num_rows = first
+            next_row += piece["count"]
+        self.num_rows = next_row
         self.classes = tuple(classes.values())
-        self._starts = np.array(list(self._first.values()), dtype=np.int64)
+        self._starts = np.array(list(self._first.values()), dtype=np.int64)  # by place in _order
         self._order = list(self._first)
 
     @classmethod
     def open(cls, store: Path, cache: Path | None = None) -> ImageStore:
-        """Open a finished store.
+        """Open a complete store.
 
         Args:
-            cache: folder for the memory map, local to this node; default: in the store.
+            cache: folder for the memory map, local to this node; by default in the store.
 
         Raises:
-            ValueError: there is no finished store.
+            ValueError: the store is missing or incomplete.
         """
         manifest = ImageManifest.read(store)
         index = pq.read_table(store / "index.parquet", schema=INDEX_SCHEMA).to_pylist()
@@ -249,7 +171,7 @@ class ImageStore:
     def select(
         self, collection: str, split: Literal["train", "val", "test", "all"] = "all"
     ) -> Rows:
-        """All images of a collection, or of one split of it; none is an answer.
+        """Return all images of a collection or of one of its splits; possibly none.
 
         Raises:
             ValueError: the store has no such collection, or there is no such split.
@@ -267,30 +189,33 @@ class ImageStore:
         )
 
     def groups(self, collection: str, split: str) -> list[np.ndarray] | None:
-        """Labels of each alphabet (Omniglot) or eligible WordNet node (ILSVRC) that an episode of
-        Meta-Dataset is drawn from, int64; None where it is drawn from all classes.
+        """Return the groups of classes that Meta-Dataset draws an episode from, as int64 labels.
 
-        Classes without images are left out of their groups, and groups without classes of `split`.
+        A group is an alphabet (Omniglot) or an eligible WordNet node (ILSVRC). None if episodes are
+        drawn from all classes. Classes without images and empty groups are skipped.
         """
         self._check(collection, split)
         path = self.path / "images" / collection / SPECIFICATION
         specification = DatasetSpecification.read(path) if path.is_file() else None
-        found = None if specification is None else specification.groups(split)
-        if found is None:
+        groups = None if specification is None else specification.groups(split)
+        if groups is None:
             return None
-        label = {e.name: e.label for e in self.classes if e.collection == collection}
-        names = [[specification.class_names[number] for number in group] for group in found]
-        labels = [[label[name] for name in group if name in label] for group in names]
+        label_of = {e.name: e.label for e in self.classes if e.collection == collection}
+        names = [[specification.class_names[number] for number in group] for group in groups]
+        labels = [[label_of[name] for name in group if name in label_of] for group in names]
         return [np.array(sorted(group), dtype=np.int64) for group in labels if group]
 
     def images(self, rows: Sequence[int] | np.ndarray) -> list[bytes]:
-        """Encoded images of some row ids, in their order: copies, to keep or send."""
+        """Return copies of the encoded images of row ids, in their order."""
         return [bytes(view) for view in self.views(rows)]
 
     def views(self, rows: Sequence[int] | np.ndarray) -> list[memoryview]:
-        """Encoded images of some row ids, in their order, in the memory map itself: to decode here.
+        """Return the encoded images of row ids, in their order, as views of the memory map.
 
-        The first call for a collection's split makes its memory map, once on a node.
+        The first call for a split of a collection makes its memory map, once per node.
+
+        Raises:
+            ValueError: the store has no such row.
         """
         rows = np.asarray(rows, dtype=np.int64)
         if not len(rows):
@@ -301,22 +226,23 @@ class ImageStore:
         folder = np.searchsorted(self._starts, rows, side="right") - 1
         if (folder == folder[0]).all():  # as in every episode of one collection
             return self._map(int(folder[0])).views(rows - self._starts[folder[0]])
-        found = [memoryview(b"")] * len(rows)
+        views = [memoryview(b"")] * len(rows)
         for number in np.unique(folder):
-            there = np.flatnonzero(folder == number)
-            views = self._map(int(number)).views(rows[there] - self._starts[number])
-            for place, view in zip(there, views, strict=True):
-                found[place] = view
-        return found
+            places = np.flatnonzero(folder == number)
+            part = self._map(int(number)).views(rows[places] - self._starts[number])
+            for place, view in zip(places, part, strict=True):
+                views[place] = view
+        return views
 
     def batches(
         self, collection: str, split: Literal["train", "val", "test", "all"], size: int
     ) -> Iterator[tuple[np.ndarray, list[bytes]]]:
-        """Row ids and encoded images, at most `size` at a time: one pass over the Parquet files,
-        in the order of row ids, without a memory map.
+        """Yield row ids and encoded images, at most `size` at a time, in the order of row ids.
+
+        One pass over the Parquet files; needs no memory map.
 
         Raises:
-            ValueError: as `select`.
+            ValueError: see `select`.
         """
         self._check(collection, split)
         for folder, files in self._folders.items():
@@ -338,6 +264,7 @@ class ImageStore:
             raise ValueError(f"split {split!r}: should be train, val, test or all")
 
     def _map(self, number: int) -> MappedImages:
+        """Return the memory map of a split of a collection, by its place in the store's order."""
         folder = self._order[number]
         with self._lock:
             if folder not in self._mapped:
@@ -346,8 +273,67 @@ class ImageStore:
             return self._mapped[folder]
 
 
-def write_json(path: Path, value: dict[str, Any]) -> None:
-    """Written to a temporary name and moved."""
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(json.dumps(value, indent=1, sort_keys=True) + "\n")
-    temporary.replace(path)
+# --- Memory map, for random access: Parquet must read a complete row group for a single image ---
+
+MAP_BATCH_BYTES = 64 * 2**20  # of images in memory while the file is made; few batches open fast
+MAP_SCHEMA = pa.schema([("image", pa.binary())])
+
+
+class MappedImages:
+    """The images of an Arrow IPC file by row number; reads only what is accessed."""
+
+    def __init__(self, path: Path) -> None:
+        reader = pa.ipc.open_file(pa.memory_map(str(path)))
+        batches = [reader.get_batch(number) for number in range(reader.num_record_batches)]
+        self._starts = np.cumsum([0, *map(len, batches)])
+        self._offsets: list[np.ndarray] = []  # of each batch, int32 [rows + 1], in the map
+        self._data: list[memoryview] = []
+        for batch in batches:
+            _, offsets, data = batch.column(0).buffers()
+            self._offsets.append(np.frombuffer(offsets, dtype=np.int32))
+            self._data.append(memoryview(data).cast("B"))
+
+    def views(self, rows: np.ndarray) -> list[memoryview]:
+        """Return the encoded images of `rows` (int64 [n], from 0 in the file) without a copy."""
+        batch = np.searchsorted(self._starts, rows, side="right") - 1
+        row = rows - self._starts[batch]
+        if (batch == batch[0]).all():
+            return self._slices(int(batch[0]), row)
+        views: list[memoryview] = [self._data[0]] * len(rows)
+        for number in np.unique(batch):
+            places = np.flatnonzero(batch == number)
+            for place, view in zip(places, self._slices(int(number), row[places]), strict=True):
+                views[place] = view
+        return views
+
+    def _slices(self, batch: int, row: np.ndarray) -> list[memoryview]:
+        offsets, data = self._offsets[batch], self._data[batch]
+        starts, ends = offsets[row].tolist(), offsets[row + 1].tolist()
+        return [data[start:end] for start, end in zip(starts, ends, strict=True)]
+
+
+def mapped_images(name: Path, parts: Sequence[Path]) -> MappedImages:
+    """Open `<name>.arrow`, the images of all parts in order; make it if it is missing."""
+    path = name.with_name(name.name + ".arrow")
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.with_suffix(".lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)  # one process of a node makes it, the others wait
+            if not path.exists():
+                with atomic_path(path) as temporary:
+                    _write_map(temporary, parts)
+    return MappedImages(path)
+
+
+def _write_map(path: Path, parts: Sequence[Path]) -> None:
+    with pa.ipc.new_file(str(path), MAP_SCHEMA) as writer:
+        for part in parts:
+            with pq.ParquetFile(part) as file:
+                tables: list[pa.Table] = []
+                for group in range(file.num_row_groups):
+                    tables.append(file.read_row_group(group, columns=["image"]))
+                    if sum(table.nbytes for table in tables) >= MAP_BATCH_BYTES:
+                        writer.write_table(pa.concat_tables(tables).combine_chunks())
+                        tables = []
+                if tables:
+                    writer.write_table(pa.concat_tables(tables).combine_chunks())

@@ -1,13 +1,16 @@
-"""LLaVA files -> a Parquet store, through Ray Data.
+"""Convert LLaVA files to a Parquet store, with one task per shard (`run_tasks`).
 
-In: a recipe whose `data` section names LLaVA JSON or JSONL files and an image folder (or asks for
-generated shapes). Out: `<store>/{train,validation}/part-XXXXX.parquet`, `<store>/processor`,
-`<store>/manifest.json`.
+The recipe's `data` section names LLaVA JSON or JSONL files and an image folder, or asks for
+generated shapes. The store has this layout:
 
-Part i holds the good rows among rows [i * rows_per_shard, (i + 1) * rows_per_shard) of its split,
-in source order. A part is written whole or not at all and carries a key of all that made it: a
-second run writes nothing, and a killed one goes on with the parts that are missing. Only the
-manifest, written last, makes a folder a store.
+    train/part-XXXXX.parquet, validation/part-XXXXX.parquet    `SCHEMA`
+    processor/                                                 tokenizer, image processor, template
+    bad_rows.jsonl                                             records that were skipped
+    manifest.json                                              written last: the store is complete
+
+Part i contains the good rows among rows [i * rows_per_shard, (i + 1) * rows_per_shard) of its
+split, in source order. A part is written atomically and carries a hash of everything that decides
+its content: a second run writes nothing, and a run after a crash writes only the missing parts.
 """
 
 from __future__ import annotations
@@ -16,8 +19,6 @@ import functools
 import hashlib
 import json
 import math
-import os
-import shutil
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -46,187 +47,31 @@ from fmray.data.records import (
     stop_at_bad_rows,
 )
 from fmray.data.store import Manifest
+from fmray.runtime.files import atomic_folder, atomic_path, sha256
 
 if TYPE_CHECKING:
     from transformers import ProcessorMixin
 
-
-# One shard of a data store: read the images, check the rows, write one Parquet part. Runs inside a
-# Ray Data task.
-#
-# In: a `ShardTask`. Out: the part at its final name, or nothing; and a `ShardResult`, kept in the
-# part's metadata.
-
-PART_VERSION = "1"  # a changed format or check makes old parts stale
+VERSION = 1  # of the manifest; increase it when a change makes old stores stale
+PART_VERSION = "1"  # of parts; increase it when a changed format or check makes old parts stale
 ROW_GROUP = 64  # rows; what the loader reads at a time
 SCHEMA = pa.schema(
     [
         ("id", pa.string()),
-        ("image", pa.binary()),
+        ("image", pa.binary()),  # encoded bytes as in the source; null for text only
         ("conversations", pa.list_(pa.struct([("from", pa.string()), ("value", pa.string())]))),
-        ("tags", pa.list_(pa.string())),
-        ("turn_tokens", pa.list_(pa.int32())),
-        ("row", pa.int64()),
+        ("tags", pa.list_(pa.string())),  # one per answer
+        ("turn_tokens", pa.list_(pa.int32())),  # tokens up to each answer's end, image included
+        ("row", pa.int64()),  # index in the source file
     ]
 )
-"""`image`: encoded bytes as in the source, null for text alone. `tags`: one for each answer.
-`turn_tokens`: length in tokens, the image's included, up to and with each answer. `row`: index in
-the source file."""
 
-
-@dataclass(frozen=True)
-class ShardTask:
-    """All a worker needs. Paths are absolute, on storage that every node sees; `rows` is JSON
-    [[row, record], ...]."""
-
-    split: str
-    path: str
-    file: str
-    rows: bytes
-    image_folder: str
-    processor: str
-    processor_hash: str
-    max_length: int
-    pictures: str  # what generated images were made of: their names and questions do not say
-    write_bad: bool  # whether a shard with bad rows is written without them, or not at all
-
-    def key(self) -> str:
-        """Hash of all that decides the part's content, but the images' own bytes."""
-        parts = [
-            self.file,
-            self.image_folder,
-            self.processor_hash,
-            str(self.max_length),
-            self.pictures,
-        ]
-        return hashlib.sha256(
-            "\0".join([PART_VERSION, *parts]).encode() + bytes(self.rows)
-        ).hexdigest()
-
-
-@dataclass(frozen=True)
-class ShardResult:
-    """What a shard holds, and its bad rows as dicts of `BadRow`."""
-
-    rows: int
-    answers: int
-    bad_rows: list[dict[str, Any]]
-
-    def to_json(self) -> str:
-        """For the part's metadata and the way back to the driver."""
-        return json.dumps(asdict(self))
-
-    @classmethod
-    def from_json(cls, text: str | bytes) -> ShardResult:
-        """The reverse of `to_json`."""
-        return cls(**json.loads(text))
-
-
-def finished_part(task: ShardTask) -> ShardResult | None:
-    """The result of a part that is there and was made of the same things; None otherwise."""
-    path = Path(task.path)
-    if not path.exists():
-        return None
-    try:
-        metadata = pq.read_schema(path).metadata or {}
-    except pa.ArrowInvalid:  # not Parquet: somebody else's file, or a broken disk
-        return None
-    if metadata.get(b"fmray.key") != task.key().encode():
-        return None
-    return ShardResult.from_json(metadata[b"fmray.result"])
-
-
-def write_shard(task: ShardTask) -> ShardResult:
-    """Write one part under a temporary name and move it.
-
-    The same task always gives the same bytes. With bad rows and not `write_bad`, nothing is
-    written.
-    """
-    processor = _processor(task.processor, task.processor_hash)
-    good, bad = [], []
-    for row, record in json.loads(task.rows):
-        checked = _check(row, record, task, processor)
-        if isinstance(checked, str):
-            bad.append(asdict(BadRow(task.file, row, record_id(record), checked)))
-        else:
-            good.append(checked)
-    result = ShardResult(len(good), sum(len(row["turn_tokens"]) for row in good), bad)
-    if bad and not task.write_bad:
-        return result
-    schema = SCHEMA.with_metadata({"fmray.key": task.key(), "fmray.result": result.to_json()})
-    temporary = task.path + ".tmp"
-    # Images are compressed already; everything else shrinks well.
-    compression = {column: "NONE" if column == "image" else "ZSTD" for column in _leaves()}
-    with pq.ParquetWriter(
-        temporary, schema, compression=compression, use_dictionary=["tags.list.element"]
-    ) as writer:
-        for start in range(0, len(good), ROW_GROUP):
-            writer.write_table(pa.Table.from_pylist(good[start : start + ROW_GROUP], schema=schema))
-    os.replace(temporary, task.path)
-    return result
-
-
-def _check(
-    row: int, record: dict[str, Any], task: ShardTask, processor: ProcessorMixin
-) -> dict[str, Any] | str:
-    """The row to store, or why it is bad. Its form has been checked before."""
-    token = getattr(processor, "image_token", IMAGE_MARK)
-    if token != IMAGE_MARK and any(token in turn["value"] for turn in record["conversations"]):
-        return f"the text holds {token!r}, which the processor keeps for images"
-    image, size = None, None
-    if record.get("image") is not None:
-        path = Path(task.image_folder, record["image"])
-        try:
-            image = path.read_bytes()
-        except OSError as error:  # not there, not readable, a folder, a name too long
-            return f"missing image: {path} ({error.strerror})"
-        try:
-            size = decode_image(image).size
-        except UnidentifiedImageError:  # its text has a memory address, and shards are repeatable
-            return f"broken image: {path} (no image format that Pillow knows)"
-        except BROKEN_IMAGE as error:
-            return f"broken image: {path} ({error})"
-    try:
-        encoded = encode(processor, record["conversations"])
-    except ValueError as error:
-        return str(error)
-    lengths = encoded.turn_tokens(image_tokens(processor, size) if size else 0)
-    if lengths[0] > task.max_length:
-        return (
-            f"too long: {lengths[0]} tokens at the first answer; "
-            f"data.max_length is {task.max_length}"
-        )
-    return {
-        "id": record_id(record),
-        "image": image,
-        "conversations": [
-            {"from": turn["from"], "value": turn["value"]} for turn in record["conversations"]
-        ],
-        "tags": record.get("tags"),
-        "turn_tokens": lengths,
-        "row": row,
-    }
-
-
-def _leaves() -> list[str]:
-    """Parquet's names of the columns."""
-    turns = ["conversations.list.element.from", "conversations.list.element.value"]
-    return ["id", "image", *turns, "tags.list.element", "turn_tokens.list.element", "row"]
-
-
-@functools.lru_cache(maxsize=1)  # a worker process writes many shards
-def _processor(path: str, processor_hash: str) -> ProcessorMixin:
-    return load_processor(path)
-
-
-__all__ = ["SCHEMA", "prepare"]
-
-VERSION = 1  # of parts and manifest: a changed format makes old stores stale
+# --- Preparing a store ---
 
 
 @dataclass(frozen=True)
 class _Source:
-    """One LLaVA file with its records."""
+    """A LLaVA file with its records."""
 
     file: Path
     records: list[Any]
@@ -234,20 +79,22 @@ class _Source:
 
 
 def prepare(recipe: AdaLlavaRecipe) -> Manifest:
-    """Make the store of a recipe, or find it made; starts Ray only where none runs in this process.
+    """Make the store of a recipe unless it is up to date; starts Ray if none is running.
 
-    Raises ValueError for files that cannot be read, for bad rows unless `data.on_bad_row` is `skip`
-    (all are listed in `<store>/bad_rows.jsonl`), and for a processor that cannot serve.
+    Raises:
+        ValueError: a file cannot be read, the processor is not usable, or there are bad rows and
+            `data.on_bad_row` is not `skip` (all are listed in `<store>/bad_rows.jsonl`).
     """
     store = recipe.data.store.resolve()  # workers have other working directories
     files, image_folder = _find_sources(recipe, store)
     settings = _settings(recipe, files, image_folder)
     processor = None if recipe.model.source == "scratch" else _base_processor(recipe)
-    found = Manifest.read(store) if Manifest.exists(store) else None
-    if found is not None and _is_current(found, store, settings, processor):
-        print(f"store {recipe.data.store}: up to date, {found.summary()}")
-        return found
+    manifest = Manifest.read(store) if Manifest.exists(store) else None
+    if manifest is not None and _is_current(manifest, store, settings, processor):
+        print(f"store {recipe.data.store}: up to date, {manifest.summary()}")
+        return manifest
 
+    # read the records; a new processor makes the old store invalid
     sources = {}
     for name, file in files.items():
         records = read_records(file)
@@ -257,41 +104,45 @@ def prepare(recipe: AdaLlavaRecipe) -> Manifest:
     if processor is None:
         processor = scratch_processor(_texts(sources), recipe.model.scratch)
     processor_hash = fingerprint(processor)
-    if found is None or found.processor != processor_hash:
+    if manifest is None or manifest.processor != processor_hash:
         Manifest.path(store).unlink(missing_ok=True)
-        _save_processor(processor, store / "processor")
+        with atomic_folder(store / "processor") as folder:
+            processor.save_pretrained(folder)
 
-    plan = _plan_shards(recipe, sources, store, image_folder, processor_hash, settings)
-    # what was bad may have been mended since, so parts with bad rows are made again
-    kept = ((task.path, finished_part(task)) for task in plan)
-    results = {path: result for path, result in kept if result and not result.bad_rows}
-    missing = [task for task in plan if task.path not in results]
+    # write the missing parts; parts with bad rows again, since the source may have been fixed
+    tasks = _plan_shards(recipe, sources, store, image_folder, processor_hash, settings)
+    earlier = ((task.path, finished_part(task)) for task in tasks)
+    results = {path: result for path, result in earlier if result and not result.bad_rows}
+    missing = [task for task in tasks if task.path not in results]
     if missing:
         Manifest.path(store).unlink(missing_ok=True)
         for folder in {Path(task.path).parent for task in missing}:
             folder.mkdir(parents=True, exist_ok=True)
-            for left_over in folder.glob("*.tmp"):  # of a run that was killed
-                left_over.unlink()
+            for leftover in folder.glob(".*.partial"):  # of a run that was killed
+                leftover.unlink()
         writing = run_tasks(write_shard, missing, recipe.cluster)
-        progress = tqdm(writing, total=len(plan), initial=len(results), desc="ingest", unit="shard")
+        progress = tqdm(
+            writing, total=len(tasks), initial=len(results), desc="ingest", unit="shard"
+        )
         results |= {task.path: result for task, result in progress}
 
+    # complete the store
     bad += [BadRow(**row) for result in results.values() for row in result.bad_rows]
     stop_at_bad_rows(store, bad, "data.on_bad_row", recipe.data.on_bad_row)
-    _remove_strangers(store, set(results))
-    counts = {split: _count(plan, results, split) for split in ("train", "validation")}
+    _remove_stale_parts(store, set(results))
+    counts = {split: _count(tasks, results, split) for split in ("train", "validation")}
     for split, count in counts.items():
         if not count["rows"]:
             raise ValueError(f"{store / BAD_ROWS}: all {split} rows are bad")
     manifest = Manifest(settings, processor_hash, counts, bad_rows=len(bad))
     manifest.write(store)
-    written = f"{len(missing)} of {len(plan)} shards written"
+    written = f"{len(missing)} of {len(tasks)} shards written"
     print(f"store {recipe.data.store}: {written}, {manifest.summary()}")
     return manifest
 
 
 def _find_sources(recipe: AdaLlavaRecipe, store: Path) -> tuple[dict[str, Path], Path]:
-    """LLaVA files by split name and their image folder; generated where the recipe says so."""
+    """Return LLaVA files by split and their image folder; generate them if the recipe asks so."""
     data = recipe.data
     if data.shapes is not None:
         source = store / "source"
@@ -314,13 +165,16 @@ def _find_sources(recipe: AdaLlavaRecipe, store: Path) -> tuple[dict[str, Path],
 
 
 def _settings(recipe: AdaLlavaRecipe, files: dict[str, Path], image_folder: Path) -> dict[str, Any]:
-    """All that decides what the store holds, but the processor. Images are taken not to change
-    under their names."""
+    """Return everything that decides the content of the store, except the processor.
+
+    Image files are assumed not to change while they keep their names.
+    """
     data, scratch = recipe.data, recipe.model.scratch
+    scratch_settings = scratch.model_dump(include={"image_size", "patch_size", "max_vocabulary"})
     return {
         "version": VERSION,
         "files": {name: str(file) for name, file in files.items()},
-        "sha256": {name: _file_hash(file) for name, file in files.items()},
+        "sha256": {name: sha256(file) for name, file in files.items()},
         "image_folder": str(image_folder),
         "shapes": None
         if data.shapes is None
@@ -329,31 +183,29 @@ def _settings(recipe: AdaLlavaRecipe, files: dict[str, Path], image_folder: Path
         "rows_per_shard": data.rows_per_shard,
         "max_length": data.max_length,
         "on_bad_row": data.on_bad_row,
-        "scratch": None
-        if recipe.model.source != "scratch"
-        else scratch.model_dump(include={"image_size", "patch_size", "max_vocabulary"}),
+        "scratch": scratch_settings if recipe.model.source == "scratch" else None,
     }
 
 
 def _is_current(
-    found: Manifest, store: Path, settings: dict[str, Any], processor: ProcessorMixin | None
+    manifest: Manifest, store: Path, settings: dict[str, Any], processor: ProcessorMixin | None
 ) -> bool:
-    """Whether a finished store is what would be made now, file for file.
+    """Return whether a complete store is what `prepare` would make now.
 
-    A model trained from scratch and then loaded from its directory brings the same processor: that
-    is the same store. Stores with bad rows are looked at again, since a missing image may be there
-    by now.
+    A model that was trained from scratch and is now loaded from its directory has the same
+    processor, so it uses the same store. A store with bad rows is never current, since a missing
+    image may have been added.
     """
-    if found.bad_rows or {**found.settings, "scratch": None} != {**settings, "scratch": None}:
+    if manifest.bad_rows or {**manifest.settings, "scratch": None} != {**settings, "scratch": None}:
         return False
     if processor is None:
-        if found.settings["scratch"] != settings["scratch"]:
+        if manifest.settings["scratch"] != settings["scratch"]:
             return False
-    elif fingerprint(processor) != found.processor:
+    elif fingerprint(processor) != manifest.processor:
         return False
     return all(
         _part(store, split, shard).exists()
-        for split, count in found.counts.items()
+        for split, count in manifest.counts.items()
         for shard in range(count["shards"])
     )
 
@@ -366,7 +218,7 @@ def _base_processor(recipe: AdaLlavaRecipe) -> ProcessorMixin:
 
 
 def _texts(sources: dict[str, _Source]) -> Iterator[str]:
-    """Texts of all good records, for the vocabulary."""
+    """Yield the texts of all good records, for the vocabulary."""
     for source in sources.values():
         bad = {row.row for row in source.bad}
         for row, record in enumerate(source.records):
@@ -382,14 +234,16 @@ def _plan_shards(
     processor_hash: str,
     settings: dict[str, Any],
 ) -> list[ShardTask]:
-    """Cut each split into shards. Rows known to be bad keep their place, so mending one changes one
-    shard only."""
+    """Cut each split into shards.
+
+    Bad rows keep their place in the numbering, so that fixing one changes only its shard.
+    """
     splits: dict[str, list[tuple[int, Any]]] = {"train": [], "validation": []}
     for name, source in sources.items():
         bad = {row.row for row in source.bad}
         for row, record in enumerate(source.records):
             split = name
-            if "validation" not in sources and _held_out(
+            if "validation" not in sources and _is_held_out(
                 record_id(record), recipe.data.validation_share
             ):
                 split = "validation"
@@ -415,33 +269,30 @@ def _plan_shards(
                 processor=str(store / "processor"),
                 processor_hash=processor_hash,
                 max_length=recipe.data.max_length,
-                pictures=json.dumps(settings["shapes"]),
+                shapes=json.dumps(settings["shapes"]),
                 write_bad=recipe.data.on_bad_row == "skip",
             )
             tasks.append(task)
     return tasks
 
 
-def _count(plan: list[ShardTask], results: dict[str, ShardResult], split: str) -> dict[str, int]:
-    paths = [task.path for task in plan if task.split == split]
+def _is_held_out(name: str | None, share: float) -> bool:
+    """Decide by a hash of the id, so that all conversations about one image are in one split."""
+    if name is None:
+        return False
+    digest = hashlib.blake2b(name.encode("utf-8", "surrogatepass"), digest_size=4).digest()
+    return int.from_bytes(digest, "big") < share * 2**32
+
+
+def _count(tasks: list[ShardTask], results: dict[str, ShardResult], split: str) -> dict[str, int]:
+    paths = [task.path for task in tasks if task.split == split]
     rows = sum(results[path].rows for path in paths)
     answers = sum(results[path].answers for path in paths)
     return {"rows": rows, "answers": answers, "shards": len(paths)}
 
 
-def _save_processor(processor: ProcessorMixin, folder: Path) -> None:
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    temporary = folder.with_name(folder.name + ".tmp")
-    if temporary.exists():
-        shutil.rmtree(temporary)
-    processor.save_pretrained(temporary)
-    if folder.exists():
-        shutil.rmtree(folder)
-    os.replace(temporary, folder)
-
-
-def _remove_strangers(store: Path, parts: set[str]) -> None:
-    """Parts of an earlier, longer version of the store."""
+def _remove_stale_parts(store: Path, parts: set[str]) -> None:
+    """Remove the parts of an earlier, longer version of the store."""
     for split in ("train", "validation"):
         for path in (store / split).glob("part-*.parquet"):
             if str(path) not in parts:
@@ -452,14 +303,139 @@ def _part(store: Path, split: str, shard: int) -> Path:
     return store / split / f"part-{shard:05d}.parquet"
 
 
-def _held_out(name: str | None, share: float) -> bool:
-    """By a hash of the id, so all conversations about one picture stay on one side."""
-    if name is None:
-        return False
-    digest = hashlib.blake2b(name.encode("utf-8", "surrogatepass"), digest_size=4).digest()
-    return int.from_bytes(digest, "big") < share * 2**32
+# --- Writing one shard, in a Ray worker ---
 
 
-def _file_hash(file: Path) -> str:
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
+@dataclass(frozen=True)
+class ShardTask:
+    """Everything that a worker needs. Paths are absolute, on storage that every node sees."""
+
+    split: str
+    path: str
+    file: str
+    rows: bytes  # JSON [[row, record], ...]
+    image_folder: str
+    processor: str
+    processor_hash: str
+    max_length: int
+    shapes: str  # JSON of the generator's settings: file names and questions do not show them
+    write_bad: bool  # write a shard with bad rows without them; otherwise don't write it
+
+    def key(self) -> str:
+        """Return a hash of everything that decides the part's content, except image bytes."""
+        parts = [
+            PART_VERSION,
+            self.file,
+            self.image_folder,
+            self.processor_hash,
+            str(self.max_length),
+            self.shapes,
+        ]
+        return hashlib.sha256("\0".join(parts).encode() + bytes(self.rows)).hexdigest()
+
+
+@dataclass(frozen=True)
+class ShardResult:
+    """Counts and bad rows of a shard; also stored in the part's metadata."""
+
+    rows: int
+    answers: int
+    bad_rows: list[dict[str, Any]]  # fields of `BadRow`
+
+
+def finished_part(task: ShardTask) -> ShardResult | None:
+    """Return the result of a part that was made from the same task; None if there is none."""
+    path = Path(task.path)
+    if not path.exists():
+        return None
+    try:
+        metadata = pq.read_schema(path).metadata or {}
+    except pa.ArrowInvalid:  # not Parquet: an unrelated file, or a damaged disk
+        return None
+    if metadata.get(b"fmray.key") != task.key().encode():
+        return None
+    return ShardResult(**json.loads(metadata[b"fmray.result"]))
+
+
+def write_shard(task: ShardTask) -> ShardResult:
+    """Check the rows of a task and write its part; the same task always gives the same bytes.
+
+    Writes nothing if there are bad rows and `write_bad` is off.
+    """
+    processor = _processor(task.processor, task.processor_hash)
+    good, bad = [], []
+    for row, record in json.loads(task.rows):
+        checked = _check(row, record, task, processor)
+        if isinstance(checked, str):
+            bad.append(asdict(BadRow(task.file, row, record_id(record), checked)))
+        else:
+            good.append(checked)
+    result = ShardResult(len(good), sum(len(row["turn_tokens"]) for row in good), bad)
+    if bad and not task.write_bad:
+        return result
+    metadata = {"fmray.key": task.key(), "fmray.result": json.dumps(asdict(result))}
+    schema = SCHEMA.with_metadata(metadata)
+    # Images are compressed already; everything else shrinks well.
+    compression = {column: "NONE" if column == "image" else "ZSTD" for column in _leaf_columns()}
+    with (
+        atomic_path(Path(task.path)) as temporary,
+        pq.ParquetWriter(
+            temporary, schema, compression=compression, use_dictionary=["tags.list.element"]
+        ) as writer,
+    ):
+        for start in range(0, len(good), ROW_GROUP):
+            writer.write_table(pa.Table.from_pylist(good[start : start + ROW_GROUP], schema=schema))
+    return result
+
+
+def _check(
+    row: int, record: dict[str, Any], task: ShardTask, processor: ProcessorMixin
+) -> dict[str, Any] | str:
+    """Return the row to store, or why it is bad; `check_record` has accepted the record."""
+    token = getattr(processor, "image_token", IMAGE_MARK)
+    if token != IMAGE_MARK and any(token in turn["value"] for turn in record["conversations"]):
+        return f"the text contains {token!r}, which the processor reserves for images"
+    image, size = None, None
+    if record.get("image") is not None:
+        path = Path(task.image_folder, record["image"])
+        try:
+            image = path.read_bytes()
+        except OSError as error:  # missing, not readable, a folder, a name that is too long
+            return f"missing image: {path} ({error.strerror})"
+        try:
+            size = decode_image(image).size
+        except UnidentifiedImageError:  # its text has a memory address; parts must be reproducible
+            return f"broken image: {path} (no image format that Pillow knows)"
+        except BROKEN_IMAGE as error:
+            return f"broken image: {path} ({error})"
+    try:
+        encoded = encode(processor, record["conversations"])
+    except ValueError as error:
+        return str(error)
+    lengths = encoded.turn_tokens(image_tokens(processor, size) if size else 0)
+    if lengths[0] > task.max_length:
+        return (
+            f"too long: {lengths[0]} tokens at the first answer; "
+            f"data.max_length is {task.max_length}"
+        )
+    return {
+        "id": record_id(record),
+        "image": image,
+        "conversations": [
+            {"from": turn["from"], "value": turn["value"]} for turn in record["conversations"]
+        ],
+        "tags": record.get("tags"),
+        "turn_tokens": lengths,
+        "row": row,
+    }
+
+
+def _leaf_columns() -> list[str]:
+    """Return the names of `SCHEMA`'s columns in Parquet."""
+    turns = ["conversations.list.element.from", "conversations.list.element.value"]
+    return ["id", "image", *turns, "tags.list.element", "turn_tokens.list.element", "row"]
+
+
+@functools.lru_cache(maxsize=1)  # a worker process writes many shards
+def _processor(path: str, processor_hash: str) -> ProcessorMixin:
+    return load_processor(path)

@@ -1,10 +1,8 @@
-"""Batches for training and evaluation from a data store.
+"""Batches for training and evaluation from a data store, decoded ahead of time in threads.
 
-In: a finished store, a processor, this worker's rank. Out: padded `Batch`es, decoded ahead of time
-in threads.
-
-The order is a function of (seed, epoch) and the same for any number of workers
-(`fmray/data/loader.py`), so an epoch can be taken up at any step, by any number of workers.
+`Schedule` defines the order of the samples. It depends on (seed, epoch) but not on the number of
+ranks, so an epoch can be resumed at any step by any number of ranks. `Collator` turns samples into
+padded tensors, `InstructionLoader` combines both for one rank.
 """
 
 from __future__ import annotations
@@ -29,43 +27,43 @@ from fmray.data.store import CACHE_BYTES, StoreSplit
 if TYPE_CHECKING:
     from transformers import ProcessorMixin
 
+IGNORED = -100  # label of a position that has no loss
+CACHED_ENCODINGS = 100_000  # rows whose tokens are cached; a few hundred bytes each
 
-# Which samples make up which batch: the order of an epoch, the same for any number of workers.
+# --- Order of the samples ---
 #
-# In: the lengths of all samples, in store order, with the row group of each. Out: sample indices
-# for one rank.
-#
-# The epoch is cut into lanes that do not depend on the number of workers; every lane gives each
-# global batch the same number of samples, and a rank takes an even share of the batch, lane by
-# lane. So a global batch holds the same samples however many workers share it, and a rank reads
-# only its own lanes' part of the store.
+# An epoch is cut into lanes, whose number does not depend on the number of ranks. Every lane gives
+# each global batch the same number of samples, and a rank takes an even share of the batch, lane by
+# lane. So a global batch contains the same samples however many ranks share it, and a rank reads
+# only the part of the store that belongs to its lanes.
 
 MAX_LANES = 64  # each is a long stretch of the store, read by one rank or by neighbours
-LENGTH_STEP = 16  # lengths this close count as equal: short samples sorted to the last token would
-# make batches of one kind of question each
+# Lengths in the same step of 16 count as equal: sorting to the last token would make batches with
+# a single kind of question.
+LENGTH_STEP = 16
 WINDOW_SAMPLES = 4096  # samples of a lane that are shuffled and sorted by length together
-WINDOW_BYTES = 2**30  # of the store, over all lanes: what windows may keep in memory at once
+WINDOW_BYTES = 2**30  # limit for the part of the store that the windows of all lanes cover
 
 
 def passes_of(global_batch: int, micro_batch: int, world_size: int) -> int:
-    """Micro batches of each rank in a step; where the numbers do not divide, some are not full."""
+    """Return the micro batches per rank and step; not all are full if the sizes do not divide."""
     return math.ceil(global_batch / (micro_batch * world_size))
 
 
 def lanes_of(global_batch: int) -> int:
-    """Largest divisor of the global batch that is at most 64."""
+    """Return the largest divisor of the global batch that is at most `MAX_LANES`."""
     return max(lane for lane in range(1, MAX_LANES + 1) if global_batch % lane == 0)
 
 
 @dataclass(frozen=True)
 class Schedule:
-    """The order of samples. `lengths` [n] tokens, `groups` [n] their row groups, ascending."""
+    """The order of the samples of a split."""
 
-    lengths: np.ndarray
-    groups: np.ndarray
+    lengths: np.ndarray  # [n] tokens of each sample, in store order
+    groups: np.ndarray  # [n] row group of each sample, ascending
     global_batch: int
     seed: int
-    sample_bytes: float = 0.0  # average, in the store
+    sample_bytes: float = 0.0  # average size in the store
 
     @property
     def lanes(self) -> int:
@@ -74,33 +72,39 @@ class Schedule:
 
     @property
     def steps(self) -> int:
-        """Full global batches in an epoch; the samples left over differ from epoch to epoch."""
+        """Full global batches in an epoch; which samples are left over depends on the epoch."""
         return len(self.lengths) // self.global_batch
 
     def epoch(self, epoch: int, rank: int, world_size: int) -> np.ndarray:
-        """Samples of one rank, [steps, n] indices, n = global_batch / world_size rounded up or
-        down; a function of (seed, epoch)."""
+        """Return the samples of one rank: indices [steps, n].
+
+        n is global_batch / world_size, rounded up or down.
+        """
         per_lane = self.global_batch // self.lanes  # samples of a lane in one batch
         lane_length = self.steps * per_lane
         order = self._group_order(epoch)[: lane_length * self.lanes].reshape(
             self.lanes, lane_length
         )
+        # the rank takes columns start to stop of the global batch, which some lanes cover
         start, stop = (r * self.global_batch // world_size for r in (rank, rank + 1))
         lanes = range(start // per_lane, -(-stop // per_lane))
-        whole = np.concatenate(
+        columns = np.concatenate(
             [self._lane(order[lane], lane, epoch, per_lane) for lane in lanes], axis=1
         )
-        first = lanes.start * per_lane
-        return whole[:, start - first : stop - first]
+        offset = lanes.start * per_lane
+        return columns[:, start - offset : stop - offset]
 
     def _group_order(self, epoch: int) -> np.ndarray:
-        """All samples, row groups shuffled, the samples of a group together."""
+        """Return all samples in a random order of row groups; a group's samples stay together."""
         groups = int(self.groups[-1]) + 1
         position = np.random.default_rng((self.seed, epoch, 0)).permutation(groups)
         return np.argsort(position[self.groups], kind="stable")
 
     def _lane(self, samples: np.ndarray, lane: int, epoch: int, per_lane: int) -> np.ndarray:
-        """[steps, per_lane]: like lengths together, and in one step like lengths in all lanes."""
+        """Return the samples of a lane, [steps, per_lane].
+
+        Samples of similar length share a step, and the lanes have similar lengths in each step.
+        """
         steps = self._window_steps(per_lane)
         pieces = []
         for window, start in enumerate(range(0, len(samples), steps * per_lane)):
@@ -115,40 +119,35 @@ class Schedule:
         return np.concatenate(pieces)
 
     def _window_steps(self, per_lane: int) -> int:
-        """Steps in a window: some thousand samples, fewer where samples are large."""
+        """Return the steps in a window: some thousand samples, fewer if samples are large."""
         samples = WINDOW_SAMPLES
         if self.sample_bytes:
             samples = min(samples, int(WINDOW_BYTES / (self.lanes * self.sample_bytes)))
         return max(1, samples // per_lane)
 
 
-IGNORED = -100  # label of a position that is not learned
-KEPT_ENCODINGS = (
-    100_000  # rows whose tokens are remembered; some hundred bytes each for short questions
-)
+# --- Batches ---
 
 
 @dataclass
 class Batch:
-    """Right-padded samples. B samples, n tokens; text-only samples have no entry in `pixel_values`.
-
-    `filler` marks a batch that only keeps ranks in step, and counts for nothing: one more of a rank
-    that has fewer samples than others, or (all its labels are -100) at the end of an evaluation.
-    """
+    """B right-padded samples of n tokens."""
 
     input_ids: torch.Tensor  # [B, n] int64
     attention_mask: torch.Tensor  # [B, n] int64
-    labels: torch.Tensor  # [B, n] int64, -100 but for answers and their end-of-answer tokens
+    labels: torch.Tensor  # [B, n] int64, -100 outside answers and their end-of-answer tokens
+    #: processor's output for the images; None without images. Text-only samples have no entry.
     pixel_values: torch.Tensor | None
-    extras: dict[str, torch.Tensor] = field(
-        default_factory=dict
-    )  # image_sizes, image_grid_thw, ...
+    #: other image inputs of the model: image_sizes, image_grid_thw, ...
+    extras: dict[str, torch.Tensor] = field(default_factory=dict)
     tags: list[str | None] = field(default_factory=list)  # [B] kind of the (last) question
     rows: list[int] = field(default_factory=list)  # [B] rows of the source file
+    #: the batch keeps ranks in step and must not count: an extra micro batch of a rank with fewer
+    #: samples than others, or (with all labels -100) at the end of an evaluation
     filler: bool = False
 
     def to(self, device: torch.device | str) -> Batch:
-        """The same batch with its tensors on `device`."""
+        """Return the batch with its tensors on `device`."""
         return Batch(
             self.input_ids.to(device, non_blocking=True),
             self.attention_mask.to(device, non_blocking=True),
@@ -162,7 +161,7 @@ class Batch:
 
 
 class Collator:
-    """Makes batches of (row, last turn) pairs, in any thread. A row's tokens are remembered."""
+    """Make batches from (row, last turn) pairs; thread-safe. Caches the tokens of rows."""
 
     def __init__(self, split: StoreSplit, processor: ProcessorMixin, kind: str) -> None:
         self.split, self.kind = split, kind
@@ -171,13 +170,19 @@ class Collator:
 
     @property
     def processor(self) -> ProcessorMixin:
-        """This thread's own copy: a fast tokenizer keeps its padding mode as state."""
+        """The thread's own copy: a fast tokenizer keeps its padding mode as state."""
         if not hasattr(self._local, "processor"):
             self._local.processor = copy.deepcopy(self._processor)
         return self._local.processor
 
     def __call__(self, rows: np.ndarray, turns: np.ndarray) -> Batch:
-        """`rows` [B] of the split, `turns` [B] the last answer of each sample."""
+        """Make a batch.
+
+        Args:
+            rows: [B] rows of the split.
+            turns: [B] the last answer of each sample.
+        """
+        # images, each with the tokens that stand for it; then texts
         encoded_images = [self.split.image(int(row)) for row in rows]
         features = self._image_features(
             [decode_image(image) for image in encoded_images if image is not None]
@@ -188,7 +193,8 @@ class Collator:
             for row, turn, image in zip(rows, turns, encoded_images, strict=True)
         ]
         tokenizer = self.processor.tokenizer
-        # padding is masked, so any token will do where there is none for it
+
+        # pad to the longest; without a padding token any other will do, since it is masked
         pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
         shape = (len(samples), max(len(ids) for ids, _ in samples))
         batch_ids = np.full(shape, pad, dtype=np.int64)
@@ -198,7 +204,7 @@ class Collator:
             batch_ids[index, : len(ids)] = ids
             labels[index, : len(ids)] = targets
             mask[index, : len(ids)] = 1
-        if "mm_token_type_ids" in features:  # those of the images alone: make the whole batch's
+        if "mm_token_type_ids" in features:  # the processor saw the images alone: redo for all ids
             types = self.processor.create_mm_token_type_ids(batch_ids.tolist())
             features["mm_token_type_ids"] = torch.tensor(types) * torch.from_numpy(mask)
         return Batch(
@@ -212,8 +218,7 @@ class Collator:
         )
 
     def _image_features(self, images: list[Any]) -> dict[str, Any]:
-        """The processor's outputs for some images; `expansions`: the token ids [k] that stand for
-        each of them."""
+        """Return the processor's outputs; `expansions` are the ids that stand for each image."""
         if not images:
             return {}
         outputs = self.processor(
@@ -234,23 +239,25 @@ class Collator:
     def _sample(
         self, row: int, turn: int, expansion: np.ndarray | None
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Token ids and labels up to and with one answer, the image token replaced by its
-        expansion."""
+        """Return token ids and labels up to the end of an answer.
+
+        The image token is replaced by its expansion.
+        """
         encoded = self._encoding(row)
         end = encoded.ends[turn]
         ids = encoded.ids[:end]
         labels = np.full(end, IGNORED, dtype=np.int64)
-        for learned in [turn] if self.kind == "turn" else range(turn + 1):
-            span = slice(encoded.starts[learned], encoded.ends[learned])
+        for answer in [turn] if self.kind == "turn" else range(turn + 1):
+            span = slice(encoded.starts[answer], encoded.ends[answer])
             labels[span] = ids[span]
         if expansion is None:
             return ids, labels
         at = encoded.image_at
         assert at is not None, f"row {row} has an image but no image token"
-        unlearned = np.full(len(expansion), IGNORED, dtype=np.int64)
+        ignored = np.full(len(expansion), IGNORED, dtype=np.int64)
         return (
             np.concatenate([ids[:at], expansion, ids[at + 1 :]]),
-            np.concatenate([labels[:at], unlearned, labels[at + 1 :]]),
+            np.concatenate([labels[:at], ignored, labels[at + 1 :]]),
         )
 
     def _encoding(self, row: int) -> Encoded:
@@ -258,17 +265,18 @@ class Collator:
         if encoded is None:
             encoded = encode(self.processor, self.split.conversation(row))
             self._encodings[row] = encoded
-            if len(self._encodings) > KEPT_ENCODINGS:
+            if len(self._encodings) > CACHED_ENCODINGS:
                 self._encodings.popitem(last=False)
         return encoded
 
 
 class InstructionLoader:
-    """Training batches of one rank.
+    """Training batches of one rank."""
 
-    `.samples` and `.steps_per_epoch` count the whole split; `.passes`: micro batches in a step;
-    `.wait_seconds`: the time the consumer has spent waiting for a batch so far.
-    """
+    #: micro batches in a step
+    passes: int
+    #: how long the consumer has waited for batches so far
+    wait_seconds: float
 
     def __init__(
         self,
@@ -286,8 +294,20 @@ class InstructionLoader:
         threads: int = 1,
         prefetch: int = 4,
     ) -> None:
-        """Raises ValueError when there are more workers than samples in a batch, or the split has
-        less than one batch."""
+        """Open the split.
+
+        Args:
+            global_batch: samples of all ranks in a step.
+            samples: one sample per answer ("turn") or per row ("conversation").
+            max_length: tokens; longer samples are skipped or cut, see `StoreSplit.samples`.
+            micro_batch: samples in a batch.
+            threads: threads that decode.
+            prefetch: steps that are decoded ahead.
+
+        Raises:
+            ValueError: there are more ranks than samples in a global batch, or the split has less
+                than one global batch.
+        """
         if global_batch < world_size:
             raise ValueError(
                 f"train.global_batch {global_batch} is less than a sample for each of {world_size} "
@@ -314,25 +334,15 @@ class InstructionLoader:
         self.wait_seconds = 0.0
 
     @property
-    def samples(self) -> int:
-        """Samples of the split that are short enough."""
-        return len(self._samples.row)
-
-    @property
     def steps_per_epoch(self) -> int:
         """Optimizer steps in an epoch, the same for every epoch and rank."""
         return self._schedule.steps
 
-    @property
-    def tags(self) -> list[str]:
-        """All kinds of questions of the split."""
-        return self._split.tags
-
     def epoch(self, epoch: int, start_step: int = 0) -> Iterator[list[Batch]]:
-        """This rank's micro batches, one list for each optimizer step from `start_step` on.
+        """Yield the rank's micro batches, one list per optimizer step from `start_step` on.
 
-        A step that is skipped costs nothing. What goes wrong in a thread is raised here, at its
-        step. Closing the iterator ends the threads.
+        Skipped steps cost nothing. An error in a thread is raised here, at its step. Closing the
+        iterator ends the threads.
         """
         plan = self._schedule.epoch(epoch, self.rank, self.world_size)
         steps = iter(range(start_step, len(plan)))
@@ -355,11 +365,11 @@ class InstructionLoader:
         return batches + [replace(batches[0], filler=True)] * (self.passes - len(batches))
 
     def _wait(self, future: Future[list[Batch]]) -> list[Batch]:
-        begun = time.perf_counter()
+        start = time.perf_counter()
         try:
             return future.result()
         finally:
-            self.wait_seconds += time.perf_counter() - begun
+            self.wait_seconds += time.perf_counter() - start
 
 
 def evaluation_batches(
@@ -371,20 +381,19 @@ def evaluation_batches(
     rank: int = 0,
     world_size: int = 1,
 ) -> Iterator[Batch]:
-    """One sample for each answer of the first `rows` rows, in store order; batch i goes to rank i
-    modulo world size.
+    """Yield a rank's batches, in store order, with one sample per answer of the first `rows` rows.
 
-    Every rank gets the same number of batches: the last ones may be `filler`, which keeps
-    collectives in step.
+    Batch i goes to rank i modulo world size. Every rank gets the same number of batches, so that
+    collectives stay in step: the last ones may be `filler`.
     """
     source = StoreSplit(store, split)
     samples = source.samples("turn", max_length=2**31)
     count = len(samples.row) if rows is None else int(np.searchsorted(samples.row, rows))
     collate = Collator(source, processor, "turn")
     starts = range(0, count, batch)
-    for first in range(0, len(starts), world_size):
-        filler = first + rank >= len(starts)
-        start = starts[first if filler else first + rank]
+    for round_start in range(0, len(starts), world_size):
+        filler = round_start + rank >= len(starts)
+        start = starts[round_start if filler else round_start + rank]
         piece = slice(start, min(start + batch, count))
         result = collate(samples.row[piece], samples.turn[piece])
         if filler:

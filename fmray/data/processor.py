@@ -1,8 +1,8 @@
 """The processor of a run: tokenizer, image processor and chat template.
 
-In: the texts and sizes of a model made from scratch, or a hub name or directory. Out: a
-transformers processor that `save_pretrained` and `AutoProcessor.from_pretrained` carry over
-unchanged.
+`load_processor` loads that of a pretrained model, `scratch_processor` makes one for a model that is
+trained from scratch. Both survive `save_pretrained` and `AutoProcessor.from_pretrained` unchanged,
+and `fingerprint` identifies them.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ if TYPE_CHECKING:
     from transformers import ProcessorMixin
 
 SPECIAL_TOKENS = ("<pad>", "<s>", "</s>", "<unk>", "<image>")
-ANSWER_MARK = "ASSISTANT:"  # one token: what follows it is the answer
+ANSWER_MARK = "ASSISTANT:"  # one token; the answer follows it
 
-# "<s><image>\nwhat color topleft ? ASSISTANT: red</s>how many red ? ASSISTANT: one</s>"; content
-# may be a plain string.
+# Renders "<s><image>\nwhat color topleft ? ASSISTANT: red</s>how many red ? ASSISTANT: one</s>".
+# The content of a message may also be a plain string.
 CHAT_TEMPLATE = (
     "{{ '<s>' }}"
     "{%- for message in messages -%}"
@@ -46,11 +46,11 @@ CHAT_TEMPLATE = (
 
 
 def scratch_processor(texts: Iterable[str], model: ScratchConfig) -> LlavaProcessor:
-    """A processor for a small LLaVA: words of `texts` (the most frequent, ties by spelling), CLIP's
-    image steps.
+    """Return a processor for a small LLaVA: one token per word, and CLIP's image preprocessing.
 
-    The vocabulary has at most `model.max_vocabulary` entries, the six special ones included; other
-    words are `<unk>`. Text is split at spaces and around punctuation; case is kept.
+    The vocabulary has at most `model.max_vocabulary` entries: six special ones and the most
+    frequent words of `texts` (ties by spelling); other words are `<unk>`. Text is split at spaces
+    and around punctuation; case matters.
     """
     splitter = Whitespace()
     counts: Counter[str] = Counter()
@@ -58,8 +58,9 @@ def scratch_processor(texts: Iterable[str], model: ScratchConfig) -> LlavaProces
         counts.update(word for word, _ in splitter.pre_tokenize_str(text.replace("<image>", " ")))
     words = sorted(counts, key=lambda word: (-counts[word], word))
     reserved = [*SPECIAL_TOKENS, ANSWER_MARK]
-    kept = [word for word in words if word not in reserved][: model.max_vocabulary - len(reserved)]
-    vocabulary = {word: index for index, word in enumerate([*reserved, *kept])}
+    free = model.max_vocabulary - len(reserved)
+    entries = [*reserved, *[word for word in words if word not in reserved][:free]]
+    vocabulary = {word: index for index, word in enumerate(entries)}
 
     tokenizer = Tokenizer(WordLevel(vocabulary, unk_token="<unk>"))
     tokenizer.pre_tokenizer = splitter
@@ -77,7 +78,7 @@ def scratch_processor(texts: Iterable[str], model: ScratchConfig) -> LlavaProces
     images = CLIPImageProcessor(
         size={"shortest_edge": model.image_size},
         crop_size={"height": model.image_size, "width": model.image_size},
-        # black stays zero
+        # black pixels stay zero
         image_mean=[0.0, 0.0, 0.0],
         image_std=[0.25, 0.25, 0.25],
     )
@@ -86,21 +87,22 @@ def scratch_processor(texts: Iterable[str], model: ScratchConfig) -> LlavaProces
         tokenizer=fast,
         patch_size=model.patch_size,
         vision_feature_select_strategy="default",
-        num_additional_image_tokens=1,  # the class token, which "default" drops again
+        num_additional_image_tokens=1,  # the class token, which "default" then drops
         chat_template=CHAT_TEMPLATE,
     )
 
 
 def load_processor(source: str | Path, revision: str | None = None) -> ProcessorMixin:
-    """The processor saved in a directory or on the hub.
+    """Load the processor of a model from a directory or the hub.
 
-    Raises ValueError where there is none, or where it has no chat template or image processor.
+    Raises:
+        ValueError: there is none, or it lacks a tokenizer, an image processor or a chat template.
     """
     try:
         processor = AutoProcessor.from_pretrained(str(source), revision=revision)
     except (OSError, ValueError) as error:
         raise ValueError(
-            f"{source}: holds no processor that transformers can load ({error})"
+            f"{source}: contains no processor that transformers can load ({error})"
         ) from error
     for needed in ("tokenizer", "image_processor", "chat_template"):
         if getattr(processor, needed, None) is None:
@@ -111,13 +113,13 @@ def load_processor(source: str | Path, revision: str | None = None) -> Processor
 
 
 def fingerprint(processor: ProcessorMixin) -> str:
-    """Hash of all that decides token ids and pixels: the same after saving and loading."""
+    """Return a hash of everything that decides token ids and pixels; survives saving."""
     tokenizer = processor.tokenizer
     images = {
         key: value
         for key, value in processor.image_processor.to_dict().items()
         if not key.startswith("_")
-        and not key.endswith("_type")  # names of classes, which a reload may vary
+        and not key.endswith("_type")  # names of classes, which may differ after loading
     }
     parts = {
         "tokenizer": tokenizer.backend_tokenizer.to_str(),

@@ -1,8 +1,11 @@
-"""Instruction records at the door: LLaVA JSON or JSONL files, and what makes a record bad.
+"""LLaVA records: read them, check them, and encode their conversations as tokens.
 
-In: a file from outside. Out: its records in order, and for each bad one a reason a person can act
-on. Nothing in a record may crash the reader; only a file that cannot be read at all is an error
-here.
+A record is a JSON object `{id, image, conversations, tags}` from a file that somebody else wrote.
+Only a file that cannot be read at all is an error; a bad record becomes a `BadRow` with a reason
+that a person can act on, and no record makes the reader crash.
+
+`encode` gives the token ids of a conversation and the spans of its answers. Ingest counts tokens
+with it and the loader builds batches with it, so the lengths in a store are those of the batches.
 """
 
 from __future__ import annotations
@@ -23,20 +26,17 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from PIL import Image
 
+from fmray.runtime.files import write_atomic
+
 if TYPE_CHECKING:
     from transformers import ProcessorMixin
 
-
-# LLaVA conversations -> token ids and the spans that are learned.
-#
-# In: a processor with a chat template, one conversation. Out: its tokens with one placeholder for
-# the image, and where each answer lies. Ingest counts tokens with it, the loader makes batches with
-# it, so both agree.
-
+BAD_ROWS = "bad_rows.jsonl"
 ROLES = {"human": "user", "gpt": "assistant"}
 IMAGE_MARK = "<image>"  # LLaVA's, in the first human turn, whatever the processor's own token is
+LONE_SURROGATE = re.compile("[\ud800-\udfff]")  # valid in JSON, cannot be encoded as UTF-8
 
-# What Pillow raises on files that are not the picture they claim to be.
+# What Pillow raises for a file that is not the image it claims to be.
 BROKEN_IMAGE = (
     OSError,
     SyntaxError,
@@ -47,40 +47,261 @@ BROKEN_IMAGE = (
     Image.DecompressionBombError,
 )
 
-# processor -> form of conversation -> its rendered pieces, with marks for texts
+# --- Bad rows ---
+
+
+@dataclass(frozen=True)
+class BadRow:
+    """A record that is not used, with its place and the reason."""
+
+    file: str
+    row: int | None  # from 0; None if the file is a single record
+    id: str | None
+    reason: str
+
+    def __str__(self) -> str:
+        name = "" if self.id is None else f" (id {self.id!r})"
+        row = "" if self.row is None else f": row {self.row}"
+        return f"{self.file}{row}{name}: {self.reason}"
+
+    def to_json(self) -> str:
+        """Return the line for `bad_rows.jsonl`."""
+        return json.dumps(asdict(self), sort_keys=True)
+
+
+def stop_at_bad_rows(store: Path, bad: list[BadRow], key: str, on_bad_row: str) -> None:
+    """Write `<store>/bad_rows.jsonl`, or remove it if there are no bad rows.
+
+    Args:
+        key: name of the setting that holds `on_bad_row`, for the message.
+
+    Raises:
+        ValueError: there are bad rows and `on_bad_row` is "error".
+    """
+    path = store / BAD_ROWS
+    if not bad:
+        path.unlink(missing_ok=True)
+        return
+    store.mkdir(parents=True, exist_ok=True)
+    bad = sorted(bad, key=lambda row: (row.file, row.row or 0))
+    write_atomic(path, "".join(row.to_json() + "\n" for row in bad))
+    if on_bad_row == "error":
+        examples = "\n  ".join(str(row) for row in bad[:5])
+        raise ValueError(
+            f"{len(bad)} bad rows (all in {path}); fix them or set {key}: skip\n  {examples}"
+        )
+
+
+# --- Reading and checking records ---
+
+
+@dataclass(frozen=True)
+class Unreadable:
+    """Placeholder for a JSONL line that is not valid JSON."""
+
+    reason: str
+
+
+def read_records(path: Path) -> list[Any]:
+    """Read a JSON array, or a file with one JSON value per line; blank lines are ignored.
+
+    A JSONL line that is not valid JSON becomes an `Unreadable`, so that it can be skipped.
+
+    Raises:
+        ValueError: the file is missing, empty, not UTF-8, or an array that is not valid JSON (with
+            line, column and character).
+    """
+    if not path.is_file():
+        raise ValueError(f"{path}: no such file; name a LLaVA JSON or JSONL file")
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: not UTF-8 at byte {error.start}") from error
+    if text.lstrip()[:1] == "[":
+        try:
+            records = json.loads(text)
+        except ValueError as error:  # also raised for a number of 5000 digits
+            raise ValueError(f"{path}: not valid JSON: {error}") from error
+        except RecursionError as error:
+            raise ValueError(f"{path}: nested too deeply to be a list of records") from error
+    else:
+        lines = enumerate(text.split("\n"), start=1)
+        records = [_read_line(line, number) for number, line in lines if line.strip()]
+    if not records:
+        raise ValueError(
+            f"{path}: contains no records; should be objects with id, image and conversations"
+        )
+    return records
+
+
+def _read_line(line: str, number: int) -> Any:
+    try:
+        return json.loads(line)
+    except json.JSONDecodeError as error:
+        return Unreadable(f"not valid JSON: line {number}, column {error.colno}: {error.msg}")
+    except ValueError as error:
+        return Unreadable(f"not valid JSON: line {number}: {error}")
+    except RecursionError:
+        return Unreadable(f"line {number} is nested too deeply")
+
+
+def find_bad_rows(file: Path, records: list[Any]) -> list[BadRow]:
+    """Return the bad records of a file, duplicates included.
+
+    LLaVA's own mixture uses one id for several conversations about one image, so a record is a
+    duplicate only if id, image and conversations are all the same.
+    """
+    bad: list[BadRow] = []
+    row_of: dict[bytes, int] = {}  # hash of a record's content -> first row with it
+    for row, record in enumerate(records):
+        reason = check_record(record)
+        if reason is None:
+            content = json.dumps([record_id(record), record.get("image"), record["conversations"]])
+            digest = hashlib.blake2b(content.encode(), digest_size=16).digest()
+            original = row_of.setdefault(digest, row)
+            if original != row:
+                reason = f"duplicate: same id, image and conversations as row {original}"
+        if reason is not None:
+            bad.append(BadRow(str(file), row, record_id(record), reason))
+    return bad
+
+
+def record_id(record: Any) -> str | None:
+    """Return the id of a record as text, or None if it has no valid id."""
+    value = record.get("id") if isinstance(record, dict) else None
+    if isinstance(value, str):
+        return value if value and not LONE_SURROGATE.search(value) else None
+    return str(value) if isinstance(value, int) and not isinstance(value, bool) else None
+
+
+def check_record(record: Any) -> str | None:
+    """Return why a record is bad, without reading its image; None if it is good."""
+    if isinstance(record, Unreadable):
+        return record.reason
+    if not isinstance(record, dict):
+        return f"not an object but {_kind(record)}; should be {{id, image, conversations}}"
+    if record_id(record) is None:
+        return "no id; should be a string or an integer"
+    image = record.get("image")
+    if image is not None:
+        if not isinstance(image, str) or not image:
+            return f"image is {_kind(image)}; should be one file name"
+        if LONE_SURROGATE.search(image) or "\0" in image:
+            return f"image {image!r} is not a file name"
+        if PurePosixPath(image).is_absolute() or ".." in PurePosixPath(image).parts:
+            return f"image {image!r} is not a path inside the image folder"
+    conversation = record.get("conversations")
+    if not isinstance(conversation, list) or not conversation:
+        return "conversations is empty or missing; should be a list of human and gpt turns"
+    return _check_turns(conversation, image) or _check_tags(
+        record.get("tags"), len(conversation) // 2
+    )
+
+
+def _check_turns(conversation: list[Any], image: str | None) -> str | None:
+    marks = 0
+    for index, turn in enumerate(conversation):
+        if not isinstance(turn, dict):
+            return f"turn {index} is {_kind(turn)}; should be {{from, value}}"
+        sender, value = turn.get("from"), turn.get("value")
+        if not isinstance(sender, str) or sender not in ROLES:
+            return f"turn {index}: unknown from {sender!r}; should be human or gpt"
+        if not isinstance(value, str):
+            return f"turn {index}: value is {_kind(value)}; should be text"
+        expected = ("human", "gpt")[index % 2]
+        if sender != expected:
+            return f"wrong turn order: turn {index} is from {sender}, should be {expected}"
+        if sender == "gpt" and not value.strip():
+            return f"no answer: turn {index} is empty"
+        if LONE_SURROGATE.search(value):
+            return f"turn {index}: value contains half a surrogate pair, which is not text"
+        if index > 0 and IMAGE_MARK in value:
+            return f"{IMAGE_MARK} in turn {index}; only the first question may contain it"
+        marks += value.count(IMAGE_MARK)
+    if len(conversation) % 2:
+        return "no answer: the last turn is from human"
+    if image is not None and marks != 1:
+        return f"{marks} {IMAGE_MARK} marks for one image; should be 1"
+    if image is None and marks:
+        return f"{marks} {IMAGE_MARK} marks but no image"
+    return None
+
+
+def _check_tags(tags: Any, answers: int) -> str | None:
+    if tags is None:
+        return None
+    if not isinstance(tags, list) or not all(
+        isinstance(tag, str) and not LONE_SURROGATE.search(tag) for tag in tags
+    ):
+        return "tags should be a list with one text for each answer"
+    if len(tags) != answers:
+        return f"{len(tags)} tags for {answers} answers; should be one for each"
+    return None
+
+
+def _kind(value: Any) -> str:
+    """Return the type of a JSON value, in JSON's words."""
+    names = {
+        dict: "an object",
+        list: "a list",
+        str: "text",
+        bool: "true or false",
+        type(None): "null",
+    }
+    if value == "":
+        return "empty text"
+    return names.get(type(value), "a number")
+
+
+# --- Conversations as tokens ---
+
+# processor -> form of a conversation -> its rendered pieces, with marks in place of texts
 _FORMS: weakref.WeakKeyDictionary[ProcessorMixin, dict[Any, list[tuple[str, str]]]]
 _FORMS = weakref.WeakKeyDictionary()
 
 
 @dataclass(frozen=True)
 class Encoded:
-    """One conversation: `ids` [n] int64 with the image as a single token; answer k is
-    ids[starts[k]:ends[k]].
+    """The tokens of a conversation; answer k is `ids[starts[k]:ends[k]]`.
 
-    An answer's span ends with its end-of-answer token. `image_at` is the index of the image token,
-    None without one.
+    An answer's span includes its end-of-answer token.
     """
 
-    ids: np.ndarray
+    ids: np.ndarray  # [n] int64; the image is one token
     starts: list[int]
     ends: list[int]
-    image_at: int | None
+    image_at: int | None  # index of the image token; None without an image
 
     def turn_tokens(self, image_tokens: int) -> list[int]:
-        """Length up to and with each answer when the image takes `image_tokens` tokens."""
+        """Return the length up to the end of each answer if the image takes `image_tokens`."""
         extra = image_tokens - 1 if self.image_at is not None else 0
         return [end + extra for end in self.ends]
 
 
 def decode_image(encoded: bytes) -> Image.Image:
-    """RGB picture; raises one of `BROKEN_IMAGE` where the bytes are not a whole picture."""
+    """Decode an image to RGB.
+
+    Raises:
+        One of `BROKEN_IMAGE`: the bytes are not a complete image.
+    """
     with Image.open(io.BytesIO(encoded)) as image:
         return image.convert("RGB")
 
 
+@functools.lru_cache(maxsize=4096)  # photographs share their sizes
+def image_tokens(processor: ProcessorMixin, size: tuple[int, int]) -> int:
+    """Return how many tokens an image of `size` (width, height) takes; reads no pixels."""
+    width, height = size
+    return int(
+        processor._get_num_multimodal_tokens(image_sizes=[(height, width)])["num_image_tokens"][0]
+    )
+
+
 def chat_messages(conversation: Sequence[dict[str, str]]) -> list[dict[str, Any]]:
-    """A checked LLaVA conversation as transformers chat messages; the image goes before its
-    question's text."""
+    """Convert a checked LLaVA conversation to transformers chat messages.
+
+    The image goes before the text of its question, wherever its mark was.
+    """
     messages = []
     for turn in conversation:
         text = turn["value"].replace(IMAGE_MARK, "").strip()
@@ -92,26 +313,25 @@ def chat_messages(conversation: Sequence[dict[str, str]]) -> list[dict[str, Any]
 
 
 def encode(processor: ProcessorMixin, conversation: Sequence[dict[str, str]]) -> Encoded:
-    """Render with the processor's chat template, tokenise, and find the answers.
+    """Render a conversation with the chat template, tokenize it, and locate the answers.
 
-    Where the template ends an answer without a special token (LLaVA 1.5's does), the tokenizer's
-    end-of-sequence token is put there, as LLaVA's own training code does: without it a model never
-    learns to stop.
+    Where the template does not end an answer with a special token (LLaVA 1.5's does not), the
+    tokenizer's end-of-sequence token is added, as LLaVA's own training code does: without it a
+    model never learns to stop.
 
-    Raises ValueError when the template rewrites earlier turns as the conversation grows, or has no
-    image token.
+    Raises:
+        ValueError: the template changes the text of earlier turns as the conversation grows, or
+            writes no image token.
     """
     text, spans = _render(processor, chat_messages(conversation))
     tokenizer = processor.tokenizer
     bos = tokenizer.bos_token
-    tokens = tokenizer(
-        text,
-        return_offsets_mapping=True,
-        # as apply_chat_template does: a template that writes the first token itself gets no second
-        # one
-        add_special_tokens=not (bos and text.startswith(bos)),
-    )
+    # like apply_chat_template: no second BOS token if the template writes it
+    add_special_tokens = not (bos and text.startswith(bos))
+    tokens = tokenizer(text, return_offsets_mapping=True, add_special_tokens=add_special_tokens)
     ids = np.array(tokens["input_ids"], dtype=np.int64)
+
+    # character spans of the answers -> token spans
     offsets = np.array(tokens["offset_mapping"], dtype=np.int64).reshape(-1, 2)
     starts, ends = [], []
     for start, end in spans:
@@ -120,31 +340,23 @@ def encode(processor: ProcessorMixin, conversation: Sequence[dict[str, str]]) ->
         )
         starts.append(int(inside[0]))
         ends.append(int(inside[-1]) + 1)
+
     image_at = None
     if any(IMAGE_MARK in turn["value"] for turn in conversation):
-        found = np.flatnonzero(ids == processor.image_token_id)
-        if len(found) != 1:
+        places = np.flatnonzero(ids == processor.image_token_id)
+        if len(places) != 1:
             raise ValueError(
-                f"chat template: {len(found)} image tokens ({processor.image_token!r}) for one "
+                f"chat template: {len(places)} image tokens ({processor.image_token!r}) for one "
                 "image; the template must write the processor's image token once for each"
             )
-        image_at = int(found[0])
+        image_at = int(places[0])
     return Encoded(ids, starts, ends, image_at)
-
-
-@functools.lru_cache(maxsize=4096)  # photographs share their sizes
-def image_tokens(processor: ProcessorMixin, size: tuple[int, int]) -> int:
-    """How many tokens a picture of `size` (width, height) takes; needs no pixels."""
-    width, height = size
-    return int(
-        processor._get_num_multimodal_tokens(image_sizes=[(height, width)])["num_image_tokens"][0]
-    )
 
 
 def _render(
     processor: ProcessorMixin, messages: list[dict[str, Any]]
 ) -> tuple[str, list[tuple[int, int]]]:
-    """Text of the whole conversation, and the characters [start, end) of each answer in it."""
+    """Return the text of a conversation, and the characters [start, end) of each answer in it."""
     tokenizer = processor.tokenizer
     text, spans = "", []
     for prompt, answer in _pieces(processor, messages):
@@ -161,11 +373,11 @@ def _render(
 
 
 def _pieces(processor: ProcessorMixin, messages: list[dict[str, Any]]) -> list[tuple[str, str]]:
-    """The rendered text as (what comes before an answer, the answer with its end), in order.
+    """Return the rendered text as pairs (text before an answer, answer with its end), in order.
 
-    Templates are slow to render, and where the pieces lie takes two renderings an answer. That is
-    done once for each form of conversation, with marks for texts; the texts are put in, and one
-    rendering of the real conversation checks the result.
+    Templates render slowly, and locating the pieces takes two renderings per answer. So this is
+    done once per form of conversation (roles and images), with marks in place of texts; then the
+    texts are filled in, and one rendering of the real conversation checks the result.
     """
     forms = _FORMS.setdefault(processor, {})
     template = processor.chat_template
@@ -185,16 +397,16 @@ def _pieces(processor: ProcessorMixin, messages: list[dict[str, Any]]) -> list[t
         return re.sub("\ue000([0-9]+)\ue001", lambda mark: texts[int(mark[1])], piece)
 
     pieces = [(fill(prompt), fill(answer)) for prompt, answer in forms[form]]
-    whole = processor.tokenizer.apply_chat_template(
+    rendered = processor.tokenizer.apply_chat_template(
         messages, chat_template=template, tokenize=False
     )
-    if "".join(prompt + answer for prompt, answer in pieces) == whole:
+    if "".join(prompt + answer for prompt, answer in pieces) == rendered:
         return pieces
-    return _split(processor, messages)  # a template that looks into the texts
+    return _split(processor, messages)  # the template's output depends on the texts
 
 
 def _split(processor: ProcessorMixin, messages: list[dict[str, Any]]) -> list[tuple[str, str]]:
-    """`_pieces` by rendering every beginning of the conversation."""
+    """Locate the pieces by rendering every prefix of the conversation; see `_pieces`."""
     tokenizer, template = processor.tokenizer, processor.chat_template
     answers = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
     prompts = tokenizer.apply_chat_template(
@@ -203,237 +415,27 @@ def _split(processor: ProcessorMixin, messages: list[dict[str, Any]]) -> list[tu
         tokenize=False,
         add_generation_prompt=True,
     )
-    wholes = tokenizer.apply_chat_template(
+    prefixes = tokenizer.apply_chat_template(
         [messages[: index + 1] for index in answers], chat_template=template, tokenize=False
     )
     pieces, before = [], ""
-    for prompt, whole in zip(prompts, wholes, strict=True):
-        if not (prompt.startswith(before) and whole.startswith(prompt)):
+    for prompt, prefix in zip(prompts, prefixes, strict=True):
+        if not (prompt.startswith(before) and prefix.startswith(prompt)):
             raise ValueError(
                 "chat template: the text of earlier turns changes as the conversation grows, so "
                 "answers cannot be located "
-                f"({_difference(before, prompt)}; {_difference(prompt, whole)})"
+                f"({_difference(before, prompt)}; {_difference(prompt, prefix)})"
             )
-        pieces.append((prompt[len(before) :], whole[len(prompt) :]))
-        before = whole
+        pieces.append((prompt[len(before) :], prefix[len(prompt) :]))
+        before = prefix
     return pieces
 
 
-def _difference(shorter: str, longer: str) -> str:
-    """What a prefix should have been and was, cut short, for an error line."""
-    for index, (a, b) in enumerate(zip(shorter, longer, strict=False)):
+def _difference(expected: str, text: str) -> str:
+    """Describe where `text` stops starting with `expected`, in a few words for an error line."""
+    for index, (a, b) in enumerate(zip(expected, text, strict=False)):
         if a != b:
-            return f"{shorter[index : index + 20]!r} became {longer[index : index + 20]!r}"
-    return (
-        "same so far"
-        if len(longer) >= len(shorter)
-        else f"{shorter[len(longer) :][:20]!r} was dropped"
-    )
-
-
-BAD_ROWS = "bad_rows.jsonl"
-HALF_PAIR = re.compile("[\ud800-\udfff]")  # JSON can write it, UTF-8 cannot
-
-
-@dataclass(frozen=True)
-class BadRow:
-    """A record that is not used: where it is and why. `row` counts from 0; None: a file's only
-    one."""
-
-    file: str
-    row: int | None
-    id: str | None
-    reason: str
-
-    def __str__(self) -> str:
-        name = "" if self.id is None else f" (id {self.id!r})"
-        row = "" if self.row is None else f": row {self.row}"
-        return f"{self.file}{row}{name}: {self.reason}"
-
-    def to_json(self) -> str:
-        """One line of `bad_rows.jsonl`."""
-        return json.dumps(asdict(self), sort_keys=True)
-
-
-def stop_at_bad_rows(store: Path, bad: list[BadRow], key: str, on_bad_row: str) -> None:
-    """Keep the list of bad rows, `<store>/bad_rows.jsonl`, as it is now.
-
-    Args:
-        key: the setting that says `on_bad_row`, for the message.
-
-    Raises:
-        ValueError: there are some, and they are errors.
-    """
-    listing = store / BAD_ROWS
-    if not bad:
-        listing.unlink(missing_ok=True)
-        return
-    store.mkdir(parents=True, exist_ok=True)
-    bad = sorted(bad, key=lambda row: (row.file, row.row or 0))
-    temporary = listing.with_name(BAD_ROWS + ".tmp")
-    temporary.write_text("".join(row.to_json() + "\n" for row in bad))
-    temporary.replace(listing)
-    if on_bad_row == "error":
-        first = "\n  ".join(str(row) for row in bad[:5])
-        raise ValueError(
-            f"{len(bad)} bad rows (all in {listing}); mend them or set {key}: skip\n  {first}"
-        )
-
-
-@dataclass(frozen=True)
-class Unreadable:
-    """Stands for a JSONL line that is not JSON."""
-
-    reason: str
-
-
-def read_records(path: Path) -> list[Any]:
-    """All records of a JSON array, or of a file with one JSON value a line (blank lines do not
-    count).
-
-    Raises ValueError where the file is missing, not UTF-8, empty, or an array that is not valid
-    JSON (with line, column and character). A JSONL line that is not JSON becomes an `Unreadable`,
-    so that it can be skipped.
-    """
-    if not path.is_file():
-        raise ValueError(f"{path}: no such file; name a LLaVA JSON or JSONL file")
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: not UTF-8 at byte {error.start}") from error
-    if text.lstrip()[:1] == "[":
-        try:
-            records = json.loads(text)
-        except (
-            ValueError
-        ) as error:  # says line, column and char; a 5000-digit number is no JSONDecodeError
-            raise ValueError(f"{path}: not valid JSON: {error}") from error
-        except RecursionError as error:
-            raise ValueError(f"{path}: nested too deeply to be a list of records") from error
-    else:
-        lines = enumerate(text.split("\n"), start=1)
-        records = [_read_line(line, number) for number, line in lines if line.strip()]
-    if not records:
-        raise ValueError(
-            f"{path}: holds no records; should be objects with id, image and conversations"
-        )
-    return records
-
-
-def check_record(record: Any) -> str | None:
-    """Why a record cannot be used, judged without its image; None for a good one."""
-    if isinstance(record, Unreadable):
-        return record.reason
-    if not isinstance(record, dict):
-        return f"not an object but {_kind(record)}; should be {{id, image, conversations}}"
-    if record_id(record) is None:
-        return "no id; should be a string or a whole number"
-    image = record.get("image")
-    if image is not None:
-        if not isinstance(image, str) or not image:
-            return f"image is {_kind(image)}; should be one file name"
-        if HALF_PAIR.search(image) or "\0" in image:
-            return f"image {image!r} is not a file name"
-        if PurePosixPath(image).is_absolute() or ".." in PurePosixPath(image).parts:
-            return f"image {image!r} is not a path inside the image folder"
-    conversation = record.get("conversations")
-    if not isinstance(conversation, list) or not conversation:
-        return "conversations is empty or missing; should be a list of human and gpt turns"
-    return _check_turns(conversation, image) or _check_tags(
-        record.get("tags"), len(conversation) // 2
-    )
-
-
-def record_id(record: Any) -> str | None:
-    """The id of a record as text; None where there is none."""
-    value = record.get("id") if isinstance(record, dict) else None
-    if isinstance(value, str):
-        return value if value and not HALF_PAIR.search(value) else None
-    return str(value) if isinstance(value, int) and not isinstance(value, bool) else None
-
-
-def find_bad_rows(file: Path, records: list[Any]) -> list[BadRow]:
-    """Bad records of a file, repeated ones included.
-
-    LLaVA's own mixture uses one id for several conversations about one picture: a record is a
-    repetition only when id, image and conversations are the same.
-    """
-    bad, seen = [], {}
-    for row, record in enumerate(records):
-        reason = check_record(record)
-        if reason is None:
-            content = json.dumps([record_id(record), record.get("image"), record["conversations"]])
-            first = seen.setdefault(hashlib.blake2b(content.encode(), digest_size=16).digest(), row)
-            if first != row:
-                reason = f"duplicate: same id, image and conversations as row {first}"
-        if reason is not None:
-            bad.append(BadRow(str(file), row, record_id(record), reason))
-    return bad
-
-
-def _read_line(line: str, number: int) -> Any:
-    try:
-        return json.loads(line)
-    except json.JSONDecodeError as error:
-        return Unreadable(f"not valid JSON: line {number}, column {error.colno}: {error.msg}")
-    except ValueError as error:
-        return Unreadable(f"not valid JSON: line {number}: {error}")
-    except RecursionError:
-        return Unreadable(f"line {number} is nested too deeply")
-
-
-def _check_turns(conversation: list[Any], image: str | None) -> str | None:
-    marks = 0
-    for index, turn in enumerate(conversation):
-        if not isinstance(turn, dict):
-            return f"turn {index} is {_kind(turn)}; should be {{from, value}}"
-        sender, value = turn.get("from"), turn.get("value")
-        if not isinstance(sender, str) or sender not in ROLES:
-            return f"turn {index}: unknown from {sender!r}; should be human or gpt"
-        if not isinstance(value, str):
-            return f"turn {index}: value is {_kind(value)}; should be text"
-        expected = ("human", "gpt")[index % 2]
-        if sender != expected:
-            return f"wrong turn order: turn {index} is from {sender}, should be {expected}"
-        if sender == "gpt" and not value.strip():
-            return f"no answer: turn {index} is empty"
-        if HALF_PAIR.search(value):
-            return f"turn {index}: value holds half a surrogate pair, which is no text"
-        if index > 0 and IMAGE_MARK in value:
-            return f"{IMAGE_MARK} in turn {index}; it belongs into the first question only"
-        marks += value.count(IMAGE_MARK)
-    if len(conversation) % 2:
-        return "no answer: the last turn is from human"
-    if image is not None and marks != 1:
-        return f"{marks} {IMAGE_MARK} marks for one image; should be 1"
-    if image is None and marks:
-        return f"{marks} {IMAGE_MARK} marks but no image"
-    return None
-
-
-def _check_tags(tags: Any, answers: int) -> str | None:
-    if tags is None:
-        return None
-    if not isinstance(tags, list) or not all(
-        isinstance(tag, str) and not HALF_PAIR.search(tag) for tag in tags
-    ):
-        return "tags should be a list with one text for each answer"
-    return (
-        None
-        if len(tags) == answers
-        else f"{len(tags)} tags for {answers} answers; should be one for each"
-    )
-
-
-def _kind(value: Any) -> str:
-    """What a JSON value is, in a JSON user's words."""
-    names = {
-        dict: "an object",
-        list: "a list",
-        str: "text",
-        bool: "true or false",
-        type(None): "null",
-    }
-    if value == "":
-        return "empty text"
-    return names.get(type(value), "a number")
+            return f"{expected[index : index + 20]!r} became {text[index : index + 20]!r}"
+    if len(text) >= len(expected):
+        return "same so far"
+    return f"{expected[len(text) :][:20]!r} was dropped"

@@ -1,9 +1,9 @@
-"""A generated visual-question set: small pictures of coloured shapes with questions about them.
+"""Generate a visual question answering set: small images of coloured shapes, and questions.
 
-In: a `ShapesConfig` and a seed. Out: a folder in LLaVA's format (`train.json`, `validation.json`,
-`images/`), or single records in memory. Every record follows from (seed, split, index) alone. Some
-questions need one look-up ("what color topleft ?"), some need two ("what color beside red circle
-?"): find a shape, then read its neighbour.
+`generate` writes a folder in LLaVA's format (`train.json`, `validation.json`, `images/`);
+`make_record` makes a single record in memory. A record depends only on (seed, split, index). Some
+questions need one look-up ("what color topleft ?"), others two ("what color beside red circle ?"):
+find a shape, then read its neighbour.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ import numpy as np
 from PIL import Image
 
 from fmray.config import ShapesConfig
+from fmray.runtime.files import replace_folder
 
 Split = Literal["train", "validation"]
 Cell = tuple[str, str] | None  # (color, shape), or empty
@@ -40,51 +41,51 @@ NUMBERS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight
 NUMBERS += ("eleven", "twelve", "thirteen", "fourteen", "fifteen", "sixteen")
 VALIDATION_SHARE = 0.1  # share of all possible scenes that only the validation split may show
 MARKER = "shapes.json"
-VERSION = 1  # part of the marker: a changed generator makes old folders stale
+VERSION = 1  # in the marker; increase it when a changed generator makes old folders stale
 
 
 @dataclass(frozen=True)
 class Question:
-    """One question with its one-word answer; `tag` is the kind of question."""
+    """A question with its answer."""
 
     text: str
-    answer: str
-    tag: str
+    answer: str  # one word
+    tag: str  # kind of question
 
 
 def make_record(
     seed: int, split: Split, index: int, config: ShapesConfig
 ) -> tuple[np.ndarray, list[dict[str, str]], list[str]]:
-    """Picture (uint8 [image_size, image_size, 3]), conversation in LLaVA's format, one tag per
-    answer."""
-    cells, source = _scene(seed, split, index, config)
-    questions = ask(cells, config, source)
+    """Make a record.
+
+    Returns:
+        Image (uint8 [image_size, image_size, 3]), conversation in LLaVA's format, one tag per
+        answer.
+    """
+    cells, random_source = _scene(seed, split, index, config)
+    questions = _ask(cells, config, random_source)
     conversation = []
     for number, question in enumerate(questions):
         text = f"<image>\n{question.text}" if number == 0 else question.text
         conversation.append({"from": "human", "value": text})
         conversation.append({"from": "gpt", "value": question.answer})
-    return draw(cells, config, source), conversation, [question.tag for question in questions]
+    image = _draw(cells, config, random_source)
+    return image, conversation, [question.tag for question in questions]
 
 
-def scene(seed: int, split: Split, index: int, config: ShapesConfig) -> tuple[Cell, ...]:
-    """The cells of a record, row by row, top left first."""
-    return _scene(seed, split, index, config)[0]
-
-
-def place_names(grid: int) -> list[str]:
-    """One word for each cell, row by row."""
+def _place_names(grid: int) -> list[str]:
+    """Return a word for each cell, row by row."""
     if grid == 2:
         return ["topleft", "topright", "bottomleft", "bottomright"]
     return [f"r{row + 1}c{column + 1}" for row in range(grid) for column in range(grid)]
 
 
-def ask(cells: tuple[Cell, ...], config: ShapesConfig, source: random.Random) -> list[Question]:
-    """Up to `config.turns` different questions, each with one right answer; at least one.
+def _ask(cells: tuple[Cell, ...], config: ShapesConfig, source: random.Random) -> list[Question]:
+    """Return 1 to `config.turns` different questions, each with one right answer.
 
-    Each turn needs two look-ups with probability `config.two_hop`; its kind is drawn evenly from
-    the kinds that this scene allows. Answers of `count` and `compare` are drawn first, so that none
-    is the safe guess.
+    A question needs two look-ups with probability `config.two_hop`; its kind is drawn uniformly
+    from those that the scene allows. `_one_hop` balances the answers of `count` and `compare`, so
+    that none of them is the best guess.
     """
     one_hop, two_hop = _one_hop(cells, config, source), _two_hop(cells, config)
     questions: list[Question] = []
@@ -98,31 +99,34 @@ def ask(cells: tuple[Cell, ...], config: ShapesConfig, source: random.Random) ->
     return questions
 
 
-def draw(cells: tuple[Cell, ...], config: ShapesConfig, source: random.Random) -> np.ndarray:
-    """Picture of a scene, uint8 [image_size, image_size, 3]; shapes fill 70 % of a cell, moved by
-    up to two pixels."""
+def _draw(cells: tuple[Cell, ...], config: ShapesConfig, source: random.Random) -> np.ndarray:
+    """Return the image of a scene, uint8 [image_size, image_size, 3].
+
+    Shapes fill 70 % of a cell's side and are moved by up to `config.jitter` pixels.
+    """
     size, grid = config.image_size, config.grid
     side = size // grid
     sprite_side = max(3, round(0.7 * side))
     margin = side - sprite_side
     middle, reach = margin // 2, min(config.jitter, margin // 2)
-    picture = np.zeros((size, size, 3), dtype=np.uint8)
+    image = np.zeros((size, size, 3), dtype=np.uint8)
     for index, cell in enumerate(cells):
         jitter_y, jitter_x = source.randint(-reach, reach), source.randint(-reach, reach)
         if cell is None:
             continue
         top = (index // grid) * side + middle + jitter_y
         left = (index % grid) * side + middle + jitter_x
-        picture[top : top + sprite_side, left : left + sprite_side] = _sprite(*cell, sprite_side)
-    return picture
+        image[top : top + sprite_side, left : left + sprite_side] = _sprite(*cell, sprite_side)
+    return image
 
 
 def generate(folder: Path, config: ShapesConfig, seed: int) -> None:
-    """Write `train.json`, `validation.json` and `images/<split>/<thousand>/<index>.png` under
-    `folder`.
+    """Write `train.json`, `validation.json` and `images/<split>/<thousand>/<index>.png`.
 
-    Does nothing where the same set is there already. Raises ValueError when `folder` holds
-    something else, or when the sizes leave too few different scenes or too few pixels.
+    Does nothing if `folder` already contains the same set.
+
+    Raises:
+        ValueError: `folder` contains something else, or the sizes leave too few scenes or pixels.
     """
     if config.image_size // config.grid < 6:
         raise ValueError(
@@ -139,32 +143,28 @@ def generate(folder: Path, config: ShapesConfig, seed: int) -> None:
         raise ValueError(
             f"{folder}: not empty and not made by the shapes generator; name another data.store"
         )
-    temporary = folder.with_name(folder.name + ".tmp")
-    if temporary.exists():
-        shutil.rmtree(temporary)
+    # not `atomic_folder`, which syncs every file: that takes minutes for 20,000 images
+    temporary = folder.with_name(f".{folder.name}.partial")
+    shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
     _write_split(temporary, "train", config.pictures, config, seed)
     _write_split(temporary, "validation", config.validation_pictures, config, seed)
     (temporary / MARKER).write_text(marker)
-    if folder.exists():
-        shutil.rmtree(folder)
-    temporary.rename(folder)
+    replace_folder(temporary, folder)
 
 
-def _write_split(
-    folder: Path, split: Split, pictures: int, config: ShapesConfig, seed: int
-) -> None:
+def _write_split(folder: Path, split: Split, count: int, config: ShapesConfig, seed: int) -> None:
     records = []
-    for index in range(pictures):
-        picture, conversation, tags = make_record(seed, split, index, config)
-        image = Path("images", split, f"{index // 1000:03d}", f"{index:06d}.png")
+    for index in range(count):
+        image, conversation, tags = make_record(seed, split, index, config)
+        path = Path("images", split, f"{index // 1000:03d}", f"{index:06d}.png")
         if index % 1000 == 0:
-            (folder / image).parent.mkdir(parents=True)
-        Image.fromarray(picture).save(folder / image, compress_level=1)
+            (folder / path).parent.mkdir(parents=True)
+        Image.fromarray(image).save(folder / path, compress_level=1)
         records.append(
             {
                 "id": f"{split}-{index:06d}",
-                "image": str(image),
+                "image": str(path),
                 "conversations": conversation,
                 "tags": tags,
             }
@@ -175,10 +175,12 @@ def _write_split(
 def _scene(
     seed: int, split: Split, index: int, config: ShapesConfig
 ) -> tuple[tuple[Cell, ...], random.Random]:
-    """Cells, and the random source that goes on to choose questions and jitter.
+    """Return the cells, row by row, and the random source for questions and jitter.
 
-    A hash of the scene says which split may show it, so the splits share no scene whatever their
-    sizes.
+    A hash of the scene decides which split may show it, so the splits never share a scene.
+
+    Raises:
+        ValueError: no scene for the split was found.
     """
     source = random.Random(f"{seed}/{split}/{index}")
     pairs = [
@@ -188,10 +190,9 @@ def _scene(
     ]
     count = config.grid**2
     for _ in range(1000):
-        drawn = (
-            source.sample(pairs, count) if len(pairs) >= count else source.choices(pairs, k=count)
-        )
-        cells = tuple(None if source.random() < config.empty else pair for pair in drawn)
+        enough = len(pairs) >= count
+        shown = source.sample(pairs, count) if enough else source.choices(pairs, k=count)
+        cells = tuple(None if source.random() < config.empty else pair for pair in shown)
         if any(cells) and _split_of(cells, seed) == split:
             return cells, source
     raise ValueError(
@@ -208,11 +209,11 @@ def _split_of(cells: tuple[Cell, ...], seed: int) -> Split:
 def _one_hop(
     cells: tuple[Cell, ...], config: ShapesConfig, source: random.Random
 ) -> dict[str, list[Question]]:
-    """Questions by tag; empty tags are left out."""
+    """Return questions by tag, without empty tags."""
     questions: dict[str, list[Question]] = {
         tag: [] for tag in ("color", "shape", "place", "count", "compare")
     }
-    for place, cell in zip(place_names(config.grid), cells, strict=True):
+    for place, cell in zip(_place_names(config.grid), cells, strict=True):
         if cell is None:
             continue
         questions["color"].append(Question(f"what color {place} ?", cell[0], "color"))
@@ -226,22 +227,22 @@ def _one_hop(
     by_count: dict[int, list[str]] = {}
     for color, count in counts.items():
         by_count.setdefault(count, []).append(color)
-    for count, colors in by_count.items():  # one color for each number: numbers are asked evenly
+    for count, colors in by_count.items():  # one color per number, so that no number is frequent
         questions["count"].append(
             Question(f"how many {source.choice(colors)} ?", NUMBERS[count], "count")
         )
     more = [(a, b) for a in counts for b in counts if counts[a] > counts[b]]
-    if more:  # one yes and one no; a no is a tie as often as the scene has ties
+    if more:  # one yes and one no; ties are as frequent among no as in the scene
         a, b = source.choice(more)
         questions["compare"].append(Question(f"more {a} than {b} ?", "yes", "compare"))
         not_more = [(a, b) for a in counts for b in counts if a != b and counts[a] <= counts[b]]
         a, b = source.choice(not_more)
         questions["compare"].append(Question(f"more {a} than {b} ?", "no", "compare"))
-    return {tag: found for tag, found in questions.items() if found}
+    return {tag: items for tag, items in questions.items() if items}
 
 
 def _two_hop(cells: tuple[Cell, ...], config: ShapesConfig) -> dict[str, list[Question]]:
-    """Questions by tag: find the one cell that shows the named shape, then read another cell."""
+    """Return questions by tag: find the only cell with the named shape, then read another cell."""
     questions: dict[str, list[Question]] = {}
     for index, cell in enumerate(cells):
         if cell is None or cells.count(cell) > 1:
@@ -258,7 +259,7 @@ def _two_hop(cells: tuple[Cell, ...], config: ShapesConfig) -> dict[str, list[Qu
 
 
 def _neighbours(index: int, config: ShapesConfig) -> dict[str, int]:
-    """Relation word -> index of the cell it leads to; the first `config.relations` of them."""
+    """Return relation word -> index of the related cell, for `config.relations` relations."""
     row, column = divmod(index, config.grid)
     neighbours = {}
     if config.grid == 2:
@@ -273,7 +274,7 @@ def _neighbours(index: int, config: ShapesConfig) -> dict[str, int]:
 
 @cache
 def _sprite(color: str, shape: str, side: int) -> np.ndarray:
-    """One shape on black, uint8 [side, side, 3], smoothed by drawing it four times as large."""
+    """Return a shape on black, uint8 [side, side, 3], anti-aliased by 4x supersampling."""
     ticks = (np.arange(4 * side) + 0.5) / (2 * side) - 1.0
     y, x = np.meshgrid(ticks, ticks, indexing="ij")
     radius = np.hypot(x, y)

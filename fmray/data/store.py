@@ -1,7 +1,7 @@
-"""Reading a data store: metadata of all rows at once, row groups when they are needed.
+"""Read a data store: the metadata of all rows at once, images and texts by row group on demand.
 
-In: a folder that ingest has finished. Out: arrays over rows and samples, and decoded Parquet rows
-by number.
+A store is a folder that `fmray.data.ingest` has written: Parquet parts per split, the processor,
+and `manifest.json`. The manifest is written last; a folder without one is not a store.
 """
 
 from __future__ import annotations
@@ -18,37 +18,41 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-# The manifest of a data store: what it holds and what it was made of. Written last, so its
-# presence means done.
+from fmray.runtime.files import write_json
+
+CACHE_BYTES = 3 * 2**30  # of row groups kept in memory
 
 
 @dataclass(frozen=True)
 class Manifest:
-    """`settings`: sources and options; `processor`: its fingerprint; `counts`: split -> rows,
-    answers, shards."""
+    """What a store contains and what it was made from."""
 
-    settings: dict[str, Any]
-    processor: str
-    counts: dict[str, dict[str, int]]
+    settings: dict[str, Any]  # sources and options
+    processor: str  # its fingerprint
+    counts: dict[str, dict[str, int]]  # split -> rows, answers, shards
     bad_rows: int
 
     @staticmethod
     def path(store: Path) -> Path:
-        """Where the manifest of a store lies."""
+        """Return the path of a store's manifest."""
         return store / "manifest.json"
 
     @staticmethod
     def exists(store: Path) -> bool:
-        """Whether `store` is a finished store."""
+        """Return whether `store` is complete."""
         return Manifest.path(store).is_file()
 
     @classmethod
     def read(cls, store: Path) -> Manifest:
-        """Raises ValueError where there is no finished store or its manifest is not one."""
+        """Read the manifest of a store.
+
+        Raises:
+            ValueError: the store is missing or incomplete, or its manifest is not valid.
+        """
         path = cls.path(store)
         if not path.is_file():
             raise ValueError(
-                f"{store}: not a finished data store (no {path.name}); run jobs/prepare_data.py"
+                f"{store}: not a complete data store (no {path.name}); run jobs/prepare_data.py"
             )
         try:
             return cls(**json.loads(path.read_text()))
@@ -58,47 +62,47 @@ class Manifest:
             ) from error
 
     def write(self, store: Path) -> None:
-        """Written to a temporary name and moved."""
-        temporary = self.path(store).with_name("manifest.json.tmp")
-        temporary.write_text(json.dumps(asdict(self), indent=1, sort_keys=True) + "\n")
-        temporary.replace(self.path(store))
+        """Write the manifest, which makes the store complete."""
+        write_json(self.path(store), asdict(self))
 
     def summary(self) -> str:
-        """Counts in words."""
+        """Return the counts as text."""
         parts = [
             f"{count['rows']} {split} rows with {count['answers']} answers"
             for split, count in self.counts.items()
         ]
-        return ", ".join([*parts, f"{self.bad_rows} bad rows left out"])
-
-
-CACHE_BYTES = 3 * 2**30  # of row groups kept in memory
+        return ", ".join([*parts, f"{self.bad_rows} bad rows skipped"])
 
 
 @dataclass(frozen=True)
 class Samples:
-    """One entry for each training sample, in store order."""
+    """Training samples in store order; one array entry per sample."""
 
     row: np.ndarray  # [n] row of the store
-    turn: np.ndarray  # [n] last answer turn the sample holds
+    turn: np.ndarray  # [n] last answer of the row that belongs to the sample
     length: np.ndarray  # [n] tokens
     group: np.ndarray  # [n] row group, counted over all parts
 
 
 class StoreSplit:
-    """One split of a store; rows are numbered through all its parts. Safe to read from several
-    threads."""
+    """One split of a store; rows are numbered across its parts. Thread-safe."""
 
     def __init__(self, store: Path, split: str, cache_bytes: int = CACHE_BYTES) -> None:
-        """Raises ValueError for a store that is not finished or has no such split."""
+        """Read the metadata of all rows.
+
+        Raises:
+            ValueError: the store is incomplete or has no such split.
+        """
         counts = Manifest.read(store).counts
         if split not in counts:
-            raise ValueError(f"{store}: has no split {split!r}, only {', '.join(counts)}")
+            raise ValueError(f"{store}: no split {split!r}, only {', '.join(counts)}")
         shards = range(counts[split]["shards"])
         self.files = [store / split / f"part-{shard:05d}.parquet" for shard in shards]
         self._lock = threading.Lock()
         self._cache: OrderedDict[int, pa.Table] = OrderedDict()
         self._cache_bytes, self._cached_bytes = cache_bytes, 0
+
+        # row groups of all parts, and the columns that are small
         self._group_place: list[tuple[int, int]] = []  # row group -> (file, row group in it)
         group_rows: list[int] = []
         tables = []
@@ -111,62 +115,65 @@ class StoreSplit:
         self.bytes = sum(file.stat().st_size for file in self.files)
         self.group_start = np.cumsum([0, *group_rows])  # [groups + 1] rows before each group
         table = pa.concat_tables(tables).combine_chunks()
+
+        turns = pc.list_value_length(table["turn_tokens"]).to_numpy().astype(np.int64)
         self.source_row = table["row"].to_numpy()  # [rows] row of the source file
-        self.turns = (
-            pc.list_value_length(table["turn_tokens"]).to_numpy().astype(np.int64)
-        )  # [rows]
+        self.turns = turns  # [rows] number of answers
         self.turn_tokens = pc.list_flatten(table["turn_tokens"]).to_numpy()  # [answers]
-        self.first_answer = np.cumsum(self.turns) - self.turns  # [rows] into turn_tokens and tags
-        self.tags, self._tag_codes = _tag_codes(table["tags"].to_pylist(), self.turns)
+        self.first_answer = np.cumsum(turns) - turns  # [rows] index into turn_tokens and tags
+        self.tags, self._tag_codes = _tag_codes(table["tags"].to_pylist(), turns)
 
     def __len__(self) -> int:
         return len(self.turns)
 
     def tag(self, row: int, turn: int) -> str | None:
-        """Kind of one question."""
+        """Return the kind of a question; None if the row has no tags."""
         code = int(self._tag_codes[self.first_answer[row] + turn])
         return None if code < 0 else self.tags[code]
 
     def samples(self, kind: str, max_length: int) -> Samples:
-        """All samples of at most `max_length` tokens: one for each answer (`turn`), or for each row
-        (`conversation`).
+        """Return all samples of at most `max_length` tokens.
 
-        A conversation that is too long ends with the last answer that fits.
+        Args:
+            kind: "turn" for one sample per answer, "conversation" for one per row. A conversation
+                that is too long ends with the last answer that fits.
         """
         row = np.repeat(np.arange(len(self)), self.turns)
         turn = np.arange(len(row)) - self.first_answer[row]
-        kept = self.turn_tokens <= max_length
+        fits = self.turn_tokens <= max_length
         if kind == "conversation":
-            # lengths grow along a row, so an answer is the last one kept when the next one is not
-            following = np.append(kept[1:], False) & (np.append(row[1:], -1) == row)
-            kept &= ~following
-        row, turn, length = row[kept], turn[kept], self.turn_tokens[kept]
+            # lengths grow along a row: the last answer that fits is followed by one that does not
+            next_fits = np.append(fits[1:], False) & (np.append(row[1:], -1) == row)
+            fits &= ~next_fits
+        row, turn, length = row[fits], turn[fits], self.turn_tokens[fits]
         group = np.searchsorted(self.group_start, row, side="right") - 1
         return Samples(row, turn, length, group)
 
     def image(self, row: int) -> bytes | None:
-        """Encoded picture of a row; its row group stays in memory for the next ones."""
+        """Return the encoded image of a row; None if it is text only."""
         table, index = self._locate(row)
         return table["image"][index].as_py()
 
     def conversation(self, row: int) -> list[dict[str, str]]:
-        """Conversation of a row in LLaVA's format."""
+        """Return the conversation of a row in LLaVA's format."""
         table, index = self._locate(row)
         return table["conversations"][index].as_py()
 
     def _locate(self, row: int) -> tuple[pa.Table, int]:
+        """Return the row group of a row, and its index in it."""
         group = int(np.searchsorted(self.group_start, row, side="right") - 1)
         return self._group(group), row - int(self.group_start[group])
 
     def _group(self, group: int) -> pa.Table:
+        """Return a row group from the cache, which drops the least recently used ones."""
         with self._lock:
             table = self._cache.get(group)
             if table is not None:
                 self._cache.move_to_end(group)
                 return table
-            number, inside = self._group_place[group]
+            number, group_in_file = self._group_place[group]
             with pq.ParquetFile(self.files[number]) as part:
-                table = part.read_row_group(inside, columns=["image", "conversations"])
+                table = part.read_row_group(group_in_file, columns=["image", "conversations"])
             self._cache[group] = table
             self._cached_bytes += table.nbytes
             while self._cached_bytes > self._cache_bytes and len(self._cache) > 1:
@@ -176,7 +183,7 @@ class StoreSplit:
 
 
 def _tag_codes(rows: list[list[str] | None], turns: np.ndarray) -> tuple[list[str], np.ndarray]:
-    """All tags, sorted, and the index of each answer's tag, -1 where the row has none."""
+    """Return all tags, sorted, and the index of each answer's tag; -1 if the row has none."""
     names = sorted({tag for row in rows if row for tag in row})
     code = {name: index for index, name in enumerate(names)}
     codes: list[int] = []

@@ -1,8 +1,8 @@
-"""TFRecord files of `tf.train.Example`, without TensorFlow.
+"""Read and write TFRecord files of `tf.train.Example` without TensorFlow.
 
-In: a file of records. Out: the records with their byte offsets, every checksum checked; the image
-and the label of Meta-Dataset's examples. A record is a u64 length, the masked CRC-32C of those
-eight bytes, the data, and the masked CRC-32C of the data; all little-endian.
+Reads the examples of Meta-Dataset, which have an image and a label, and verifies every checksum. A
+record is a u64 length, the masked CRC-32C of those eight bytes, the data, and the masked CRC-32C of
+the data; all little-endian.
 """
 
 from __future__ import annotations
@@ -16,28 +16,30 @@ from pathlib import Path
 import numpy as np
 
 POLYNOMIAL = 0x82F63B78  # Castagnoli's, reflected
-BLOCK = 1024  # bytes whose part of a checksum is looked up at once
+BLOCK = 1024  # bytes per table look-up
 LENGTH, CHECKSUM = struct.Struct("<Q"), struct.Struct("<I")
+
+# --- Checksums ---
 
 
 @functools.cache
 def _tables() -> np.ndarray:
-    """uint32 [BLOCK, 256]: the checksum's change by a byte at each place of a block."""
+    """Return uint32 [BLOCK, 256]: what each byte value adds to the checksum at each position."""
     table = np.arange(256, dtype=np.uint32)
     for _ in range(8):
         table = np.where(table & 1, (table >> 1) ^ np.uint32(POLYNOMIAL), table >> 1)
     tables = np.empty((BLOCK, 256), dtype=np.uint32)
     tables[-1] = table
-    for place in range(BLOCK - 2, -1, -1):  # one more zero byte follows
-        tables[place] = table[tables[place + 1] & 0xFF] ^ (tables[place + 1] >> 8)
+    for position in range(BLOCK - 2, -1, -1):  # one more zero byte follows
+        tables[position] = table[tables[position + 1] & 0xFF] ^ (tables[position + 1] >> 8)
     return tables
 
 
 def crc32c(data: bytes) -> int:
-    """CRC-32C (RFC 3720, B.4) of some bytes.
+    """Return the CRC-32C of `data` (RFC 3720, B.4).
 
-    The checksum is linear over GF(2), so a block's is the exclusive or of what each of its bytes
-    adds at its place: one look-up for all of them. Zeros in front of everything add nothing.
+    The checksum is linear over GF(2), so that of a block is the exclusive or of what each byte adds
+    at its position: one vectorized look-up. Leading zeros add nothing.
     """
     tables, size = _tables(), len(data)
     if size < 4:
@@ -52,27 +54,30 @@ def crc32c(data: bytes) -> int:
     blocks[padding:] = np.frombuffer(data, dtype=np.uint8)
     blocks[padding : padding + 4] ^= 0xFF  # the state at the start
     blocks = blocks.reshape(-1, len(tables))
-    flat, places = tables.reshape(-1), np.arange(len(tables)) * 256
+    flat, offsets = tables.reshape(-1), np.arange(len(tables)) * 256
     state = 0
     for start in range(0, len(blocks), 64):
-        for added in np.bitwise_xor.reduce(flat[blocks[start : start + 64] + places], axis=1):
-            for place in range(4):  # the state so far acts as the block's first bytes
-                added ^= tables[place, (state >> 8 * place) & 0xFF]
+        for added in np.bitwise_xor.reduce(flat[blocks[start : start + 64] + offsets], axis=1):
+            for position in range(4):  # the state so far acts like the block's first bytes
+                added ^= tables[position, (state >> 8 * position) & 0xFF]
             state = int(added)
     return state ^ 0xFFFFFFFF
 
 
 def masked_crc32c(data: bytes) -> int:
-    """The checksum as TFRecord files store it: rotated, and a constant added."""
+    """Return the checksum as TFRecord files store it: rotated, plus a constant."""
     checksum = crc32c(data)
     return ((checksum >> 15 | checksum << 17) + 0xA282EAD8) & 0xFFFFFFFF
 
 
-def read_records(path: Path) -> Iterator[tuple[int, bytes]]:
-    """Records in order, each with the byte it begins at.
+# --- Files ---
 
-    Raises ValueError, with file and byte, at a checksum that is wrong or a file that ends too
-    early.
+
+def read_records(path: Path) -> Iterator[tuple[int, bytes]]:
+    """Yield the records in order, each with its byte offset.
+
+    Raises:
+        ValueError: a checksum is wrong or the file is truncated; with file and byte.
     """
     with path.open("rb") as file:
         end = os.fstat(file.fileno()).st_size
@@ -98,7 +103,7 @@ def read_records(path: Path) -> Iterator[tuple[int, bytes]]:
 
 
 def write_records(path: Path, records: Iterable[bytes]) -> None:
-    """Write a file of records."""
+    """Write records to a file; used by tests and benchmarks."""
     with path.open("wb") as file:
         for data in records:
             length = LENGTH.pack(len(data))
@@ -106,10 +111,14 @@ def write_records(path: Path, records: Iterable[bytes]) -> None:
             file.write(data + CHECKSUM.pack(masked_crc32c(data)))
 
 
-def parse_example(data: bytes) -> tuple[bytes, int]:
-    """Image bytes and label of a `tf.train.Example` with features `image` and `label`.
+# --- Examples ---
 
-    Raises ValueError where the bytes are no such example.
+
+def parse_example(data: bytes) -> tuple[bytes, int]:
+    """Return image and label of a `tf.train.Example` with features `image` and `label`.
+
+    Raises:
+        ValueError: the bytes are not such an example.
     """
     features: dict[bytes, bytes] = {}
     for part in _fields(data, 1):
@@ -123,14 +132,14 @@ def parse_example(data: bytes) -> tuple[bytes, int]:
     images = [value for part in _fields(features[b"image"], 1) for value in _fields(part, 1)]
     labels = [value for part in _fields(features[b"label"], 3) for value in _fields(part, 1)]
     label, end = _varint(labels[0], 0) if labels else (0, 0)
-    # packed numbers are one value
+    # packed numbers are a single value
     if len(images) != 1 or len(labels) != 1 or end != len(labels[0]):
         raise ValueError("the example should have one image (bytes) and one label (int64)")
     return bytes(images[0]), label - (1 << 64) if label >> 63 else label
 
 
 def example(image: bytes, label: int) -> bytes:
-    """The `tf.train.Example` that `parse_example` reads."""
+    """Return a `tf.train.Example` as `parse_example` reads it; used by tests and benchmarks."""
     number = _encoded(label % (1 << 64))
     values = [(b"image", _field(1, _field(1, image))), (b"label", _field(3, _field(1, number)))]
     entries = [_field(1, _field(1, name) + _field(2, value)) for name, value in values]
@@ -138,7 +147,7 @@ def example(image: bytes, label: int) -> bytes:
 
 
 def _fields(data: bytes | memoryview, number: int) -> Iterator[memoryview]:
-    """All values of one field of a protobuf message; a number's value is its own bytes."""
+    """Yield the values of a field of a protobuf message; a number as its bytes."""
     data, at = memoryview(data), 0
     while at < len(data):
         key, at = _varint(data, at)
@@ -161,20 +170,20 @@ def _fields(data: bytes | memoryview, number: int) -> Iterator[memoryview]:
 
 
 def _varint(data: bytes | memoryview, at: int) -> tuple[int, int]:
-    """A base-128 number and the place after it."""
+    """Return the base-128 number at `at`, and the index after it."""
     value = 0
-    for place in range(10):
-        if at + place >= len(data):
+    for position in range(10):
+        if at + position >= len(data):
             break
-        byte = data[at + place]
-        value |= (byte & 0x7F) << 7 * place
+        byte = data[at + position]
+        value |= (byte & 0x7F) << 7 * position
         if byte < 0x80:
-            return value, at + place + 1
+            return value, at + position + 1
     raise ValueError("not a protobuf message: a number does not end")
 
 
 def _encoded(value: int) -> bytes:
-    """A base-128 number."""
+    """Encode a base-128 number."""
     parts = []
     while value > 0x7F:
         parts.append(value & 0x7F | 0x80)
@@ -183,5 +192,5 @@ def _encoded(value: int) -> bytes:
 
 
 def _field(number: int, value: bytes) -> bytes:
-    """A length-delimited field; a packed number is one too."""
+    """Encode a length-delimited field, such as a packed number."""
     return _encoded(number << 3 | 2) + _encoded(len(value)) + value

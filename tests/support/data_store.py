@@ -1,4 +1,4 @@
-"""A small finished data store without Ray: shards are written in this process."""
+"""Make a small complete data store without Ray."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def make_store(
     rows_per_shard: int = 200,
     max_length: int = 2048,
 ) -> Path:
-    """Write good records as the train split."""
+    """Write good records as the train split of a store."""
     (store / "train").mkdir(parents=True)
     processor.save_pretrained(store / "processor")
     rows = list(enumerate(records))
@@ -37,7 +37,7 @@ def make_store(
             processor=str(store / "processor"),
             processor_hash=fingerprint(processor),
             max_length=max_length,
-            pictures="null",
+            shapes="null",
             write_bad=False,
         )
         result = write_shard(task)
@@ -49,7 +49,7 @@ def make_store(
 
 
 def shapes_store(folder: Path, config: ShapesConfig, **options: Any) -> Path:
-    """Generated shapes in `folder/source`, their train split as a store in `folder/store`."""
+    """Generate shapes in `folder/source`, and a store of their train split in `folder/store`."""
     shapes.generate(folder / "source", config, seed=0)
     records = json.loads((folder / "source" / "train.json").read_text())
     texts = [turn["value"] for record in records for turn in record["conversations"]]

@@ -1,4 +1,4 @@
-"""Generated image collections and the stores made of them, without Ray."""
+"""Make image collections, and stores of them without Ray."""
 
 from __future__ import annotations
 
@@ -21,30 +21,35 @@ from fmray.data.image_store import ImageManifest
 from fmray.data.tfrecord import example, write_records
 
 
-def picture(seed: int, side: int = 8) -> bytes:
-    """A PNG of noise; the same seed gives the same one."""
+def noise_image(seed: int, side: int = 8) -> bytes:
+    """Return a PNG of noise that depends only on the arguments."""
     pixels = np.random.default_rng(seed).integers(0, 256, (side, side, 3), dtype=np.uint8)
     file = io.BytesIO()
     Image.fromarray(pixels).save(file, format="png")
     return file.getvalue()
 
 
-def class_folders(path: Path, counts: Mapping[str, int], first: int = 0, side: int = 8) -> Path:
-    """A tree of class folders, `counts` different images each."""
+def class_folders(path: Path, counts: Mapping[str, int], seed: int = 0, side: int = 8) -> Path:
+    """Write class folders with `counts` images each; image i of all has the seed `seed + i`."""
     for name, count in counts.items():
         (path / name).mkdir(parents=True)
         for number in range(count):
-            (path / name / f"{number}.png").write_bytes(picture(first, side))
-            first += 1
+            (path / name / f"{number}.png").write_bytes(noise_image(seed, side))
+            seed += 1
     return path
 
 
 def tfrecords(path: Path, counts: list[tuple[str, int]], splits: tuple[int, int, int]) -> Path:
-    """Meta-Dataset records of (class name, images) by id; `splits`: classes in train, val, test."""
+    """Write Meta-Dataset records.
+
+    Args:
+        counts: (class name, number of images) by id.
+        splits: number of classes in train, val and test.
+    """
     path.mkdir(parents=True)
     seed = 0
     for number, (_, count) in enumerate(counts):
-        records = [example(picture(seed + row), number) for row in range(count)]
+        records = [example(noise_image(seed + row), number) for row in range(count)]
         write_records(path / f"{number}.tfrecords", records)
         seed += count
     specification = {
@@ -60,13 +65,13 @@ def tfrecords(path: Path, counts: list[tuple[str, int]], splits: tuple[int, int,
 
 
 def parquet(path: Path, rows: list[dict[str, Any]], row_group_size: int = 1000) -> Path:
-    """A Parquet file of such rows."""
+    """Write rows to a Parquet file."""
     pq.write_table(pa.Table.from_pylist(rows), path, row_group_size=row_group_size)
     return path
 
 
 def image_recipe(store: Path, collections: Mapping[str, Any], **images: Any) -> FewshotRecipe:
-    """A recipe of a store; collections: name -> a path, or the section's values."""
+    """Return a recipe; `collections`: name -> path, or the values of its section."""
     sections = {
         name: values if isinstance(values, dict) else {"path": values}
         for name, values in collections.items()
@@ -77,7 +82,7 @@ def image_recipe(store: Path, collections: Mapping[str, Any], **images: Any) -> 
 
 
 def prepare_here(recipe: FewshotRecipe) -> ImageManifest:
-    """`prepare_images` in this process."""
+    """Call `prepare_images` without Ray."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(image_ingest, "run_tasks", run_here)
         return image_ingest.prepare_images(recipe)

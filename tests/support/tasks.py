@@ -1,4 +1,4 @@
-"""Ingest tasks in this process, in place of Ray."""
+"""Run ingest tasks in this process instead of on Ray."""
 
 from __future__ import annotations
 
@@ -9,6 +9,6 @@ from typing import Any
 def run_here(
     function: Callable[[Any], Any], tasks: Sequence[Any], cluster: Any
 ) -> Iterator[tuple[Any, Any]]:
-    """As `fmray.data.ray_tasks.run_tasks`."""
+    """Replace `fmray.data.ray_tasks.run_tasks`; `cluster` is ignored."""
     for task in tasks:
         yield task, function(task)

@@ -1,4 +1,4 @@
-"""Image ingestion with real Ray workers: the same store as in one process, and resumable."""
+"""Image ingest with Ray workers: the same store as in one process, and errors."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from fmray.data.image_store import ImageStore
 
 @pytest.fixture(scope="module", autouse=True)
 def ray_session() -> Iterator[None]:
-    """Two CPUs; another Ray on this machine is left alone."""
+    """A local Ray with two CPUs, whatever else runs on this machine."""
     with pytest.MonkeyPatch.context() as patch:
         patch.delenv("RAY_ADDRESS", raising=False)
         ray.init(address="local", num_cpus=2, include_dashboard=False)
@@ -24,7 +24,7 @@ def ray_session() -> Iterator[None]:
         ray.shutdown()
 
 
-def test_workers_make_the_store_that_one_process_makes(
+def test_workers_make_the_same_store_as_one_process(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(image_ingest, "PORTION", 2000)
@@ -35,9 +35,9 @@ def test_workers_make_the_store_that_one_process_makes(
     recipe = image_recipe(tmp_path / "ray", sources)
     manifest = prepare_images(recipe)
     assert manifest == prepare_here(image_recipe(tmp_path / "here", sources))
-    here, there = ImageStore.open(tmp_path / "here"), ImageStore.open(tmp_path / "ray")
-    assert here.classes == there.classes
-    assert here.images(range(77)) == there.images(range(77))
+    local, remote = ImageStore.open(tmp_path / "here"), ImageStore.open(tmp_path / "ray")
+    assert local.classes == remote.classes
+    assert local.images(range(77)) == remote.images(range(77))
     for part in (tmp_path / "here").glob("images/*/*/*.parquet"):
         twin = tmp_path / "ray" / part.relative_to(tmp_path / "here")
         assert part.read_bytes() == twin.read_bytes()
@@ -47,12 +47,12 @@ def test_workers_make_the_store_that_one_process_makes(
     assert prepare_images(recipe) == manifest and not calls
 
 
-def test_a_corrupt_record_stops_the_job(tmp_path: Path) -> None:
+def test_corrupt_record_is_an_error_until_it_is_fixed(tmp_path: Path) -> None:
     records = tfrecords(tmp_path / "r", [("x", 3), ("y", 3)], (1, 0, 1))
-    whole = (records / "1.tfrecords").read_bytes()
-    (records / "1.tfrecords").write_bytes(whole[:-1])
+    content = (records / "1.tfrecords").read_bytes()
+    (records / "1.tfrecords").write_bytes(content[:-1])
     with pytest.raises(ValueError, match=r"1\.tfrecords: row 2: byte \d+: the record needs"):
         prepare_images(image_recipe(tmp_path / "store", {"records": records}))
     assert not (tmp_path / "store/manifest.json").exists()
-    (records / "1.tfrecords").write_bytes(whole)
+    (records / "1.tfrecords").write_bytes(content)
     assert prepare_images(image_recipe(tmp_path / "store", {"records": records})).rows == 6

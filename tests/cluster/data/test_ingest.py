@@ -1,4 +1,4 @@
-"""Ingest with real Ray workers: the same shards however often and however it is run."""
+"""Ingest with Ray workers: reproducible shards, resuming, bad rows, and errors."""
 
 from __future__ import annotations
 
@@ -19,16 +19,18 @@ import pytest
 import ray
 from PIL import Image
 
-from fmray.config import AdaLlavaRecipe
+from fmray.config import AdaLlavaRecipe, ClusterConfig
 from fmray.data import ingest
 from fmray.data.ingest import SCHEMA, prepare
 from fmray.data.processor import load_processor
-from fmray.data.records import chat_messages, find_bad_rows
+from fmray.data.ray_tasks import run_tasks
+from fmray.data.records import chat_messages, find_bad_rows, read_records
+from fmray.errors import raised_by_fmray
 
 
 @pytest.fixture(scope="module", autouse=True)
 def ray_session() -> Iterator[None]:
-    """Two CPUs; another Ray on this machine is left alone."""
+    """A local Ray with two CPUs, whatever else runs on this machine."""
     with pytest.MonkeyPatch.context() as patch:
         patch.delenv("RAY_ADDRESS", raising=False)
         ray.init(address="local", num_cpus=2, include_dashboard=False)
@@ -41,7 +43,7 @@ def recipe(store: Path, **data: Any) -> AdaLlavaRecipe:
 
 
 def llava_file(folder: Path, rows: int, side: int = 20) -> Path:
-    """A LLaVA file of `rows` records with one noisy picture each."""
+    """Write a LLaVA file of `rows` records with one image of noise each."""
     folder.mkdir(parents=True, exist_ok=True)
     generator = np.random.default_rng(0)
     records = []
@@ -69,7 +71,7 @@ def rows_of(store: Path, split: str) -> list[dict[str, Any]]:
     return [row for file in files for row in pq.read_table(file).to_pylist()]
 
 
-def test_shapes_become_a_store_and_a_second_run_writes_nothing(
+def test_second_run_on_generated_shapes_writes_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     store = tmp_path / "store"
@@ -87,8 +89,8 @@ def test_shapes_become_a_store_and_a_second_run_writes_nothing(
         assert row["conversations"] == record["conversations"]
         assert row["image"] == (store / "source" / record["image"]).read_bytes()
         text = processor.apply_chat_template(chat_messages(record["conversations"]))
-        picture = Image.open(io.BytesIO(row["image"]))
-        real = processor(images=[picture], text=[text])["input_ids"][0]
+        image = Image.open(io.BytesIO(row["image"]))
+        real = processor(images=[image], text=[text])["input_ids"][0]
         assert row["turn_tokens"][-1] == len(real)
 
     before, calls = parts(store), []
@@ -97,7 +99,7 @@ def test_shapes_become_a_store_and_a_second_run_writes_nothing(
     assert not calls and parts(store) == before
 
 
-def test_the_same_input_gives_the_same_bytes_and_only_what_changed_is_written(
+def test_parts_are_reproducible_and_only_changed_ones_are_written(
     tmp_path: Path,
 ) -> None:
     file = llava_file(tmp_path / "in", 60)
@@ -108,21 +110,19 @@ def test_the_same_input_gives_the_same_bytes_and_only_what_changed_is_written(
     ids = [{row["id"] for row in rows_of(tmp_path / "a", split)} for split in manifest.counts]
     assert len(ids[0]) + len(ids[1]) == 60 and not ids[0] & ids[1] and ids[1]
 
-    victim = tmp_path / "a" / "train" / "part-00001.parquet"
-    whole, kept = (
-        parts(tmp_path / "a"),
-        (tmp_path / "a/train/part-00000.parquet").stat().st_mtime_ns,
-    )
-    victim.write_bytes(victim.read_bytes()[:100])  # a broken disk
+    damaged = tmp_path / "a" / "train" / "part-00001.parquet"
+    before = parts(tmp_path / "a")
+    written = (tmp_path / "a/train/part-00000.parquet").stat().st_mtime_ns
+    damaged.write_bytes(damaged.read_bytes()[:100])
     (tmp_path / "a" / "manifest.json").unlink()
     prepare(recipe(tmp_path / "a", **options))
-    assert parts(tmp_path / "a") == whole
-    assert (tmp_path / "a/train/part-00000.parquet").stat().st_mtime_ns == kept
+    assert parts(tmp_path / "a") == before
+    assert (tmp_path / "a/train/part-00000.parquet").stat().st_mtime_ns == written
     prepare(recipe(tmp_path / "a", **{**options, "rows_per_shard": 60}))
     assert len(parts(tmp_path / "a")) == 2
 
 
-def test_killed_half_way_it_goes_on(tmp_path: Path) -> None:
+def test_killed_run_resumes(tmp_path: Path) -> None:
     file = llava_file(tmp_path / "in", 400, side=160)
     options = {"train": str(file), "rows_per_shard": 8}
     values = recipe(tmp_path / "killed", **options).model_dump(mode="json")
@@ -143,26 +143,26 @@ def test_killed_half_way_it_goes_on(tmp_path: Path) -> None:
         time.sleep(0.01)
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
-    time.sleep(1)  # workers see that their driver is gone
+    time.sleep(1)  # workers exit after their driver
     survived = parts(tmp_path / "killed")
     assert 5 <= len(survived) < 40
     assert not (tmp_path / "killed" / "manifest.json").exists()
     times = {name: (tmp_path / "killed" / name).stat().st_mtime_ns for name in survived}
 
     prepare(recipe(tmp_path / "killed", **options))
-    prepare(recipe(tmp_path / "whole", **options))
-    assert parts(tmp_path / "killed") == parts(tmp_path / "whole")
+    prepare(recipe(tmp_path / "complete", **options))
+    assert parts(tmp_path / "killed") == parts(tmp_path / "complete")
     assert all((tmp_path / "killed" / n).stat().st_mtime_ns == at for n, at in times.items())
-    assert not list((tmp_path / "killed").rglob("*.tmp"))
+    assert not list((tmp_path / "killed").rglob("*.partial"))
 
 
-def test_bad_rows_are_listed_and_stop_or_are_skipped(tmp_path: Path) -> None:
+def test_bad_rows_are_listed_and_are_errors_or_skipped(tmp_path: Path) -> None:
     file = llava_file(tmp_path / "in", 30)
     records = json.loads(file.read_text())
     (tmp_path / "in/3.png").unlink()
-    (tmp_path / "in/5.png").write_bytes(b"this is no picture")
-    whole = (tmp_path / "in/7.png").read_bytes()
-    (tmp_path / "in/7.png").write_bytes(whole[: len(whole) // 2])
+    (tmp_path / "in/5.png").write_bytes(b"this is not an image")
+    content = (tmp_path / "in/7.png").read_bytes()
+    (tmp_path / "in/7.png").write_bytes(content[: len(content) // 2])
     records[9]["conversations"][0]["value"] += " please" * 300
     file.write_text(json.dumps(records))
     options = {"train": str(file), "rows_per_shard": 10, "max_length": 100}
@@ -178,8 +178,8 @@ def test_bad_rows_are_listed_and_stop_or_are_skipped(tmp_path: Path) -> None:
     for row, reason, line in zip(listed, reasons, lines[1:], strict=True):
         assert row["file"] == str(file) and row["id"] == f"r{row['row']}"
         assert row["reason"].startswith(reason) and row["reason"] in line
-    assert not (store / "manifest.json").exists() and not list(store.rglob("*.tmp"))
-    assert parts(store) and "train/part-00000.parquet" not in parts(store)  # whole parts or none
+    assert not (store / "manifest.json").exists() and not list(store.rglob("*.partial"))
+    assert parts(store) and "train/part-00000.parquet" not in parts(store)  # complete or missing
 
     manifest = prepare(recipe(store, **options, on_bad_row="skip"))
     assert manifest.bad_rows == 4
@@ -188,12 +188,12 @@ def test_bad_rows_are_listed_and_stop_or_are_skipped(tmp_path: Path) -> None:
     assert prepare(recipe(store, **options, on_bad_row="skip")) == manifest
     assert parts(store) == again
 
-    Image.new("RGB", (9, 9)).save(tmp_path / "in/3.png")  # mended
+    Image.new("RGB", (9, 9)).save(tmp_path / "in/3.png")  # fixed
     assert prepare(recipe(store, **options, on_bad_row="skip")).bad_rows == 3
     assert 3 in {row["row"] for split in manifest.counts for row in rows_of(store, split)}
 
 
-def test_rows_that_are_wrong_in_themselves_stop_before_anything_is_written(tmp_path: Path) -> None:
+def test_invalid_records_are_errors_before_anything_is_written(tmp_path: Path) -> None:
     file = llava_file(tmp_path / "in", 30)
     records = json.loads(file.read_text())
     records[2]["conversations"].reverse()
@@ -213,7 +213,7 @@ def test_rows_that_are_wrong_in_themselves_stop_before_anything_is_written(tmp_p
     assert stored == set(range(30)) - {2, 6}
 
 
-def test_missing_files_are_named(tmp_path: Path) -> None:
+def test_missing_files_are_errors(tmp_path: Path) -> None:
     file = llava_file(tmp_path / "in", 3)
     cases = {
         "data: nothing to prepare": {},
@@ -236,11 +236,11 @@ def test_missing_files_are_named(tmp_path: Path) -> None:
             prepare(recipe(tmp_path / str(number), **data))
     settings = recipe(tmp_path / "m", train=str(file)).model_dump(mode="json")
     settings["model"]["source"] = str(tmp_path / "nowhere")
-    with pytest.raises(ValueError, match=r"model.source: .*nowhere: holds no processor"):
+    with pytest.raises(ValueError, match=r"model.source: .*nowhere: contains no processor"):
         prepare(AdaLlavaRecipe.model_validate(settings))
 
 
-def test_a_trained_models_directory_finds_the_store_of_its_processor(tmp_path: Path) -> None:
+def test_directory_of_a_trained_model_uses_the_same_store(tmp_path: Path) -> None:
     options = {"shapes": {"pictures": 30, "validation_pictures": 5}}
     settings = recipe(tmp_path / "store", **options).model_dump(mode="json")
     manifest = prepare(AdaLlavaRecipe.model_validate(settings))
@@ -251,7 +251,7 @@ def test_a_trained_models_directory_finds_the_store_of_its_processor(tmp_path: P
     assert (tmp_path / "store" / "manifest.json").stat().st_mtime_ns == before
 
 
-def test_real_photographs_and_questions(real_data: Path, tmp_path: Path) -> None:
+def test_real_images_and_questions(real_data: Path, tmp_path: Path) -> None:
     folder = real_data / "vl" / "coco256"
     file = folder / "llava_format.json"
     settings = recipe(
@@ -265,3 +265,11 @@ def test_real_photographs_and_questions(real_data: Path, tmp_path: Path) -> None
         record = records[row["row"]]
         assert row["image"] == (folder / "images" / record["image"]).read_bytes()
         assert len(row["turn_tokens"]) == len(record["conversations"]) // 2
+
+
+def test_users_mistake_in_a_task_is_raised_without_rays_wrapper(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"gone.json: no such file") as raised:
+        list(run_tasks(read_records, [tmp_path / "gone.json"], ClusterConfig()))
+    assert type(raised.value) is ValueError and raised_by_fmray(raised.value)
+    with pytest.raises(ray.exceptions.RayError, match="Expecting value"):
+        list(run_tasks(json.loads, ["not JSON"], ClusterConfig()))

@@ -1,4 +1,4 @@
-"""Tokens and learned spans against the processors of transformers themselves."""
+"""Tokens and answer spans against the processors of transformers."""
 
 from __future__ import annotations
 
@@ -37,15 +37,14 @@ TEXT_ONLY = [
     for turn in CONVERSATION
 ]
 
-# The form of LLaVA 1.5's template: roles in words, blanks after each turn, nothing that ends an
-# answer.
+# Like LLaVA 1.5's template: roles in words, a space after each turn, no token ends an answer.
 LLAVA_TEMPLATE = (
     "{% for m in messages %}{{ m['role'].upper() + ': ' }}"
     "{% for c in m['content'] if c['type'] == 'image' %}{{ '<image>\n' }}{% endfor %}"
     "{% for c in m['content'] if c['type'] == 'text' %}{{ c['text'] + ' ' }}{% endfor %}"
     "{% endfor %}{% if add_generation_prompt %}{{ 'ASSISTANT:' }}{% endif %}"
 )
-# The form of Qwen2-VL's: a system turn of its own, a marked end, a line break after it.
+# Like Qwen2-VL's template: a system turn, an end token, a line break after it.
 QWEN_TEMPLATE = (
     "<|im_start|>system\nyou help<|im_end|>\n"
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n"
@@ -114,11 +113,11 @@ def qwen2_vl() -> Any:
 
 @pytest.fixture(params=[scratch, llava, llava_next, qwen2_vl], ids=lambda make: make.__name__)
 def processor(request: pytest.FixtureRequest) -> Any:
-    """One of the families, small."""
+    """A small processor of each family."""
     return request.param()
 
 
-def test_answers_and_their_ends_are_what_is_learned(processor: Any) -> None:
+def test_spans_are_the_answers_with_their_end_tokens(processor: Any) -> None:
     for conversation in (CONVERSATION, TEXT_ONLY):
         encoded = encode(processor, conversation)
         end = processor.tokenizer.eos_token_id
@@ -128,21 +127,21 @@ def test_answers_and_their_ends_are_what_is_learned(processor: Any) -> None:
         assert (encoded.image_at is not None) == (conversation is CONVERSATION)
 
 
-def test_every_turn_is_a_prefix_of_the_whole(processor: Any) -> None:
-    """One tokenisation serves all turns."""
-    whole = encode(processor, CONVERSATION)
+def test_every_turn_is_a_prefix_of_the_conversation(processor: Any) -> None:
+    """So one tokenization serves all turns."""
+    full = encode(processor, CONVERSATION)
     for turns in (1, 2):
         part = encode(processor, CONVERSATION[: 2 * turns])
         end = part.ends[-1]
-        assert part.starts == whole.starts[:turns] and part.ends == whole.ends[:turns]
-        assert (part.ids[:end] == whole.ids[:end]).all()
+        assert part.starts == full.starts[:turns] and part.ends == full.ends[:turns]
+        assert (part.ids[:end] == full.ids[:end]).all()
 
 
 @pytest.mark.parametrize("size", [(32, 32), (100, 40), (33, 91), (640, 480)])
-def test_length_equals_the_real_processors(processor: Any, size: tuple[int, int]) -> None:
-    picture = Image.fromarray(np.zeros((size[1], size[0], 3), dtype=np.uint8))
+def test_length_equals_that_of_the_processor(processor: Any, size: tuple[int, int]) -> None:
+    image = Image.fromarray(np.zeros((size[1], size[0], 3), dtype=np.uint8))
     text = processor.apply_chat_template(chat_messages(CONVERSATION))
-    real = processor(images=[picture], text=[text])["input_ids"][0]
+    real = processor(images=[image], text=[text])["input_ids"][0]
     encoded = encode(processor, CONVERSATION)
     count = image_tokens(processor, size)
     assert count == list(real).count(processor.image_token_id)
@@ -150,12 +149,12 @@ def test_length_equals_the_real_processors(processor: Any, size: tuple[int, int]
     added = 0 if ended_by_template else len(ANSWERS)  # end tokens that LLaVA's template lacks
     assert len(encoded.ids) - 1 + count == len(real) + added
     assert encoded.turn_tokens(count) == [end - 1 + count for end in encoded.ends]
-    kept = [token for token in real if token != processor.image_token_id]
+    expected = [token for token in real if token != processor.image_token_id]
     if ended_by_template:
-        assert kept == [token for token in encoded.ids if token != processor.image_token_id]
+        assert expected == [token for token in encoded.ids if token != processor.image_token_id]
 
 
-def test_a_template_that_rewrites_earlier_turns_is_refused() -> None:
+def test_template_that_rewrites_earlier_turns_is_an_error() -> None:
     processor = scratch()
     processor.chat_template = (
         "{% for m in messages %}{{ m['role'] }} {{ loop.revindex }} "
@@ -165,8 +164,8 @@ def test_a_template_that_rewrites_earlier_turns_is_refused() -> None:
         encode(processor, CONVERSATION)
 
 
-def test_a_template_that_looks_into_the_texts() -> None:
-    """Pieces found with marks in place of texts would be wrong here."""
+def test_template_whose_output_depends_on_the_texts() -> None:
+    """Pieces rendered with marks in place of texts would be wrong here."""
     processor = scratch()
     processor.chat_template = processor.chat_template.replace(
         "{{ part['text'] }}", "{{ part['text'].split('more')[-1] }}"
@@ -181,7 +180,7 @@ def test_a_template_that_looks_into_the_texts() -> None:
     assert decoded == ["red </s>", "two of them </s>", "no </s>"]
 
 
-def test_a_template_without_image_token_is_refused() -> None:
+def test_template_without_image_token_is_an_error() -> None:
     processor = scratch()
     processor.chat_template = processor.chat_template.replace("<image>", "picture")
     with pytest.raises(ValueError, match=r"0 image tokens \('<image>'\) for one image"):

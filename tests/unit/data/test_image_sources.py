@@ -1,4 +1,4 @@
-"""Collections at the door: formats, and what is wrong with each said where it is."""
+"""Formats of image collections, and errors that name the file and the reason."""
 
 from __future__ import annotations
 
@@ -8,10 +8,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support.images import class_folders, image_recipe, parquet, picture, prepare_here, tfrecords
+from support.images import (
+    class_folders,
+    image_recipe,
+    noise_image,
+    parquet,
+    prepare_here,
+    tfrecords,
+)
 
 from fmray.config.fewshot import CollectionConfig
-from fmray.data.image_sources import Collection, FoundImage, find_collection, read_piece
+from fmray.data.image_sources import Collection, SourceImage, find_collection, read_piece
 from fmray.data.records import BadRow
 from fmray.data.tfrecord import example, write_records
 
@@ -20,8 +27,8 @@ def find(path: Path, **config: Any) -> Collection:
     return find_collection("c", CollectionConfig(path=path, **config), 0, 10_000)
 
 
-def read(found: Collection) -> list[FoundImage | BadRow]:
-    return [row for piece in found.pieces for row in read_piece(piece)]
+def read(collection: Collection) -> list[SourceImage | BadRow]:
+    return [row for piece in collection.pieces for row in read_piece(piece)]
 
 
 def rows(**columns: list[Any]) -> list[dict[str, Any]]:
@@ -31,12 +38,12 @@ def rows(**columns: list[Any]) -> list[dict[str, Any]]:
 def test_class_folders(tmp_path: Path) -> None:
     class_folders(tmp_path, {"b": 2, "a": 1})
     (tmp_path / "a" / "deep").mkdir()
-    (tmp_path / "a" / "deep" / "x.PNG").write_bytes(picture(9))
+    (tmp_path / "a" / "deep" / "x.PNG").write_bytes(noise_image(9))
     (tmp_path / "a" / "notes.txt").write_text("no image")
     (tmp_path / ".hidden").mkdir()
-    found = find(tmp_path)
-    assert list(found.splits) == ["a", "b"] and found.split_source == "hash, seed 0"
-    assert {(row.class_name, row.source) for row in read(found)} == {
+    collection = find(tmp_path)
+    assert list(collection.splits) == ["a", "b"] and collection.split_source == "hash, seed 0"
+    assert {(row.class_name, row.source) for row in read(collection)} == {
         ("a", "a/0.png"),
         ("a", "a/deep/x.PNG"),
         ("b", "b/0.png"),
@@ -46,35 +53,36 @@ def test_class_folders(tmp_path: Path) -> None:
 
 def test_split_folders(tmp_path: Path) -> None:
     class_folders(tmp_path / "train", {"a": 1, "b": 1})
-    class_folders(tmp_path / "valid", {"c": 1}, first=5)
+    class_folders(tmp_path / "valid", {"c": 1}, seed=5)
     assert find(tmp_path).splits == {"a": "train", "b": "train", "c": "val"}
-    class_folders(tmp_path / "test", {"a": 1}, first=9)
+    class_folders(tmp_path / "test", {"a": 1}, seed=9)
     with pytest.raises(ValueError, match=r"class 'a' is in test and in train; .* split: hash"):
         find(tmp_path)
     assert set(find(tmp_path, split="hash").splits) == {"a", "b", "c"}
 
 
-def test_parquet_by_label_alone_and_as_the_datasets_library_writes_it(tmp_path: Path) -> None:
-    images = [{"bytes": picture(number), "path": f"{number}.png"} for number in range(30)]
+def test_parquet_with_labels_only_and_datasets_images(tmp_path: Path) -> None:
+    images = [{"bytes": noise_image(number), "path": f"{number}.png"} for number in range(30)]
     parquet(tmp_path / "a.parquet", rows(image=images, label=[5, 6] * 15), row_group_size=4)
-    found = find(tmp_path / "a.parquet")
-    assert list(found.splits) == ["5", "6"]
-    read_back = read(found)
+    collection = find(tmp_path / "a.parquet")
+    assert list(collection.splits) == ["5", "6"]
+    read_back = read(collection)
     assert [row.image for row in read_back] == [image["bytes"] for image in images]
     assert [row.source for row in read_back] == [f"a.parquet#{number}" for number in range(30)]
 
 
 def test_tfrecords(tmp_path: Path) -> None:
-    found = find(tfrecords(tmp_path / "r", [("x", 2), ("a", 1), ("m", 3)], (1, 1, 1)))
-    assert found.splits == {"a": "val", "m": "test", "x": "train"}
-    assert found.specification == tmp_path / "r" / "dataset_spec.json"
-    assert [row.class_name for row in read(found)] == ["x", "x", "a", "m", "m", "m"]
-    assert read(found)[0].image == picture(0) and read(found)[0].source == "0.tfrecords@0"
+    collection = find(tfrecords(tmp_path / "r", [("x", 2), ("a", 1), ("m", 3)], (1, 1, 1)))
+    assert collection.splits == {"a": "val", "m": "test", "x": "train"}
+    assert collection.specification == tmp_path / "r" / "dataset_spec.json"
+    assert [row.class_name for row in read(collection)] == ["x", "x", "a", "m", "m", "m"]
+    image = read(collection)[0]
+    assert image.image == noise_image(0) and image.source == "0.tfrecords@0"
 
 
-def test_a_corrupt_record_is_named_by_file_and_byte(tmp_path: Path) -> None:
+def test_corrupt_record_is_an_error_with_file_and_byte(tmp_path: Path) -> None:
     path = tfrecords(tmp_path / "r", [("a", 2), ("b", 1)], (1, 0, 1))
-    begin = len(example(picture(0), 0)) + 16
+    begin = len(example(noise_image(0), 0)) + 16
     data = bytearray((path / "0.tfrecords").read_bytes())
     data[begin + 40] ^= 1
     (path / "0.tfrecords").write_bytes(data)
@@ -86,23 +94,23 @@ def test_a_corrupt_record_is_named_by_file_and_byte(tmp_path: Path) -> None:
     assert prepare_here(image_recipe(store, {"c": path}, on_bad_row="skip")).rows == 2
 
 
-def test_records_that_disagree_with_the_specification(tmp_path: Path) -> None:
+def test_records_that_contradict_the_specification_are_errors(tmp_path: Path) -> None:
     path = tfrecords(tmp_path / "r", [("a", 1), ("b", 1)], (1, 0, 1))
-    write_records(path / "0.tfrecords", [example(picture(0), 1)])
+    write_records(path / "0.tfrecords", [example(noise_image(0), 1)])
     bad = [row for row in read(find(path)) if isinstance(row, BadRow)]
     assert [row.reason for row in bad] == [
-        "byte 0: label 1; by the specification the file holds class 0, 'a'"
+        "byte 0: label 1; by the specification the file is class 0, 'a'"
     ]
-    write_records(path / "0.tfrecords", [example(picture(n), 0) for n in range(3)])
+    write_records(path / "0.tfrecords", [example(noise_image(n), 0) for n in range(3)])
     assert read(find(path))[3].reason == "the file has 3 images; the specification says 1"
     write_records(path / "2.tfrecords", [])
-    with pytest.raises(ValueError, match=r"2\.tfrecords: no class of the specification of r"):
+    with pytest.raises(ValueError, match=r"2\.tfrecords: not a class of the specification of r"):
         find(path)
 
 
-def test_a_label_map_that_disagrees_with_the_specification(tmp_path: Path) -> None:
+def test_parquet_that_contradicts_the_specification_is_an_error(tmp_path: Path) -> None:
     path = tfrecords(tmp_path / "r", [("a", 1), ("b", 1)], (1, 0, 1)) / "dataset_spec.json"
-    images = [picture(0), picture(1)]
+    images = [noise_image(0), noise_image(1)]
     file = parquet(tmp_path / "x.parquet", rows(image=images, class_name=["a", "z"]))
     with pytest.raises(ValueError, match="class 'z' is not in the specification of r"):
         find(file, specification=path)
@@ -124,16 +132,16 @@ def test_a_label_map_that_disagrees_with_the_specification(tmp_path: Path) -> No
         ({"name": ["a", "b"]}, "has columns image, name; should have image, and class_name"),
     ],
 )
-def test_ids_and_splits_that_contradict(
+def test_contradictory_parquet_columns_are_errors(
     tmp_path: Path, columns: dict[str, list[Any]], message: str
 ) -> None:
-    file = parquet(tmp_path / "x.parquet", rows(image=[picture(0), picture(1)], **columns))
+    file = parquet(tmp_path / "x.parquet", rows(image=[noise_image(0), noise_image(1)], **columns))
     with pytest.raises(ValueError, match=r"x\.parquet: ") as error:
         find(file)
     assert message in str(error.value)
 
 
-def test_a_class_without_images(tmp_path: Path) -> None:
+def test_class_without_images_is_an_error_or_skipped(tmp_path: Path) -> None:
     class_folders(tmp_path / "tree", {"a": 1, "b": 0, "d": 1})
     records = tfrecords(tmp_path / "r", [("a", 1), ("b", 1)], (1, 0, 1))
     (records / "1.tfrecords").unlink()
@@ -146,16 +154,16 @@ def test_a_class_without_images(tmp_path: Path) -> None:
     assert prepare_here(skipped).bad_rows == 2
 
 
-def test_broken_images(tmp_path: Path) -> None:
+def test_broken_images_are_bad_rows(tmp_path: Path) -> None:
     class_folders(tmp_path / "tree", {"a": 2, "b": 2})
     (tmp_path / "tree/a/0.png").write_bytes(b"not an image")
-    whole = (tmp_path / "tree/b/1.png").read_bytes()
-    (tmp_path / "tree/b/1.png").write_bytes(whole[: len(whole) // 2])
+    content = (tmp_path / "tree/b/1.png").read_bytes()
+    (tmp_path / "tree/b/1.png").write_bytes(content[: len(content) // 2])
     bad = [row for row in read(find(tmp_path / "tree")) if isinstance(row, BadRow)]
     assert [os.path.relpath(row.file, tmp_path) for row in bad] == ["tree/a/0.png", "tree/b/1.png"]
     assert bad[0].reason == "broken image: no image format that Pillow knows"
     assert bad[1].reason.startswith("broken image: ")
-    images = [picture(0), None, b"x"]
+    images = [noise_image(0), None, b"x"]
     file = parquet(tmp_path / "x.parquet", rows(image=images, class_name=["a", "a", None]))
     assert [str(row) for row in read(find(file))[1:]] == [
         f"{file}: row 1: image is null",
@@ -163,10 +171,10 @@ def test_broken_images(tmp_path: Path) -> None:
     ]
 
 
-def test_nothing_at_the_path(tmp_path: Path) -> None:
+def test_path_without_images_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"images\.collections\.c\.path: .*no such file or folder"):
         find(tmp_path / "missing")
-    with pytest.raises(ValueError, match="no images found; is it of another format than folders"):
+    with pytest.raises(ValueError, match="no images found; is its format not folders"):
         find(tmp_path)
     (tmp_path / "x.parquet").write_text("not Parquet")
     with pytest.raises(ValueError, match=r"x\.parquet: not a Parquet file"):

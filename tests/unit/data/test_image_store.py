@@ -1,5 +1,4 @@
-"""The image store: what goes in comes out, in an order drawn at random; only what changed is made
-again; a class larger than memory is streamed."""
+"""The image store: content, random order, incremental updates, and memory use."""
 
 from __future__ import annotations
 
@@ -18,17 +17,23 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from PIL import Image
-from support.images import class_folders, image_recipe, parquet, picture, prepare_here, tfrecords
+from support.images import (
+    class_folders,
+    image_recipe,
+    noise_image,
+    parquet,
+    prepare_here,
+    tfrecords,
+)
 
 from fmray.config.fewshot import FewshotRecipe
-from fmray.data import image_ingest
-from fmray.data import image_store as image_cache
+from fmray.data import image_ingest, image_store
 from fmray.data.image_store import ImageStore
 from fmray.data.tfrecord import example, write_records
 
 
 def contents(store: ImageStore) -> dict[tuple[str, str, str], list[bytes]]:
-    """(collection, split, class) -> images in the store's order."""
+    """Return (collection, split, class) -> images in the order of the store."""
     return {
         (entry.collection, entry.split, entry.name): store.images(
             range(entry.first, entry.first + entry.count)
@@ -38,12 +43,12 @@ def contents(store: ImageStore) -> dict[tuple[str, str, str], list[bytes]]:
 
 
 def files(store: Path) -> dict[str, int]:
-    """Times of all that a finished store keeps."""
+    """Return the modification times of parts and collection files."""
     names = ("images/*/*/*.parquet", "images/*/collection.json")
     return {str(f): f.stat().st_mtime_ns for name in names for f in store.glob(name)}
 
 
-def test_real_collections_come_back_image_for_image(real_data: Path, tmp_path: Path) -> None:
+def test_store_contains_exactly_the_source_images(real_data: Path, tmp_path: Path) -> None:
     names = ("cifar10", "mnist", "pacs_photo", "mscoco")
     sources = {name: real_data / "images" / f"{name}.parquet" for name in names}
     manifest = prepare_here(image_recipe(tmp_path, sources, rows_per_group=25))
@@ -52,11 +57,11 @@ def test_real_collections_come_back_image_for_image(real_data: Path, tmp_path: P
     for name, path in sources.items():
         for row in pq.read_table(path).to_pylist():
             expected[name, row["split"], row["class_name"]].append(row["image"])
-    found = contents(store)
-    assert found.keys() == expected.keys() and store.num_rows == manifest.rows
-    for key, images in found.items():
+    stored = contents(store)
+    assert stored.keys() == expected.keys() and store.num_rows == manifest.rows
+    for key, images in stored.items():
         assert sorted(images) == sorted(expected[key])
-    assert sum(images != expected[key] for key, images in found.items()) > 50  # shuffled
+    assert sum(images != expected[key] for key, images in stored.items()) > 50  # shuffled
 
     for name, path in sources.items():
         table = pq.read_table(path, columns=["label", "class_name"])
@@ -86,7 +91,7 @@ def test_real_collections_come_back_image_for_image(real_data: Path, tmp_path: P
         assert group["class_name"][0].as_py() == piece["class_name"]
 
 
-def test_the_order_is_the_seeds_however_the_source_is_cut(
+def test_order_depends_on_the_seed_but_not_on_how_the_source_is_cut(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tree = class_folders(tmp_path / "tree", {"a": 40, "b": 3, "c": 20})
@@ -105,22 +110,22 @@ def test_the_order_is_the_seeds_however_the_source_is_cut(
         assert set(images) == set(others) and (images != others or len(images) == 3)
 
 
-def test_places_in_a_class_are_uniform(tmp_path: Path) -> None:
-    """The first half of the source is found in the first half of the class half the time:
-    hypergeometric, 5 standard deviations."""
+def test_order_within_a_class_is_uniform(tmp_path: Path) -> None:
+    """Half of the first 200 images of the source are among the first 200 stored ones.
+
+    Hypergeometric, 5 standard deviations.
+    """
     tree = class_folders(tmp_path / "tree", {"a": 400})
     prepare_here(image_recipe(tmp_path / "store", {"c": tree}))
     images = ImageStore.open(tmp_path / "store").images(range(400))
     early = {(tree / "a" / f"{number}.png").read_bytes() for number in range(200)}
-    found = sum(image in early for image in images[:200])
-    assert abs(found - 100) < 5 * np.sqrt(200 * 0.25 * 200 / 399)
+    count = sum(image in early for image in images[:200])
+    assert abs(count - 100) < 5 * np.sqrt(200 * 0.25 * 200 / 399)
 
 
-def test_duplicates_are_left_out_and_listed(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_duplicates_are_skipped_and_listed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(image_ingest, "PORTION", 2000)  # duplicates lie in different runs
-    monkeypatch.setattr(image_ingest, "ROWS_AT_ONCE", 7)  # and digests in different searches
+    monkeypatch.setattr(image_ingest, "DUPLICATES_ROWS", 7)  # and digests in different searches
     tree = class_folders(tmp_path / "tree", {"a": 20, "b": 20})
     for source, copy in (("a/0", "a/copy"), ("a/1", "b/x"), ("a/1", "b/y")):
         (tree / f"{copy}.png").write_bytes((tree / f"{source}.png").read_bytes())
@@ -136,16 +141,16 @@ def test_duplicates_are_left_out_and_listed(
     assert len(set(images)) == 40
 
 
-def test_a_class_of_nothing_but_others_images_is_refused(tmp_path: Path) -> None:
+def test_class_with_only_duplicates_is_an_error(tmp_path: Path) -> None:
     tree = class_folders(tmp_path / "tree", {"a": 2, "b": 0})
     (tree / "b" / "0.png").write_bytes((tree / "a" / "1.png").read_bytes())
-    with pytest.raises(ValueError, match="class 'b' has no images left: 1 are those of other"):
+    with pytest.raises(ValueError, match="class 'b' has no images left: 1 are duplicates"):
         prepare_here(image_recipe(tmp_path / "store", {"c": tree}))
-    with pytest.raises(ValueError, match="not a finished image store"):
+    with pytest.raises(ValueError, match="not a complete image store"):
         ImageStore.open(tmp_path / "store")
 
 
-def test_a_second_run_writes_nothing_and_a_change_only_its_collection(
+def test_second_run_writes_nothing_and_a_change_only_its_collection(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     sources = {
@@ -160,7 +165,7 @@ def test_a_second_run_writes_nothing_and_a_change_only_its_collection(
     assert prepare_here(recipe) == first and files(tmp_path / "store") == before
     assert "0 of 2 collections made" in capsys.readouterr().out
 
-    (tmp_path / "tree/a/new.png").write_bytes(picture(99))
+    (tmp_path / "tree/a/new.png").write_bytes(noise_image(99))
     second = prepare_here(recipe)
     changed = {path for path, time in files(tmp_path / "store").items() if before.get(path) != time}
     assert changed and all("/folders/" in path for path in changed)
@@ -173,22 +178,20 @@ def test_a_second_run_writes_nothing_and_a_change_only_its_collection(
 
 
 @pytest.mark.parametrize("step", ["sort_images", "write_part"])
-def test_a_run_that_was_killed_goes_on(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: str
-) -> None:
+def test_killed_run_resumes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: str) -> None:
     monkeypatch.setattr(image_ingest, "PORTION", 1500)
     tree = class_folders(tmp_path / "tree", {"a": 30, "b": 10})
     recipe = image_recipe(tmp_path / "store", {"c": tree})
     done: list[str] = []
     function = getattr(image_ingest, step)
 
-    def dies(task: Any) -> Any:
+    def fail_at_fourth(task: Any) -> Any:
         if len(done) == 3:
             raise KeyboardInterrupt
         done.append(task.path)
         return function(task)
 
-    monkeypatch.setattr(image_ingest, step, dies)
+    monkeypatch.setattr(image_ingest, step, fail_at_fourth)
     with pytest.raises(KeyboardInterrupt):
         prepare_here(recipe)
     assert not (tmp_path / "store/manifest.json").exists()
@@ -202,7 +205,7 @@ def test_a_run_that_was_killed_goes_on(
     assert stores[0].fingerprint == stores[1].fingerprint
 
 
-def test_a_change_that_was_killed_and_taken_back(
+def test_reverted_change_after_a_killed_run_restores_the_store(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tree = class_folders(tmp_path / "tree", {"a": 8})
@@ -218,10 +221,10 @@ def test_a_change_that_was_killed_and_taken_back(
     assert contents(ImageStore.open(tmp_path / "store")) == before
 
 
-def test_a_class_larger_than_memory_is_streamed(
+def test_class_larger_than_memory_is_streamed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """One class of 24 portions; Python's and Arrow's buffers stay below 6 portions throughout."""
+    """One class of 24 portions; the buffers of Python and Arrow stay below 6 portions."""
     portion, count = 1 << 20, 520
     generator = np.random.default_rng(0)
 
@@ -239,7 +242,7 @@ def test_a_class_larger_than_memory_is_streamed(
     table = parquet(tmp_path / "one.parquet", rows, row_group_size=16)
     del rows
     monkeypatch.setattr(image_ingest, "PORTION", portion)
-    monkeypatch.setattr(image_cache, "BATCH_BYTES", portion)
+    monkeypatch.setattr(image_store, "MAP_BATCH_BYTES", portion)
     for number, path in enumerate((records, table)):
         usual = pa.default_memory_pool()
         pool = pa.proxy_memory_pool(usual)
@@ -251,7 +254,7 @@ def test_a_class_larger_than_memory_is_streamed(
             assert prepare_here(recipe).rows == count
             store = ImageStore.open(target)
             store.images([0, count - 1])
-            assert sum(len(found) for _, found in store.batches("c", "all", 16)) == count
+            assert sum(len(batch) for _, batch in store.batches("c", "all", 16)) == count
             _, python = tracemalloc.get_traced_memory()
         finally:
             tracemalloc.stop()
@@ -259,7 +262,7 @@ def test_a_class_larger_than_memory_is_streamed(
         assert python + pool.max_memory() < 6 * portion, path
 
 
-def test_many_threads_read_at_once(tmp_path: Path) -> None:
+def test_threads_read_concurrently(tmp_path: Path) -> None:
     tree = class_folders(tmp_path / "tree", {"a": 30, "b": 30, "c": 30})
     prepare_here(image_recipe(tmp_path / "store", {"c": tree}))
     expected = [
@@ -283,7 +286,7 @@ def test_many_threads_read_at_once(tmp_path: Path) -> None:
     }
 
 
-def test_wrong_names_and_rows_are_said(tmp_path: Path) -> None:
+def test_unknown_names_and_rows_are_errors(tmp_path: Path) -> None:
     tree = class_folders(tmp_path / "tree", {"a": 2})
     prepare_here(image_recipe(tmp_path / "store", {"c": tree}))
     store = ImageStore.open(tmp_path / "store")
@@ -300,7 +303,7 @@ def test_wrong_names_and_rows_are_said(tmp_path: Path) -> None:
         prepare_here(image_recipe(tmp_path / "store", {}))
 
 
-def test_groups_of_alphabets(real_data: Path, tmp_path: Path) -> None:
+def test_omniglot_groups_are_alphabets(real_data: Path, tmp_path: Path) -> None:
     specification = real_data / "meta_dataset/dataset_specs/omniglot_dataset_spec.json"
     values = {
         "path": real_data / "images/omniglot.parquet",
@@ -318,7 +321,7 @@ def test_groups_of_alphabets(real_data: Path, tmp_path: Path) -> None:
     assert set(np.concatenate(groups)) == set(store.select("omniglot", "train").labels)
 
 
-def test_a_link_to_nothing_is_said(tmp_path: Path) -> None:
+def test_dangling_link_is_an_error(tmp_path: Path) -> None:
     tree = class_folders(tmp_path / "tree", {"a": 2})
     os.symlink(tmp_path / "nowhere", tree / "a" / "x.png")
     with pytest.raises(ValueError, match=r"x\.png: No such file"):

@@ -1,4 +1,4 @@
-"""The loader: the same batches for any number of workers, each what the processor gives."""
+"""The loader: the same batches for any number of ranks, equal to the processor's output."""
 
 from __future__ import annotations
 
@@ -31,13 +31,13 @@ from fmray.data.records import chat_messages, encode
 from fmray.data.store import StoreSplit
 from fmray.train.adallava.batches import answer_tokens
 
-PICTURES = 500
+IMAGES = 500
 
 
 @pytest.fixture(scope="module")
 def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """500 generated pictures with three questions each, in three shards."""
-    config = ShapesConfig(pictures=PICTURES, validation_pictures=1, turns=3)
+    """500 generated images with three questions each, in three shards."""
+    config = ShapesConfig(pictures=IMAGES, validation_pictures=1, turns=3)
     return shapes_store(tmp_path_factory.mktemp("shapes"), config)
 
 
@@ -56,8 +56,8 @@ def make_loader(store: Path, **changed: Any) -> InstructionLoader:
 
 
 def contents(steps: Any) -> list[list[tuple]]:
-    """For each step, its samples in a form that can be compared: row, ids and labels."""
-    found = []
+    """Return the samples of each step as comparable tuples: row, ids and labels."""
+    result = []
     for micro_batches in steps:
         step = []
         for batch in micro_batches:
@@ -65,28 +65,28 @@ def contents(steps: Any) -> list[list[tuple]]:
                 length = int(batch.attention_mask[i].sum())
                 ids, labels = batch.input_ids[i, :length], batch.labels[i, :length]
                 step.append((row, tuple(ids.tolist()), tuple(labels.tolist())))
-        found.append(step)
-    return found
+        result.append(step)
+    return result
 
 
-def test_global_batches_do_not_depend_on_the_number_of_workers(store: Path) -> None:
+def test_global_batches_do_not_depend_on_the_number_of_ranks(store: Path) -> None:
     alone = contents(make_loader(store).epoch(1))
-    assert len(alone) == make_loader(store).steps_per_epoch == PICTURES * 3 // 32
+    assert len(alone) == make_loader(store).steps_per_epoch == IMAGES * 3 // 32
     for world_size in (2, 3, 4, 5, 7, 32):
         loaders = [make_loader(store, rank=r, world_size=world_size) for r in range(world_size)]
         ranks = [list(islice(loader.epoch(1), 5)) for loader in loaders]
         assert {len(step) for rank in ranks for step in rank} == {loaders[0].passes}
-        learned = [
+        samples = [
             contents([[batch for batch in step if not batch.filler] for step in rank])
             for rank in ranks
         ]
-        for step, together in enumerate(zip(*learned, strict=True)):
+        for step, together in enumerate(zip(*samples, strict=True)):
             assert sorted(chain(*together)) == sorted(alone[step])
             assert max(map(len, together)) - min(map(len, together)) <= 1
 
 
-def test_a_filler_is_a_pass_that_teaches_nothing(store: Path) -> None:
-    """33 samples in passes of 8: the second of two workers has 17, a pass more than the first."""
+def test_filler_has_no_loss(store: Path) -> None:
+    """33 samples in micro batches of 8: rank 1 has 17, one micro batch more than rank 0."""
     first, second = (
         next(make_loader(store, global_batch=33, rank=rank, world_size=2).epoch(0))
         for rank in range(2)
@@ -96,7 +96,7 @@ def test_a_filler_is_a_pass_that_teaches_nothing(store: Path) -> None:
     assert [answer_tokens(batch) > 0 for batch in first] == [True, True, False]
 
 
-def test_each_sample_at_most_once_an_epoch_and_epochs_differ(store: Path) -> None:
+def test_epochs_differ_and_use_each_sample_at_most_once(store: Path) -> None:
     loader = make_loader(store)
     epochs = [list(chain(*contents(loader.epoch(epoch)))) for epoch in (0, 1)]
     for samples in epochs:
@@ -107,14 +107,14 @@ def test_each_sample_at_most_once_an_epoch_and_epochs_differ(store: Path) -> Non
     assert list(chain(*contents(make_loader(store, seed=1).epoch(0)))) != epochs[0]
 
 
-def test_resumed_epoch_is_the_tail_of_the_whole(store: Path) -> None:
-    whole = contents(make_loader(store).epoch(2))
-    assert contents(make_loader(store).epoch(2, start_step=30)) == whole[30:]
-    assert contents(make_loader(store, threads=3, prefetch=2).epoch(2, start_step=3)) == whole[3:]
-    assert contents(make_loader(store).epoch(2, start_step=len(whole))) == []
+def test_resumed_epoch_is_the_tail_of_the_full_epoch(store: Path) -> None:
+    full = contents(make_loader(store).epoch(2))
+    assert contents(make_loader(store).epoch(2, start_step=30)) == full[30:]
+    assert contents(make_loader(store, threads=3, prefetch=2).epoch(2, start_step=3)) == full[3:]
+    assert contents(make_loader(store).epoch(2, start_step=len(full))) == []
 
 
-def test_only_the_answers_are_learned(store: Path) -> None:
+def test_labels_are_exactly_the_answers(store: Path) -> None:
     tokenizer = load_processor(store / "processor").tokenizer
     records = json.loads((store.parent / "source" / "train.json").read_text())
     for kind in ("turn", "conversation"):
@@ -123,33 +123,34 @@ def test_only_the_answers_are_learned(store: Path) -> None:
             for batch in micro_batches:
                 assert (batch.labels[batch.attention_mask == 0] == IGNORED).all()
                 for i, row in enumerate(batch.rows):
-                    kept = batch.labels[i] != IGNORED
-                    assert (batch.labels[i][kept] == batch.input_ids[i][kept]).all()
-                    learned = tokenizer.decode(batch.labels[i][kept])
+                    has_loss = batch.labels[i] != IGNORED
+                    labels = batch.labels[i][has_loss]
+                    assert (labels == batch.input_ids[i][has_loss]).all()
+                    text = tokenizer.decode(labels)
                     answers = [turn["value"] for turn in records[row]["conversations"][1::2]]
                     shown = tokenizer.decode(batch.input_ids[i]).count("ASSISTANT:")
                     if kind == "turn":
-                        assert learned == f"{answers[shown - 1]} </s>"
+                        assert text == f"{answers[shown - 1]} </s>"
                         assert batch.tags[i] == records[row]["tags"][shown - 1]
                     else:
-                        assert learned == " ".join(f"{answer} </s>" for answer in answers)
+                        assert text == " ".join(f"{answer} </s>" for answer in answers)
 
 
-def test_batches_equal_the_processors_own_output(store: Path) -> None:
+def test_batches_equal_the_output_of_the_processor(store: Path) -> None:
     processor = load_processor(store / "processor")
     records = json.loads((store.parent / "source" / "train.json").read_text())
     batch = next(make_loader(store, samples="conversation").epoch(0))[0]
-    texts, pictures = [], []
+    texts, images = [], []
     for row in batch.rows:
         texts.append(processor.apply_chat_template(chat_messages(records[row]["conversations"])))
-        pictures.append(Image.open(store.parent / "source" / records[row]["image"]))
-    real = processor(images=pictures, text=texts, padding=True, return_tensors="pt")
+        images.append(Image.open(store.parent / "source" / records[row]["image"]))
+    real = processor(images=images, text=texts, padding=True, return_tensors="pt")
     assert torch.equal(batch.input_ids, real["input_ids"])
     assert torch.equal(batch.attention_mask, real["attention_mask"])
     assert torch.equal(batch.pixel_values, real["pixel_values"])
 
 
-def test_like_lengths_share_a_batch_on_all_ranks() -> None:
+def test_samples_of_similar_length_share_a_batch_on_all_ranks() -> None:
     generator = np.random.default_rng(0)
     lengths = generator.integers(20, 400, 40_000)
     schedule = Schedule(lengths, np.arange(40_000) // 64, global_batch=64, seed=0)
@@ -161,13 +162,13 @@ def test_like_lengths_share_a_batch_on_all_ranks() -> None:
     bucketed = np.mean([padded(rank) for rank in ranks])
     shuffled = padded(generator.permutation(40_000).reshape(-1, 16))
     assert shuffled > 1.5 and bucketed < 1.1
-    longest = lengths[ranks].max(axis=2)  # ranks wait for the slowest: it should not be alone
+    longest = lengths[ranks].max(axis=2)  # ranks wait for the slowest one
     assert (longest.max(axis=0) / longest.min(axis=0)).mean() < 1.15
-    steps = lengths[ranks[0]].mean(axis=1)  # and the epoch is no slope from short to long
+    steps = lengths[ranks[0]].mean(axis=1)  # no trend from short to long
     assert abs(np.corrcoef(np.arange(len(steps)), steps)[0, 1]) < 0.15
 
 
-def test_windows_shrink_where_samples_are_large() -> None:
+def test_windows_are_smaller_if_samples_are_large() -> None:
     sizes = {
         "lengths": np.ones(10**6),
         "groups": np.zeros(10**6, int),
@@ -186,10 +187,10 @@ def test_lanes(batch: int, lanes: int) -> None:
     assert lanes_of(batch) == lanes
 
 
-def test_long_samples_are_left_out_and_long_conversations_cut(store: Path) -> None:
+def test_long_samples_are_skipped_and_long_conversations_cut(store: Path) -> None:
     split = StoreSplit(store, "train")
     everything = split.samples("turn", 10**9)
-    assert len(everything.row) == PICTURES * 3
+    assert len(everything.row) == IMAGES * 3
     limit = int(np.median(everything.length))
     turns = split.samples("turn", limit)
     assert turns.length.max() == limit
@@ -202,15 +203,15 @@ def test_long_samples_are_left_out_and_long_conversations_cut(store: Path) -> No
         assert batch.attention_mask.sum(dim=1).max() <= limit
 
 
-def test_what_goes_wrong_in_a_thread_is_raised_at_its_step(
+def test_error_in_a_thread_is_raised_at_its_step(
     store: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     loader = make_loader(store, global_batch=30, micro_batch=30)
-    original, made = loader._step, []
+    original, calls = loader._step, []
 
     def failing(samples: np.ndarray) -> list[Batch]:
-        made.append(samples)
-        if len(made) == 3:
+        calls.append(samples)
+        if len(calls) == 3:
             raise OSError("the disk is gone")
         return original(samples)
 
@@ -222,7 +223,7 @@ def test_what_goes_wrong_in_a_thread_is_raised_at_its_step(
         next(steps)
 
 
-def test_a_store_that_vanishes_is_said(store: Path, tmp_path: Path) -> None:
+def test_deleted_store_is_an_error(store: Path, tmp_path: Path) -> None:
     copy = tmp_path / "store"
     shutil.copytree(store, copy)
     loader = make_loader(copy, global_batch=30, micro_batch=30)
@@ -236,31 +237,31 @@ def test_closing_ends_the_threads_and_prefetch_is_bounded(
     store: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     loader = make_loader(store, threads=2, prefetch=3)
-    made = []
+    calls = []
     original = loader_module.InstructionLoader._step
     monkeypatch.setattr(
         loader_module.InstructionLoader,
         "_step",
-        lambda self, samples: (made.append(1), original(self, samples))[1],
+        lambda self, samples: (calls.append(1), original(self, samples))[1],
     )
     steps = loader.epoch(0)
     next(steps)
     time.sleep(0.5)
-    assert len(made) == 3  # one handed over, two waiting
+    assert len(calls) == 3  # one consumed, two waiting
     assert any(thread.name.startswith("fmray-loader") for thread in threading.enumerate())
     steps.close()
     assert not any(thread.name.startswith("fmray-loader") for thread in threading.enumerate())
     assert loader.wait_seconds > 0
 
 
-def test_text_only_rows_and_pictures_share_a_batch(tmp_path: Path) -> None:
+def test_text_only_rows_and_images_share_a_batch(tmp_path: Path) -> None:
     records, texts = [], ["what ?", "a", "b"]
     for index in range(8):
-        picture = index % 2 == 0
-        question = "<image>\nwhat ?" if picture else "what ? what ?"
+        has_image = index % 2 == 0
+        question = "<image>\nwhat ?" if has_image else "what ? what ?"
         turns = [{"from": "human", "value": question}, {"from": "gpt", "value": "ab"[index % 2]}]
         record: dict[str, Any] = {"id": str(index), "conversations": turns}
-        if picture:
+        if has_image:
             Image.new("RGB", (40 + index, 50), (index, 0, 0)).save(tmp_path / f"{index}.png")
             record["image"] = f"{index}.png"
         records.append(record)
@@ -271,9 +272,9 @@ def test_text_only_rows_and_pictures_share_a_batch(tmp_path: Path) -> None:
     assert batch.pixel_values.shape == (4, 3, 32, 32)
     assert batch.tags == [None] * 8
     images = processor.image_processor
-    with_picture = [row for row in batch.rows if row % 2 == 0]
-    for pixels, row in zip(batch.pixel_values, with_picture, strict=True):
-        # red is the row's number: the pictures are in the order of the rows
+    with_image = [row for row in batch.rows if row % 2 == 0]
+    for pixels, row in zip(batch.pixel_values, with_image, strict=True):
+        # the row number is the red value, so this checks the order of the images
         red = (row / 255 - images.image_mean[0]) / images.image_std[0]
         assert abs(float(pixels[0].mean()) - red) < 1e-3
     for ids, row in zip(batch.input_ids, batch.rows, strict=True):
@@ -283,7 +284,7 @@ def test_text_only_rows_and_pictures_share_a_batch(tmp_path: Path) -> None:
     assert step[0].pixel_values is None and step[0].to("cpu").pixel_values is None
 
 
-def test_evaluation_gives_every_answer_once_and_the_same_number_of_batches(store: Path) -> None:
+def test_evaluation_covers_every_answer_once_with_equal_batches_per_rank(store: Path) -> None:
     processor = load_processor(store / "processor")
 
     def batches(**options: Any) -> list[Batch]:
@@ -299,13 +300,13 @@ def test_evaluation_gives_every_answer_once_and_the_same_number_of_batches(store
     assert sorted(contents([counted])[0]) == sorted(contents([alone])[0])
     fillers = [batch for rank in ranks for batch in rank if batch.filler]
     assert fillers and all((batch.labels == IGNORED).all() for batch in fillers)
-    assert sum(len(batch.rows) for batch in batches()) == PICTURES * 3
+    assert sum(len(batch.rows) for batch in batches()) == IMAGES * 3
 
 
-def test_lengths_in_the_store_are_those_of_the_batches(store: Path) -> None:
+def test_lengths_in_the_store_equal_those_of_the_batches(store: Path) -> None:
     split = StoreSplit(store, "train")
     processor = load_processor(store / "processor")
-    for row in range(0, PICTURES, 50):
+    for row in range(0, IMAGES, 50):
         encoded = encode(processor, split.conversation(row))
         first = split.first_answer[row]
         assert split.turn_tokens[first : first + 3].tolist() == encoded.turn_tokens(4)
@@ -319,19 +320,19 @@ def test_lengths_in_the_store_are_those_of_the_batches(store: Path) -> None:
         ({"max_length": 1}, "0 train samples of at most 1 tokens"),
     ],
 )
-def test_mistakes_are_named(store: Path, changed: dict[str, Any], message: str) -> None:
+def test_impossible_settings_are_errors(store: Path, changed: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         make_loader(store, **changed)
 
 
-def test_an_unfinished_store_is_no_store(store: Path, tmp_path: Path) -> None:
+def test_incomplete_store_is_an_error(store: Path, tmp_path: Path) -> None:
     processor = load_processor(store / "processor")
     shutil.copytree(store, tmp_path / "copy")
     (tmp_path / "copy" / "manifest.json").unlink()
-    with pytest.raises(ValueError, match=r"not a finished data store \(no manifest.json\)"):
+    with pytest.raises(ValueError, match=r"not a complete data store \(no manifest.json\)"):
         next(evaluation_batches(tmp_path / "copy", "train", processor, 4))
     (tmp_path / "copy" / "manifest.json").write_text("{")
     with pytest.raises(ValueError, match="not a manifest"):
         next(evaluation_batches(tmp_path / "copy", "train", processor, 4))
-    with pytest.raises(ValueError, match="has no split 'test', only train"):
+    with pytest.raises(ValueError, match="no split 'test', only train"):
         next(evaluation_batches(store, "test", processor, 4))

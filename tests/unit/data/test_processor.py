@@ -1,4 +1,4 @@
-"""The processor made from scratch is one that transformers saves, loads and uses on any picture."""
+"""The scratch processor: saving and loading, chat template, vocabulary."""
 
 from __future__ import annotations
 
@@ -14,15 +14,13 @@ from fmray.data.processor import fingerprint, load_processor, scratch_processor
 TEXTS = ["<image>\nwhat color topleft ?", "red", "how many red ?", "one", "Red"]
 
 
-def test_reloaded_processor_is_the_same(tmp_path: Path) -> None:
+def test_reloaded_processor_is_identical(tmp_path: Path) -> None:
     processor = scratch_processor(TEXTS, ScratchConfig())
     processor.save_pretrained(tmp_path / "once")
     loaded = load_processor(tmp_path / "once")
     loaded.save_pretrained(tmp_path / "twice")
     again = load_processor(tmp_path / "twice")
-    picture = Image.fromarray(
-        np.random.default_rng(0).integers(0, 255, (40, 70, 3), dtype=np.uint8)
-    )
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 255, (40, 70, 3), dtype=np.uint8))
     messages = [
         {
             "role": "user",
@@ -34,7 +32,7 @@ def test_reloaded_processor_is_the_same(tmp_path: Path) -> None:
     for each in (processor, loaded, again):
         text = each.apply_chat_template(messages)
         assert text == "<s><image>\nhow many red ? ASSISTANT: one</s>"
-        outputs.append(each(images=[picture], text=[text], return_tensors="pt"))
+        outputs.append(each(images=[image], text=[text], return_tensors="pt"))
     for output in outputs[1:]:
         assert (output["input_ids"] == outputs[0]["input_ids"]).all()
         assert (output["pixel_values"] == outputs[0]["pixel_values"]).all()
@@ -72,8 +70,8 @@ def test_vocabulary_keeps_the_most_frequent_words_and_case() -> None:
     assert many.tokenizer("nowhere", add_special_tokens=False).input_ids == [unknown]
 
 
-def test_a_folder_without_processor_is_named(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"nothing: holds no processor that transformers can load"):
+def test_folder_without_processor_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="nothing: contains no processor"):
         load_processor(tmp_path / "nothing")
     scratch_processor(TEXTS, ScratchConfig()).tokenizer.save_pretrained(tmp_path / "text")
     with pytest.raises(ValueError, match=r"text: its processor has no (tokenizer|image_processor)"):

@@ -1,4 +1,4 @@
-"""The door for records: each kind of bad one has its reason, and nothing at all crashes it."""
+"""Records: each kind of bad record has its reason, and no record crashes the reader."""
 
 from __future__ import annotations
 
@@ -69,11 +69,11 @@ def test_bad_record_has_its_reason(reason: str) -> None:
     )
 
 
-def test_good_records_pass() -> None:
+def test_good_records_are_accepted() -> None:
     text_only = [{"from": "human", "value": "what ?"}, ANSWER]
     for good in (
         GOOD,
-        {**GOOD, "id": 17, "model": "extra keys do no harm"},
+        {**GOOD, "id": 17, "model": "extra keys are ignored"},
         {**GOOD, "tags": ["color"]},
         {"id": "b", "conversations": text_only},
         {"id": "b", "image": None, "conversations": text_only},
@@ -82,7 +82,7 @@ def test_good_records_pass() -> None:
         assert check_record(good) is None
 
 
-def test_a_repeated_record_is_bad_but_not_a_repeated_id(tmp_path: Path) -> None:
+def test_repeated_record_is_bad_but_a_repeated_id_is_not(tmp_path: Path) -> None:
     other = turns(ASK, {"from": "gpt", "value": "blue"})
     bad = find_bad_rows(tmp_path / "x.json", [GOOD, other, dict(GOOD)])
     assert [(row.row, row.id) for row in bad] == [(2, "a")]
@@ -92,8 +92,8 @@ def test_a_repeated_record_is_bad_but_not_a_repeated_id(tmp_path: Path) -> None:
 
 FILES = {
     "no such file": None,
-    "holds no records": b"[]",
-    "holds no records;": b"  \n",
+    "contains no records": b"[]",
+    "contains no records;": b"  \n",
     "not UTF-8 at byte 2": b'["\xff"]',
     "not valid JSON: Expecting ',' delimiter: line 3 column 1 (char 5)": b'[{}\n\n"',
     "not valid JSON: Exceeds the limit": b"[" + b"1" * 5000 + b"]",
@@ -102,7 +102,7 @@ FILES = {
 
 
 @pytest.mark.parametrize("message", FILES)
-def test_unreadable_file_is_named(message: str, tmp_path: Path) -> None:
+def test_unreadable_file_is_an_error(message: str, tmp_path: Path) -> None:
     file = tmp_path / "data.json"
     if FILES[message] is not None:
         file.write_bytes(FILES[message])
@@ -112,7 +112,7 @@ def test_unreadable_file_is_named(message: str, tmp_path: Path) -> None:
     assert message in str(raised.value)
 
 
-def test_jsonl_keeps_going_after_a_broken_line(tmp_path: Path) -> None:
+def test_broken_jsonl_line_is_a_bad_row(tmp_path: Path) -> None:
     file = tmp_path / "data.jsonl"
     file.write_text(f"{json.dumps(GOOD)}\n\n{{broken\n{json.dumps({**GOOD, 'id': 2})}\n")
     records = read_records(file)
@@ -155,9 +155,9 @@ PROCESSOR = scratch_processor(["what ?", "red"], ScratchConfig())
 
 @settings(max_examples=400, deadline=None)
 @given(st.lists(records | json_values, max_size=3))
-def test_no_record_crashes_the_door_and_what_passes_can_be_stored(found: list[Any]) -> None:
-    bad = {row.row for row in find_bad_rows(Path("x"), found)}
-    for row, record in enumerate(found):
+def test_any_record_is_bad_or_can_be_stored(rows: list[Any]) -> None:
+    bad = {row.row for row in find_bad_rows(Path("x"), rows)}
+    for row, record in enumerate(rows):
         if row in bad:
             continue
         stored = {

@@ -1,4 +1,4 @@
-"""TFRecord files: checksums, damage, and examples, against independent oracles."""
+"""TFRecord files: checksums, damaged files and examples, against independent oracles."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from fmray.data.tfrecord import (
 
 
 def bitwise_crc32c(data: bytes) -> int:
-    """The definition, bit by bit."""
+    """Compute the checksum from its definition, bit by bit."""
     state = 0xFFFFFFFF
     for byte in data:
         state ^= byte
@@ -33,7 +33,7 @@ def bitwise_crc32c(data: bytes) -> int:
 
 @functools.cache
 def example_message() -> type:
-    """`tf.train.Example` as protobuf's own library knows it."""
+    """Return `tf.train.Example` as a class of the protobuf library."""
     file = descriptor_pb2.FileDescriptorProto(name="example.proto", package="tf", syntax="proto3")
 
     def message(name: str, *fields: tuple[str, int, int, int, str]) -> None:
@@ -82,7 +82,7 @@ def test_checksums_over_blocks(size: int) -> None:
     assert crc32c(data) == bitwise_crc32c(data)
 
 
-def test_the_bytes_of_a_file_are_tensorflows(tmp_path: Path) -> None:
+def test_written_file_has_tensorflows_format(tmp_path: Path) -> None:
     write_records(tmp_path / "a", [b"123456789"])
     checksum = 0xE3069283
     masked = ((checksum >> 15 | checksum << 17 & 0xFFFFFFFF) + 0xA282EAD8) % 2**32
@@ -92,22 +92,24 @@ def test_the_bytes_of_a_file_are_tensorflows(tmp_path: Path) -> None:
 
 
 @given(st.lists(st.binary(max_size=2000), max_size=5))
-def test_records_come_back(tmp_path_factory: pytest.TempPathFactory, records: list[bytes]) -> None:
+def test_written_records_are_read_back(
+    tmp_path_factory: pytest.TempPathFactory, records: list[bytes]
+) -> None:
     path = tmp_path_factory.mktemp("records") / "a"
     write_records(path, records)
-    found = list(read_records(path))
-    assert [data for _, data in found] == records
+    result = list(read_records(path))
+    assert [data for _, data in result] == records
     starts = [sum(16 + len(data) for data in records[:n]) for n in range(len(records))]
-    assert [offset for offset, _ in found] == starts
+    assert [offset for offset, _ in result] == starts
 
 
-def test_every_flipped_byte_is_found_with_its_record(tmp_path: Path) -> None:
-    records = [b"one picture", b"", b"a third"]
+def test_every_flipped_byte_is_an_error_of_its_record(tmp_path: Path) -> None:
+    records = [b"first image", b"", b"a third"]
     write_records(tmp_path / "a", records)
-    whole = (tmp_path / "a").read_bytes()
+    content = (tmp_path / "a").read_bytes()
     starts = [0, 27, 43]
-    for place in range(len(whole)):
-        damaged = bytearray(whole)
+    for place in range(len(content)):
+        damaged = bytearray(content)
         damaged[place] ^= 0x10
         (tmp_path / "b").write_bytes(damaged)
         begin = max(start for start in starts if start <= place)
@@ -115,12 +117,12 @@ def test_every_flipped_byte_is_found_with_its_record(tmp_path: Path) -> None:
             list(read_records(tmp_path / "b"))
 
 
-def test_every_truncation_is_found_with_its_record(tmp_path: Path) -> None:
-    write_records(tmp_path / "a", [b"one picture", b"a second"])
-    whole = (tmp_path / "a").read_bytes()
-    for size in range(1, len(whole)):
-        (tmp_path / "b").write_bytes(whole[:size])
-        if size == 27:  # a whole record
+def test_every_truncation_is_an_error_of_its_record(tmp_path: Path) -> None:
+    write_records(tmp_path / "a", [b"first image", b"a second"])
+    content = (tmp_path / "a").read_bytes()
+    for size in range(1, len(content)):
+        (tmp_path / "b").write_bytes(content[:size])
+        if size == 27:  # one complete record
             assert len(list(read_records(tmp_path / "b"))) == 1
             continue
         begin = 0 if size < 27 else 27
@@ -129,7 +131,7 @@ def test_every_truncation_is_found_with_its_record(tmp_path: Path) -> None:
 
 
 @given(st.binary(max_size=300), st.integers(-(2**63), 2**63 - 1))
-def test_examples_are_protobufs(image: bytes, label: int) -> None:
+def test_examples_match_the_protobuf_library(image: bytes, label: int) -> None:
     message = example_message()()
     message.features.feature["label"].int64_list.value.append(label)
     message.features.feature["image"].bytes_list.value.append(image)
@@ -141,12 +143,12 @@ def test_examples_are_protobufs(image: bytes, label: int) -> None:
 
 
 @given(st.binary(max_size=60))
-def test_noise_is_no_example(data: bytes) -> None:
+def test_noise_is_not_an_example(data: bytes) -> None:
     with pytest.raises(ValueError, match=r"example|protobuf"):
         parse_example(data)
 
 
-def test_a_feature_that_is_missing_is_named() -> None:
+def test_missing_feature_is_an_error() -> None:
     message = example_message()()
     message.features.feature["image"].bytes_list.value.append(b"x")
     with pytest.raises(ValueError, match="no feature 'label'"):
