@@ -17,7 +17,7 @@ import yaml
 from pydantic import BaseModel
 from support.tiny_models import batch, tiny_llava
 
-from fmray.cli import COMMANDS
+from fmray.cli import COMMANDS, main
 from fmray.commands import jobs
 from fmray.config import load
 from fmray.config.serve import ServeConfig
@@ -183,6 +183,21 @@ def test_recipes_in_the_text_load(page: Path, tmp_path: Path) -> None:
         if isinstance(yaml.safe_load(body), dict):
             (tmp_path / f"example{i}.yaml").write_text(body)
             load(tmp_path / f"example{i}.yaml", (), KINDS)
+
+
+@pytest.mark.parametrize("name", ["README.md", "docs/recipes.md"])
+def test_mistakes_are_reported_as_shown(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    recipe = "name: mine\ncluster:\n  workers: 2\n\ntrain:\n  micro_batch: 16\n"
+    session = re.findall(r"(?m)^\$ fmray (.*)\n(fmray: .*)$", (ROOT / name).read_text())
+    assert session
+    for command, message in session:
+        typo = "  micro_bach: 8\n" if "micro_bach" in message else ""
+        (tmp_path / "my.yaml").write_text(recipe + typo)
+        assert main(shlex.split(command)) == 2
+        assert capsys.readouterr().err == message + "\n"
 
 
 def test_the_python_api_runs_as_shown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
