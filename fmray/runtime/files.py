@@ -1,4 +1,4 @@
-"""Atomic files and folders, digests, and manifests of folders that several ranks write to.
+"""Atomic files and folders, digests, and manifests of folders that several ranks write.
 
 Files and folders are written under a temporary name, synced to disk, and then renamed, so that a
 reader sees the old content or the new content and a crash leaves the old. The temporary name is
@@ -25,15 +25,15 @@ MANIFEST = "manifest.json"
 
 
 class Entry(TypedDict):
-    """One file. bytes: its size; sha256: in hex digits."""
+    """Size and digest of one file."""
 
     bytes: int
-    sha256: str
+    sha256: str  # hex digits
 
 
 @contextmanager
 def atomic_path(path: Path, durable: bool = True, unique: bool = False) -> Iterator[Path]:
-    """A temporary path to write to, renamed to `path` when the block ends without an error.
+    """Yield a temporary path, which is renamed to `path` when the block ends without an error.
 
     Args:
         durable: sync content and folder entry to disk. False for what is rewritten every few
@@ -72,7 +72,7 @@ def write_json(path: Path, value: Any, durable: bool = True, indent: int | None 
 
 @contextmanager
 def atomic_folder(path: Path) -> Iterator[Path]:
-    """A new empty folder to fill, renamed to `path` when the block ends without an error.
+    """Yield a new folder, which is renamed to `path` when the block ends without an error.
 
     Replaces what is at `path`. The files are synced to disk before the rename.
     """
@@ -101,8 +101,11 @@ def replace_folder(new: Path, path: Path) -> None:
     shutil.rmtree(old, ignore_errors=True)
 
 
+# --- Manifests ---
+
+
 def describe_files(folder: Path, paths: Iterable[Path]) -> dict[str, Entry]:
-    """Size and SHA-256 of files below `folder`, by their name in it; they are on disk then."""
+    """Sync files below `folder` to disk; return size and SHA-256 by their path in it."""
     paths = list(paths)
     for path in paths:
         sync(path)
@@ -113,29 +116,30 @@ def describe_files(folder: Path, paths: Iterable[Path]) -> dict[str, Entry]:
 
 
 def write_manifest(folder: Path, files: dict[str, Entry]) -> None:
-    """Say that `folder` is complete; the last file that is written to it."""
-    (folder / MANIFEST).write_text(manifest_text(files), encoding="utf-8")
-    sync(folder / MANIFEST)
+    """Write the manifest of `folder`, which declares it complete, after all of its files."""
+    write_atomic(folder / MANIFEST, manifest_text(files))
 
 
 def manifest_text(files: dict[str, Entry]) -> str:
-    """What `manifest.json` holds."""
+    """Return the content of a `manifest.json` that lists `files`."""
     return json.dumps({"files": dict(sorted(files.items()))}, indent=1) + "\n"
 
 
 def files_of(text: str) -> dict[str, Entry]:
-    """The files that a `manifest.json` names. Raises ValueError when it is not one."""
+    """Return the files that the content of a `manifest.json` lists.
+
+    Raises:
+        ValueError: the content is not a manifest.
+    """
     try:
         files = json.loads(text)["files"]
         return {k: {"bytes": v["bytes"], "sha256": v["sha256"]} for k, v in files.items()}
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(
-            f"{MANIFEST} is not what was written ({type(error).__name__}: {error})"
-        ) from error
+        raise ValueError(f"{MANIFEST} is damaged ({type(error).__name__}: {error})") from error
 
 
 def sync(path: Path) -> None:
-    """Wait until a file, or the entries of a folder, are on disk (with NFS: on the server)."""
+    """Wait until a file, or the list of files of a folder, is on disk (NFS: on the server)."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -150,32 +154,33 @@ def fault(
     shares: int = 1,
     needed: Callable[[dict[str, Entry]], dict[str, Entry]] = dict,
 ) -> str | None:
-    """The first file that is not as it was written and why, or None.
+    """Compare a folder with its manifest; return the first fault as text, or None.
 
-    hashes: compare contents, not sizes alone; of every `shares`-th file, from the `share`-th, so
-    that several ranks read a folder together. needed: those of the files that must be there.
+    Args:
+        hashes: compare digests too, of every `shares`-th file from the `share`-th on, so that
+            several ranks check a folder together. Existence and sizes are compared for all files.
+        needed: selects the files that must exist from those of the manifest.
     """
     path = folder / MANIFEST
     if not path.is_file():
-        return f"there is no {MANIFEST}, so it was never complete"
+        return f"{MANIFEST} is missing, so the folder is incomplete"
     try:
         files = needed(files_of(path.read_text(encoding="utf-8")))
     except ValueError as error:
         return str(error)
-    wanted = [(k, v["bytes"], v["sha256"]) for k, v in files.items()]
-    for name, size, _ in wanted:
+    for name, entry in files.items():
         file = folder / name
         if not file.is_file():
             return f"{name} is missing"
-        if file.stat().st_size != size:
-            return f"{name} has {file.stat().st_size} bytes instead of {size}"
-    for name, _, digest in wanted[share::shares] if hashes else ():
-        if sha256(folder / name) != digest:
-            return f"{name} was altered: its SHA-256 is not the manifest's"
+        if file.stat().st_size != entry["bytes"]:
+            return f"{name} has {file.stat().st_size} bytes instead of {entry['bytes']}"
+    for name, entry in list(files.items())[share::shares] if hashes else ():
+        if sha256(folder / name) != entry["sha256"]:
+            return f"{name} was altered: its SHA-256 differs from the manifest"
     return None
 
 
 def sha256(path: Path) -> str:
-    """SHA-256 of a file, in hex digits."""
+    """Return the SHA-256 of a file in hex digits."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,8 +1,8 @@
-"""The model registry of MLflow: register a trained model, find the one in production.
+"""MLflow's store and model registry: register a trained model, find the one in production.
 
-In: a `TrackingConfig`, the storage folder, a model name and an exported safetensors directory. Out:
-a version, or the local directory of the version with the alias `production`. Unlike the tracking of
-a run, which never stops training, these answer a question and raise when they cannot.
+A registered version refers to an exported safetensors directory; the alias `production` marks the
+one that the endpoint serves. Unlike the tracking of a run, which never stops training, these
+functions raise when the store fails. `tracking.py` uses the store functions too.
 """
 
 from __future__ import annotations
@@ -19,22 +19,17 @@ from urllib.parse import urlsplit
 from urllib.request import url2pathname
 
 from fmray.config import TrackingConfig
+from fmray.runtime import files
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
     from mlflow.entities import Run
 
-
-# The MLflow store: where it is, how it is reached, and what it raises when it is not.
-#
-# In: a `TrackingConfig` and the storage folder. Out: a URI, a quiet client with bounded waits, the
-# experiment and the run of an fmray run id. Used by `tracking.py` (a run) and `registry.py`
-# (models).
-
 RUN_ID_TAG = "fmray.run_id"
+PRODUCTION = "production"
 
-# MLflow would retry a dead server for four minutes, and print a line for each run and upload. Set
-# only for as long as it is needed (a run retries by itself), and where the user has not set it.
+# MLflow retries a dead server for four minutes and prints a line for each run and upload. These are
+# set only while a request or run is open (a run retries by itself) and if the user has not set them
 _ENVIRONMENT = {
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0",
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",
@@ -44,13 +39,16 @@ _ENVIRONMENT = {
 
 
 class TrackingError(RuntimeError):
-    """The store or registry could not do what was asked; the message says what and where."""
+    """The store or registry failed; the message says at what and where."""
+
+
+# --- The store ---
 
 
 def tracking_uri(config: TrackingConfig, storage: Path) -> str:
     """Return the MLflow URI: `tracking.uri`, or `mlflow.db` in the storage folder.
 
-    It is what `mlflow ui --backend-store-uri` takes.
+    `mlflow ui --backend-store-uri` accepts it.
 
     Raises:
         ValueError: `tracking.uri` is neither `http(s)://host...` nor `sqlite:///file`.
@@ -68,17 +66,18 @@ def tracking_uri(config: TrackingConfig, storage: Path) -> str:
         usable = False
     if not usable or parts.scheme not in ("http", "https", "sqlite"):
         raise ValueError(
-            f"tracking.uri: {shown(config.uri)!r} is no tracking store; use http://host:port, "
-            "https://host, sqlite:///path/to/mlflow.db, or leave it out for sqlite in the storage"
+            f"tracking.uri: {shown(config.uri)!r} is not a tracking store; use http://host:port, "
+            "https://host, sqlite:///path/to/mlflow.db, or omit it for sqlite in the storage folder"
         )
     return config.uri
 
 
 def open_client(uri: str) -> MlflowClient:
+    """Return a client that logs neither migrations nor tracebacks."""
     from mlflow import MlflowClient
 
     logging.getLogger("alembic").setLevel(logging.WARNING)
-    # It prints a traceback for each database error; the error also reaches us, and is told once.
+    # prints a traceback for each database error; the caller gets the error and reports it
     logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL)
     if uri.startswith("sqlite:///"):
         Path(uri.removeprefix("sqlite:///")).parent.mkdir(parents=True, exist_ok=True)
@@ -86,9 +85,9 @@ def open_client(uri: str) -> MlflowClient:
 
 
 def find_experiment(client: MlflowClient, config: TrackingConfig, uri: str, storage: Path) -> str:
-    """Find or create the experiment.
+    """Find or create the experiment; return its id.
 
-    With sqlite its artifacts live in the storage folder, else where the server says.
+    With sqlite its artifacts are in the storage folder, else the server decides.
     """
     from mlflow.exceptions import MlflowException
 
@@ -101,34 +100,35 @@ def find_experiment(client: MlflowClient, config: TrackingConfig, uri: str, stor
     except MlflowException as error:
         if error.error_code != "RESOURCE_ALREADY_EXISTS":
             raise
-        return client.get_experiment_by_name(
-            config.experiment
-        ).experiment_id  # another process was faster
+        # another process was faster
+        return client.get_experiment_by_name(config.experiment).experiment_id
 
 
 def find_run(client: MlflowClient, experiment_id: str, run_id: str) -> Run | None:
-    found = client.search_runs(
+    """Return the first MLflow run of fmray's `run_id`, or None."""
+    runs = client.search_runs(
         [experiment_id],
         f"tags.`{RUN_ID_TAG}` = '{run_id}'",
         max_results=1,
         order_by=["attributes.start_time ASC"],
     )
-    return found[0] if found else None
+    return runs[0] if runs else None
 
 
 def failure_types() -> tuple[type[Exception], ...]:
-    """What a store that is away, locked, broken or no MLflow at all raises."""
+    """Return the exceptions of a store that is unreachable, locked, damaged or not MLflow."""
     from alembic.util.exc import CommandError
     from google.protobuf.json_format import ParseError
     from mlflow.exceptions import MlflowException
     from sqlalchemy.exc import SQLAlchemyError
 
-    # OSError covers files, sockets and requests.
+    # OSError covers files, sockets and requests
     return (MlflowException, SQLAlchemyError, CommandError, ParseError, OSError)
 
 
 @contextmanager
 def bounded_requests() -> Iterator[None]:
+    """Set `_ENVIRONMENT` in the process environment while the block runs."""
     added = [name for name in _ENVIRONMENT if name not in os.environ]
     os.environ.update({name: _ENVIRONMENT[name] for name in added})
     try:
@@ -139,28 +139,32 @@ def bounded_requests() -> Iterator[None]:
 
 
 def check_run_id(run_id: str) -> None:
+    """Raise ValueError for a run id that cannot be searched for."""
     if not re.fullmatch(r"[\w.:@+-]+", run_id):
         raise ValueError(f"run id {run_id!r}: use letters, digits and any of . _ : @ + -")
 
 
 def shown(text: str) -> str:
-    """The text with no user name and password in its URIs."""
+    """Return the text without user names and passwords in its URIs."""
     return re.sub(r"//[^/@\s]*@", "//", text)
 
 
-PRODUCTION = "production"
+# --- The model registry ---
 
 
 def register(config: TrackingConfig, storage: Path, name: str, model_dir: Path, run_id: str) -> str:
-    """Register a safetensors directory as a new version of `name`, and make it `production`.
+    """Register a safetensors directory as a version of `name`, and give it the alias `production`.
 
-    With sqlite the version refers to the directory where it is, so that must stay; an http server
-    gets a copy, as artifact `model` of the run `run_id`. Returns the version.
+    With sqlite the version refers to the directory, which must stay in place; an http server gets a
+    copy, as artifact `model` of the run `run_id`.
+
+    Returns:
+        The version.
 
     Raises:
-        ValueError: tracking is off, a bad name, no safetensors in the directory; for http, an
-            unknown run.
-        TrackingError: the registry did not answer or refused.
+        ValueError: tracking is disabled, the name is invalid, the directory has no safetensors, or
+            (http) the run is unknown.
+        TrackingError: the registry failed or rejected the request.
     """
     uri = _registry_uri(config, storage, name)
     check_run_id(run_id)
@@ -171,7 +175,7 @@ def register(config: TrackingConfig, storage: Path, name: str, model_dir: Path, 
             "give an exported model directory"
         )
     with _registry(uri, f"registering {name!r}") as client:
-        with bounded_requests():  # first, so that a dead server is seen at once; uploads take long
+        with bounded_requests():  # before the upload, so that a dead server fails fast
             run = find_run(
                 client, find_experiment(client, config, uri, Path(storage).resolve()), run_id
             )
@@ -203,8 +207,9 @@ def production(config: TrackingConfig, storage: Path, name: str) -> Path:
     From an http server it is fetched once, into `models/` of the storage folder.
 
     Raises:
-        ValueError: tracking is off, no such model or alias, or the directory it points to is gone.
-        TrackingError: the registry did not answer, or the download broke off.
+        ValueError: tracking is disabled, the model or alias does not exist, or the directory is
+            missing.
+        TrackingError: the registry failed, or the download was interrupted.
     """
     from mlflow.exceptions import MlflowException
 
@@ -224,11 +229,11 @@ def production(config: TrackingConfig, storage: Path, name: str) -> Path:
             directory = Path(url2pathname(urlsplit(source).path))
             if not directory.is_dir():
                 raise ValueError(
-                    f"model {name!r} version {version.version}: its directory {directory} is gone; "
-                    "register it again"
+                    f"model {name!r} version {version.version}: its directory {directory} is"
+                    " missing; register it again"
                 )
             return directory
-        # The time of creation tells apart equal versions of different servers.
+        # the creation time distinguishes equal versions of different servers
         folder = Path(storage).resolve() / "models" / name
         target = folder / f"{version.version}-{version.creation_timestamp}"
         if not target.is_dir():
@@ -236,19 +241,25 @@ def production(config: TrackingConfig, storage: Path, name: str) -> Path:
 
             folder.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryDirectory(dir=folder, prefix=".download-") as temporary:
-                fetched = mlflow.artifacts.download_artifacts(
-                    artifact_uri=source, dst_path=f"{temporary}/model", tracking_uri=uri
+                fetched = Path(
+                    mlflow.artifacts.download_artifacts(
+                        artifact_uri=source, dst_path=f"{temporary}/model", tracking_uri=uri
+                    )
                 )
-                if not any(Path(fetched).rglob("*.safetensors")):
+                if not any(fetched.rglob("*.safetensors")):
                     raise TrackingError(
                         f"version {version.version} of {name!r} at {shown(uri)} is empty"
                     )
-                os.replace(fetched, target)
+                for path in fetched.rglob("*"):
+                    files.sync(path)
+                if not target.is_dir():  # another process may have been faster
+                    files.replace_folder(fetched, target)
         return target
 
 
 @contextmanager
 def _registry(uri: str, doing: str) -> Iterator[MlflowClient]:
+    """Yield a client, and raise the store's errors as TrackingError."""
     try:
         yield open_client(uri)
     except failure_types() as error:
@@ -258,10 +269,10 @@ def _registry(uri: str, doing: str) -> Iterator[MlflowClient]:
 
 def _registry_uri(config: TrackingConfig, storage: Path, name: str) -> str:
     if not config.enabled:
-        raise ValueError("tracking.enabled is false: there is no model registry; set it to true")
+        raise ValueError("tracking.enabled is false, so there is no model registry; set it to true")
     if not re.fullmatch(r"\w[\w. -]*", name):
         raise ValueError(
-            f"model name {name!r}: use letters, digits, space, '.', '_' and '-', a letter first"
+            f"model name {name!r}: use letters, digits, space, '.', '_', '-'; start with a letter"
         )
     return tracking_uri(config, storage)
 

@@ -1,12 +1,12 @@
-"""MLflow: one logical run of fmray is one MLflow run, over every restart.
+"""Experiment tracking with MLflow: one run of fmray is one MLflow run, across all restarts.
 
-In: a `TrackingConfig`, the storage folder, fmray's run id, parameters, metrics and files. Out: a
-run in an sqlite file inside the storage folder (no server needed), or on the server `tracking.uri`.
+Runs are stored in an sqlite file inside the storage folder (no server needed), or on the server
+`tracking.uri`.
 
-Training never waits for tracking and never fails over it. `Run.log` and `Run.artifact` only queue;
-one background thread opens the run, writes in batches every two seconds (so a crash loses at most
-that much) and, while the store cannot be reached, keeps what it has and tries again. The first
-failure is one warning, the rest are counted and summed up at the end.
+Training never waits for tracking and never fails because of it. `Run.log` and `Run.artifact` only
+queue; a background thread opens the run and writes in batches every two seconds, so a crash loses
+at most that much. While the store is unreachable, the thread keeps the queue and retries. The first
+failure is logged as a warning; later ones are counted and reported at the end.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Iterator, Mapping
+from contextlib import ExitStack
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -36,17 +37,17 @@ from fmray.runtime.registry import (
     tracking_uri,
 )
 
-if TYPE_CHECKING:  # importing mlflow takes 1.5 s: only those who open a run pay
+if TYPE_CHECKING:  # importing mlflow takes 1.5 s: only when a run is opened
     from mlflow import MlflowClient
 
 __all__ = ["Run", "open_job_run", "open_run", "production", "register", "tracking_uri"]
 
 Status = Literal["FINISHED", "FAILED", "KILLED"]
 
-_FLUSH_SECONDS = 2.0  # what a crash may lose
-_LONGEST_PAUSE = 60.0  # between attempts while the store is away
-_FINISH_SECONDS = 60.0  # how long `finish` waits without progress (a locked sqlite takes 20)
-_LAST_ATTEMPTS = 2  # at the end, one second apart
+_FLUSH_SECONDS = 2.0  # between batches: what a crash may lose
+_LONGEST_PAUSE = 60.0  # between attempts while the store is unreachable
+_FINISH_SECONDS = 60.0  # `finish` waits this long without progress (a locked sqlite takes 20)
+_LAST_ATTEMPTS = 2  # of `finish`, one second apart
 _METRICS_PER_BATCH = 1000  # MLflow's limits for one request
 _PARAMETERS_PER_BATCH = 100
 _PARAMETER_LENGTH = 6000
@@ -64,15 +65,15 @@ def open_run(
     tags: Mapping[str, Any] | None = None,
     parent: str | None = None,
 ) -> Run:
-    """Open the MLflow run of `run_id`: the one that exists, or a new one. Returns at once.
+    """Open the MLflow run of `run_id`, an existing or a new one, without waiting for the store.
 
     Only one process opens a run (rank 0). With `config.enabled` false the result does nothing.
 
     Args:
-        storage: folder of the sqlite file and, for sqlite, of the artifacts (`mlartifacts/`).
-        run_id: fmray's run id, kept in the tag `fmray.run_id`, by which a restart finds the run.
-        parameters: logged once; nested mappings become dotted names. Where a restart has other
-            values, the first ones stay and a warning names the difference.
+        storage: folder of the sqlite file and, with sqlite, of the artifacts (`mlartifacts/`).
+        run_id: fmray's run id, stored in the tag `fmray.run_id`, by which a restart finds the run.
+        parameters: logged once; nested mappings get dotted names. If a restart has other values,
+            MLflow keeps the first ones and a warning names the difference.
         parent: MLflow run id of the parent, for child runs of a search.
 
     Raises:
@@ -92,10 +93,11 @@ def open_job_run(
     parent: str | None = None,
     enabled: bool = True,
 ) -> Run:
-    """The run of a recipe's job, with all its settings as parameters; see `open_run`.
+    """Open the run of a recipe's job, with all settings as parameters; see `open_run`.
 
     Args:
-        job: for the tag `fmray.job`; None: as it is (the run is another job's).
+        job: value of the tag `fmray.job`; None leaves it unchanged (the run of another job).
+        parent: MLflow run id of the parent run.
         enabled: False on ranks that do not track.
     """
     config = recipe.tracking if enabled else recipe.tracking.model_copy(update={"enabled": False})
@@ -105,10 +107,10 @@ def open_job_run(
 
 
 class Run:
-    """One open run.
+    """An open run.
 
-    A context manager: leaving it ends the run as FINISHED, FAILED (an error) or KILLED (an
-    interrupt). Whatever the store does, no method raises or waits for long because of it.
+    A context manager, which ends the run as FINISHED, FAILED (an error) or KILLED (an interrupt).
+    No method raises, or waits long, because of the store.
     """
 
     def __init__(
@@ -128,7 +130,7 @@ class Run:
         self._late_tags: deque[tuple[str, str]] = deque()
         self._lock = threading.Lock()
         self._tried, self._closing = threading.Event(), threading.Event()
-        self._wake = threading.Event()  # do not wait for the next round
+        self._wake = threading.Event()  # write now instead of after the pause
         self._status: Status | None = None
         self._mlflow_run_id: str | None = None
         self._ended = self._abandoned = False
@@ -137,23 +139,23 @@ class Run:
         self._progress = time.monotonic()
         self._thread: threading.Thread | None = None
         if config.enabled:
-            # Not in the thread: imports that race with the caller's can see half-made modules.
+            # not in the thread: imports that race with the caller's can see incomplete modules
             import mlflow  # noqa: F401
 
-            self._environment = bounded_requests()
-            self._environment.__enter__()
+            self._environment = ExitStack()
+            self._environment.enter_context(bounded_requests())
             self._thread = threading.Thread(target=self._work, name="fmray-tracking", daemon=True)
             self._thread.start()
 
     @property
     def mlflow_run_id(self) -> str | None:
-        """MLflow's id, after the first attempt to open; None if disabled or not (yet) reached."""
+        """MLflow's id after the first attempt to open; None if disabled or still unreachable."""
         if self._thread is not None:
             self._tried.wait(_FINISH_SECONDS)
         return self._mlflow_run_id
 
     def log(self, step: int, **metrics: float) -> None:
-        """Queue metrics of one step; never blocks. Slashes in names: `**{"train/loss": loss}`."""
+        """Queue the metrics of a step, without blocking; with slashes: `**{"train/loss": loss}`."""
         if self._thread is None or self._closing.is_set():
             return
         now = int(time.time() * 1000)
@@ -165,7 +167,7 @@ class Run:
                 self._metrics.extend(points)
 
     def artifact(self, path: Path, folder: str | None = None) -> None:
-        """Queue a file, or a folder under its own name, for upload; it must stay until `finish`."""
+        """Queue a file, or a folder under its name, for upload; it must exist until `finish`."""
         if self._thread is not None and not self._closing.is_set():
             with self._lock:
                 self._files.append((Path(path).resolve(), folder))
@@ -176,10 +178,10 @@ class Run:
             self._late_tags.append((name, value))
 
     def flush(self, seconds: float = 5.0) -> None:
-        """Write the queued metrics now; returns when they are, at a failure, or after `seconds`.
+        """Write the queued metrics now; return when done, after a failure, or after `seconds`.
 
-        Before a checkpoint: what comes after it is logged again by the run that resumes from it,
-        what came before is not, and a killed process loses its queue.
+        Called before each checkpoint: a run that resumes from it repeats only later metrics, and a
+        killed process loses its queue.
         """
         if self._thread is None or self._closing.is_set():
             return
@@ -189,7 +191,7 @@ class Run:
             time.sleep(0.02)
 
     def finish(self, status: Status = "FINISHED") -> None:
-        """Write what is queued and end the run; bounded in time, a second call does nothing."""
+        """Write the queue and end the run, in bounded time; a second call does nothing."""
         assert status in ("FINISHED", "FAILED", "KILLED"), status
         if self._thread is None or self._closing.is_set():
             return
@@ -199,7 +201,7 @@ class Run:
         while self._thread.is_alive() and time.monotonic() - self._progress < _FINISH_SECONDS:
             self._thread.join(0.2)
         self._abandoned = True
-        self._environment.__exit__(None, None, None)
+        self._environment.close()
         missing = self._lost + len(self._metrics)
         if missing or self._files or self._lost_files or not self._ended:
             _logger.warning(
@@ -228,10 +230,11 @@ class Run:
         else:
             self.finish("FAILED" if isinstance(error, Exception) else "KILLED")
 
-    # What follows runs in the background thread.
+    # --- In the background thread ---
 
     def _work(self) -> None:
-        failures = (*failure_types(), ValueError)  # an answer that is no JSON
+        """Open the run and write until `finish`; retry with growing pauses."""
+        failures = (*failure_types(), ValueError)  # a response that is not JSON
         client: MlflowClient | None = None
         pause, attempts_left = _FLUSH_SECONDS, _LAST_ATTEMPTS
         while not self._ended and not self._abandoned and attempts_left > 0:
@@ -258,7 +261,7 @@ class Run:
                 self._wake.clear()
 
     def _open(self, client: MlflowClient) -> str:
-        """Find or create the run, log parameters and tags, return its id; safe to repeat."""
+        """Find or create the run, log parameters and tags, and return its id; safe to repeat."""
         experiment_id = find_experiment(client, self._config, self._uri, self._storage)
         run = find_run(client, experiment_id, self.run_id)
         if run is None:
@@ -282,13 +285,14 @@ class Run:
         ]
         if changed:
             _logger.warning(
-                "run %s goes on with other parameters, MLflow keeps the first: %s",
+                "run %s resumes with other parameters, MLflow keeps the first ones: %s",
                 self.run_id,
                 ", ".join(changed),
             )
         return run.info.run_id
 
     def _write(self, client: MlflowClient, mlflow_run_id: str) -> None:
+        """Write metrics, tags and files; each leaves the queue once it is written."""
         while True:
             with self._lock:
                 batch = list(islice(self._metrics, _METRICS_PER_BATCH))
@@ -312,11 +316,12 @@ class Run:
                 client.log_artifact(mlflow_run_id, str(path), folder)
             else:
                 self._lost_files += 1
-                self._failed(FileNotFoundError(f"artifact {path.name} is gone"))
+                self._failed(FileNotFoundError(f"artifact {path.name} is missing"))
             self._files.popleft()
             self._progress = time.monotonic()
 
     def _send(self, client: MlflowClient, mlflow_run_id: str, batch: list[_Point]) -> None:
+        """Write a batch of metrics."""
         from mlflow.entities import Metric
         from mlflow.exceptions import MlflowException
 
@@ -324,19 +329,20 @@ class Run:
         try:
             client.log_batch(mlflow_run_id, metrics=points)
         except MlflowException as error:
-            # A refusal (the run was deleted) does not pass by waiting: the batch is lost, go on.
+            # a rejection (the run was deleted) is permanent: drop the batch
             if error.error_code not in ("INVALID_PARAMETER_VALUE", "RESOURCE_DOES_NOT_EXIST"):
                 raise
             self._lost += len(batch)
             self._failed(error)
 
     def _failed(self, error: Exception) -> None:
+        """Count a failure, and log the first one."""
         self._failures += 1
         lines = str(error).strip().splitlines() or [""]
         self._last_error = shown(f"{type(error).__name__}: {lines[0][:300]}")
         if self._failures == 1 and not self._abandoned:
             _logger.warning(
-                "tracking of run %s fails, training goes on (%s): %s",
+                "tracking of run %s fails, training continues (%s): %s",
                 self.run_id,
                 shown(self._uri),
                 self._last_error,
@@ -344,6 +350,7 @@ class Run:
 
 
 def _flat(parameters: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
+    """Yield (dotted name, text) of nested parameters."""
     for name, value in parameters.items():
         if isinstance(value, Mapping):
             yield from _flat(value, f"{prefix}{name}.")
@@ -352,5 +359,5 @@ def _flat(parameters: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str
 
 
 def _allowed(name: str) -> str:
-    """The name with what MLflow refuses in names replaced: one bad name would refuse a batch."""
+    """Replace characters that MLflow rejects in names: one such name would reject a batch."""
     return re.sub(r"[^\w. :/-]", "_", name)

@@ -1,10 +1,12 @@
-"""Checkpoints of a run: where they lie, what they hold, and which one is resumed.
+"""Checkpoints of a run: what they contain, how they are written, checked, resumed and exported.
 
-In: the run's folder `<storage>/<run id>`, visible from every node. A checkpoint is
-`checkpoint-<step>/` with `deepspeed/` (all ranks), `recipe.yaml`, `state.json` and the manifest of
-them; it is written under another name and moved when complete, and compared with its manifest
-before it is used. DeepSpeed reads its files with pickle: storage must be trusted. `model/` beside
-them is safetensors.
+A run's folder `<storage>/<run id>` is visible from every node, or with a mirror each node has its
+own (`mirror.py`). A checkpoint is the folder `checkpoint-<step>/` in it, with `deepspeed/` (the
+shards of all ranks), `recipe.yaml`, `state.json` and `manifest.json`. It is written under another
+name, renamed when complete, and compared with its manifest before it is used.
+
+DeepSpeed reads its files with pickle, so storage must be trusted. The exported `model/` is
+safetensors.
 """
 
 from __future__ import annotations
@@ -14,7 +16,6 @@ import contextlib
 import hashlib
 import io
 import json
-import os
 import re
 import shutil
 from collections.abc import Iterable, Sequence
@@ -27,37 +28,36 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from fmray.runtime import files as manifest
-from fmray.runtime import ray_private
+from fmray.runtime import files, ray_private
 from fmray.runtime.run_log import event
 
 STATE_FILE = "state.json"
 TAG = "deepspeed"
 UNIVERSAL = "universal"
-STORAGE_HOURS = 3  # how long ranks wait for one another while files are written, read or converted
+STORAGE_HOURS = 3  # how long ranks wait for each other while files are written, read or converted
+
+
+# --- State and settings ---
 
 
 @dataclass(frozen=True)
 class TrainState:
-    """What `state.json` holds. step: optimizer steps done; cursor: steps done in this epoch.
+    """Content of `state.json`."""
 
-    Best: of `accuracy`.
-    """
-
-    step: int
+    step: int  # optimizer steps done
     epoch: int
-    cursor: int
+    cursor: int  # steps done in this epoch
     seed: int
     world_size: int
     zero_stage: int
     config_hash: str
     settings: dict[str, Any]
-    best: float | None
+    best: float | None  # highest accuracy so far
     best_step: int | None
 
 
 def flatten_settings(values: dict[str, Any]) -> dict[str, Any]:
-    """Nested settings with dotted names."""
+    """Return nested settings under dotted names."""
     flat: dict[str, Any] = {}
 
     def flatten(prefix: str, value: Any) -> None:
@@ -72,27 +72,35 @@ def flatten_settings(values: dict[str, Any]) -> dict[str, Any]:
 
 
 def settings_hash(settings: dict[str, Any]) -> str:
-    """Twelve hex digits of SHA-256 over the settings."""
+    """Return twelve hex digits of the SHA-256 of the settings."""
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:12]
 
 
 def read_state(checkpoint: Path) -> TrainState:
-    """The `state.json` of a whole checkpoint. Raises ValueError when it is of another fmray."""
+    """Read the `state.json` of a checkpoint.
+
+    Raises:
+        ValueError: another version of fmray wrote it.
+    """
     path = checkpoint / STATE_FILE
     return parse_state(path.read_text(encoding="utf-8"), str(path))
 
 
 def parse_state(text: str, where: str) -> TrainState:
-    """See `read_state`."""
+    """Parse the content of a `state.json`; see `read_state`."""
     values = json.loads(text)
     names = {field.name for field in fields(TrainState)}
     if set(values) != names:
-        raise ValueError(f"{where}: should hold {sorted(names)}, holds {sorted(values)}")
+        raise ValueError(f"{where}: should contain {sorted(names)}, contains {sorted(values)}")
     return TrainState(**values)
 
 
 def check_settings(state: TrainState, now: dict[str, Any], checkpoint: Path | str) -> None:
-    """Raises ValueError, naming the settings, when they are others than the checkpoint's."""
+    """Check that the settings are those of the checkpoint.
+
+    Raises:
+        ValueError: some differ; the message names them.
+    """
     if state.config_hash == settings_hash(now):
         return
     changed = [
@@ -107,47 +115,83 @@ def check_settings(state: TrainState, now: dict[str, Any], checkpoint: Path | st
     )
 
 
-def find_checkpoint(run_dir: Path) -> Path | None:
-    """The newest checkpoint whose files are there in full, by their sizes; None where there is no
-    checkpoint.
-
-    Raises ValueError, naming what is wrong with each, when there are some and none is whole: to
-    begin again from step 0 is for the user to decide.
-    """
-    passed: list[str] = []
-    for path in newest_first(run_dir):
-        wrong = manifest.fault(path, hashes=False)
-        if wrong is None:
-            return path
-        passed.append(f"{path.name}: {wrong}")
-    refuse_all(run_dir, passed)
-    return None
-
-
-def newest_first(run_dir: Path) -> list[Path]:
-    """All checkpoints, whole or not."""
-    return sorted((p for p in run_dir.glob("checkpoint-*") if p.is_dir()), reverse=True)
-
-
-def refuse_all(run_dir: Path, passed: list[str]) -> None:
-    """Raises ValueError when there are checkpoints, and something is wrong with each."""
-    if passed:
-        raise ValueError(
-            f"{run_dir}: no checkpoint is whole ({'; '.join(passed)}); restore one, or remove them"
-            " to begin from step 0"
-        )
-
-
-def new_storage_group() -> dist.ProcessGroup:
-    """A process group of all ranks that waits for slow storage longer than for a slow step, and
-    needs no GPU for it. Every rank must call this; once a worker group, for it connects them all.
-    """
-    return dist.new_group(backend="gloo", timeout=timedelta(hours=STORAGE_HOURS))
+# --- The checkpoints of a run ---
 
 
 def checkpoint_path(run_dir: Path, step: int) -> Path:
-    """Where the checkpoint of `step` lies; names sort by step."""
+    """Return the folder of the checkpoint of `step`; names sort by step."""
     return run_dir / f"checkpoint-{step:08d}"
+
+
+def list_checkpoints(run_dir: Path) -> list[Path]:
+    """List all checkpoints, newest first, damaged ones included."""
+    return sorted((p for p in run_dir.glob("checkpoint-*") if p.is_dir()), reverse=True)
+
+
+def find_checkpoint(run_dir: Path) -> Path | None:
+    """Return the newest checkpoint that is complete by the sizes of its files; None without any.
+
+    Raises:
+        ValueError: there are checkpoints, and all are damaged.
+    """
+    faults: list[str] = []
+    for path in list_checkpoints(run_dir):
+        fault = files.fault(path, hashes=False)
+        if fault is None:
+            return path
+        faults.append(f"{path.name}: {fault}")
+    raise_if_all_damaged(run_dir, faults)
+    return None
+
+
+def raise_if_all_damaged(run_dir: Path, faults: list[str]) -> None:
+    """Raise ValueError if `faults` is not empty: starting again from step 0 is the user's choice.
+
+    Args:
+        faults: of each checkpoint in `run_dir`; none of them can be used.
+    """
+    if faults:
+        raise ValueError(
+            f"{run_dir}: all checkpoints are damaged ({'; '.join(faults)}); restore one, or remove"
+            " them to start from step 0"
+        )
+
+
+def checkpoints_to_keep(
+    names: Iterable[str], step: int, keep: int, best_step: int | None
+) -> set[str]:
+    """Return the names of at most `keep` checkpoints that stay.
+
+    In this order: that of `step` (just made), the best, then the newest before `step`. Later ones
+    belong to steps that have been rolled back.
+    """
+    newest_first = sorted(names, reverse=True)
+    current = checkpoint_path(Path(), step).name
+    best_name = checkpoint_path(Path(), best_step).name if best_step else None
+    best = [name for name in newest_first if name == best_name]
+    before = [name for name in newest_first if name < current]
+    return set(list(dict.fromkeys([current, *best, *before]))[:keep])
+
+
+def prune_checkpoints(run_dir: Path, step: int, keep: int, best_step: int | None) -> None:
+    """Remove all but `checkpoints_to_keep`; called by one rank per folder."""
+    paths = list_checkpoints(run_dir)
+    names_to_keep = checkpoints_to_keep((path.name for path in paths), step, keep, best_step)
+    for path in paths:
+        if path.name not in names_to_keep:
+            shutil.rmtree(path)
+
+
+# --- Saving and loading ---
+
+
+def new_storage_group() -> dist.ProcessGroup:
+    """Return a process group of all ranks with a timeout for slow storage; collective.
+
+    Uses gloo, which needs no GPU. Call it a fixed number of times per worker group: each call
+    connects all ranks.
+    """
+    return dist.new_group(backend="gloo", timeout=timedelta(hours=STORAGE_HOURS))
 
 
 def save_checkpoint(
@@ -155,138 +199,124 @@ def save_checkpoint(
     run_dir: Path,
     state: TrainState,
     recipe_text: str,
-    here: Sequence[int],
+    folder_ranks: Sequence[int],
     group: dist.ProcessGroup,
 ) -> Path:
-    """Write a checkpoint; every rank must call this.
+    """Write a checkpoint and return its folder, which is complete on return; collective.
 
-    here: the ranks that see this rank's `run_dir`. Where that is not all of them, each node's
-    folder gets the files of its ranks and the manifest of all. group: a `new_storage_group`.
-
-    Returns its folder, complete on every rank's return.
+    Args:
+        folder_ranks: the ranks that see the same `run_dir` as this rank. If that is not all ranks,
+            each node's folder gets the shards of its ranks and the manifest of all.
+        group: from `new_storage_group`.
     """
     final = checkpoint_path(run_dir, state.step)
     partial = run_dir / f".{final.name}.partial"
-    first, leads = engine.global_rank == 0, engine.global_rank == here[0]
-    if leads:
-        for left in run_dir.glob(".checkpoint-*.partial"):  # by a worker group that died
-            shutil.rmtree(left)
+    leads_folder = engine.global_rank == folder_ranks[0]
+
+    # each rank writes its shards
+    if leads_folder:
+        for leftover in run_dir.glob(".checkpoint-*"):  # of a worker group that died
+            shutil.rmtree(leftover)
         partial.mkdir(parents=True)
     dist.barrier(group=group)
     try:
         engine.save_checkpoint(str(partial), tag=TAG, save_latest=False)
-    except RuntimeError as error:  # of a full disk torch says "unexpected pos 576 vs 534"
+    except RuntimeError as error:  # on a full disk torch reports "unexpected pos 576 vs 534"
         free = shutil.disk_usage(run_dir).free / 2**20
         raise RuntimeError(f"writing {partial} failed with {free:.1f} MiB free: {error}") from error
     dist.barrier(group=group)
-    if first:
+    if engine.global_rank == 0:
         (partial / "recipe.yaml").write_text(recipe_text, encoding="utf-8")
         text = json.dumps(asdict(state), indent=1) + "\n"
         (partial / STATE_FILE).write_text(text, encoding="utf-8")
-    # each rank hashes what it has just written, which its node still has in memory
-    mine = manifest.describe_files(partial, _files_of(partial, engine.global_rank))
-    assert mine or state.zero_stage == 0, f"rank {engine.global_rank} wrote no shard"
+
+    # each rank hashes the files that it has just written, which its node has in memory
+    rank_files = files.describe_files(partial, _files_of(partial, engine.global_rank))
+    assert rank_files or state.zero_stage == 0, f"rank {engine.global_rank} wrote no shard"
     parts: list[Any] = [None] * state.world_size
-    dist.all_gather_object(parts, mine, group=group)
-    if leads:
-        manifest.write_manifest(partial, {k: v for part in parts for k, v in part.items()})
+    dist.all_gather_object(parts, rank_files, group=group)
+
+    # one rank per folder completes it
+    if leads_folder:
+        files.write_manifest(partial, {k: v for part in parts for k, v in part.items()})
         for folder in [partial, *(path for path in partial.rglob("*") if path.is_dir())]:
-            manifest.sync(folder)
-        if final.exists():  # of a lost future, or not whole
-            shutil.rmtree(final)
-        os.replace(partial, final)
-        manifest.sync(run_dir)
+            files.sync(folder)
+        files.replace_folder(partial, final)  # what it replaces is rolled back, or damaged
     dist.barrier(group=group)
     return final
 
 
-def owner(name: str) -> int | None:
-    """The rank whose shard a file of DeepSpeed's is; None for what is not a shard."""
-    found = re.search(r"zero_pp_rank_(\d+)_", name)
-    return int(found[1]) if found else None
+def shard_rank(name: str) -> int | None:
+    """Return the rank that a DeepSpeed file belongs to; None if it is not a shard."""
+    match = re.search(r"zero_pp_rank_(\d+)_", name)
+    return int(match[1]) if match else None
 
 
 def _files_of(checkpoint: Path, rank: int) -> list[Path]:
-    """The files that DeepSpeed's `rank` has written; what is not a rank's shard is rank 0's."""
-    files = [path for path in checkpoint.rglob("*") if path.is_file()]
-    return [path for path in files if (owner(path.name) or 0) == rank]
-
-
-def kept_checkpoints(names: Iterable[str], step: int, keep: int, best_step: int | None) -> set[str]:
-    """Which of the checkpoints stay: the one just made (of `step`), the best, and the newest before
-    it. Later ones are of a future that was lost."""
-    found = sorted(names, reverse=True)
-    newest = checkpoint_path(Path(), step).name
-    best = [name for name in found if best_step and name == checkpoint_path(Path(), best_step).name]
-    before = [name for name in found if name < newest]
-    return set(list(dict.fromkeys([newest, *best, *before]))[:keep])
-
-
-def prune_checkpoints(run_dir: Path, step: int, keep: int, best_step: int | None) -> None:
-    """Remove the checkpoints that do not stay. One rank a folder."""
-    found = newest_first(run_dir)
-    kept = kept_checkpoints((path.name for path in found), step, keep, best_step)
-    for path in found:
-        if path.name not in kept:
-            shutil.rmtree(path)
+    """Return the files that `rank` has written; rank 0 has written those that are not shards."""
+    paths = [path for path in checkpoint.rglob("*") if path.is_file()]
+    return [path for path in paths if (shard_rank(path.name) or 0) == rank]
 
 
 def needs_universal(state: TrainState, world_size: int) -> bool:
-    """Whether another number of workers has divided the states; without ZeRO, rank 0 has all."""
+    """Return whether `world_size` ranks need a converted checkpoint.
+
+    ZeRO partitions the states over the ranks that save; without it, rank 0 has them all.
+    """
     return state.zero_stage > 0 and state.world_size != world_size
 
 
 def make_universal(
-    checkpoint: Path, stage: int, here: Sequence[int], group: dist.ProcessGroup
+    checkpoint: Path, stage: int, folder_ranks: Sequence[int], group: dist.ProcessGroup
 ) -> None:
-    """Convert DeepSpeed's files to its universal format, which any number of workers can load.
+    """Convert a checkpoint to DeepSpeed's universal format, for any world size; collective.
 
-    Once a folder, verified before it is used again, complete or not at all. Every rank must call
-    this. here: the ranks that see this rank's folder. group: a `new_storage_group`.
+    One rank per folder converts, unless an intact conversion exists.
+
+    Args:
+        folder_ranks: the ranks that see the same folder as this rank.
+        group: from `new_storage_group`.
     """
-    if dist.get_rank() == here[0]:
+    if dist.get_rank() == folder_ranks[0]:
         _convert(checkpoint, stage)
     dist.barrier(group=group)
 
 
 def _convert(checkpoint: Path, stage: int) -> None:
-    final = checkpoint / UNIVERSAL
-    if final.is_dir():
-        wrong = manifest.fault(final, hashes=True)
-        if wrong is None:
+    target = checkpoint / UNIVERSAL
+    if target.is_dir():
+        fault = files.fault(target, hashes=True)
+        if fault is None:
             return
-        event(checkpoint.parent, f"{checkpoint.name}/{UNIVERSAL}: {wrong}; converted again")
-        shutil.rmtree(final)
-    partial = checkpoint / f".{UNIVERSAL}.partial"
-    shutil.rmtree(partial, ignore_errors=True)
-    with contextlib.redirect_stdout(io.StringIO()):  # it prints every tensor
-        ray_private.convert_to_universal(
-            argparse.Namespace(
-                input_folder=str(checkpoint / TAG),
-                output_folder=str(partial),
-                num_extract_workers=1,
-                num_merge_workers=1,
-                keep_temp_folder=False,
-                strict=True,
-                inject_missing_state=stage <= 2,
+        event(checkpoint.parent, f"{checkpoint.name}/{UNIVERSAL}: {fault}; converting again")
+    with files.atomic_folder(target) as partial:
+        with contextlib.redirect_stdout(io.StringIO()):  # it prints every tensor
+            ray_private.convert_to_universal(
+                argparse.Namespace(
+                    input_folder=str(checkpoint / TAG),
+                    output_folder=str(partial),
+                    num_extract_workers=1,
+                    num_merge_workers=1,
+                    keep_temp_folder=False,
+                    strict=True,
+                    inject_missing_state=stage <= 2,
+                )
             )
-        )
-    (checkpoint / "latest_universal").unlink(missing_ok=True)
-    files = manifest.describe_files(partial, [p for p in partial.rglob("*") if p.is_file()])
-    manifest.write_manifest(partial, files)
-    os.replace(partial, final)
+        (checkpoint / "latest_universal").unlink(missing_ok=True)
+        entries = files.describe_files(partial, [p for p in partial.rglob("*") if p.is_file()])
+        files.write_manifest(partial, entries)
 
 
 def load_checkpoint(engine: Any, checkpoint: Path, universal: bool) -> None:
-    """Restore weights, optimizer and learning-rate schedule; every rank must call this."""
+    """Load weights, optimizer and learning-rate schedule; collective."""
     loaded, _ = engine.load_checkpoint(str(checkpoint), tag=UNIVERSAL if universal else TAG)
     if loaded is None:
         raise ValueError(
-            f"{checkpoint}: DeepSpeed found nothing to load in {TAG}/; the folder is not complete"
+            f"{checkpoint}: DeepSpeed found nothing to load in {TAG}/; the folder is incomplete"
         )
     if universal:
-        # DeepSpeed 0.19 gives all parameter groups the first one's learning rate, and (stage 3) one
-        # and the same step counter, which then counts a step once for each of them
+        # DeepSpeed 0.19 gives all parameter groups the learning rate of the first and, in stage 3,
+        # one shared step counter, which then counts a step once per group
         optimizer = engine.optimizer.optimizer
         for values in optimizer.state.values():
             if isinstance(values.get("step"), Tensor):
@@ -297,35 +327,30 @@ def load_checkpoint(engine: Any, checkpoint: Path, universal: bool) -> None:
             group["lr"] = lr
 
 
+# --- The exported model ---
+
+
 def full_state(model: nn.Module) -> dict[str, Tensor]:
-    """All parameters and buffers, whole, on the CPU; every rank must call this (ZeRO-3 gathers).
+    """Return all parameters and buffers, unpartitioned, on the CPU; collective (ZeRO-3 gathers).
 
     Only rank 0 gets the tensors, the others an empty dict.
     """
     import deepspeed
 
-    first = dist.get_rank() == 0
+    is_rank_zero = dist.get_rank() == 0
     state: dict[str, Tensor] = {}
     for name, tensor in model.state_dict(keep_vars=True).items():
-        sharded = [tensor] if ray_private.is_zero_param(tensor) else []
-        with deepspeed.zero.GatheredParameters(sharded):
-            if first:
+        partitioned = [tensor] if ray_private.is_zero_param(tensor) else []
+        with deepspeed.zero.GatheredParameters(partitioned):
+            if is_rank_zero:
                 state[name] = tensor.detach().to("cpu", copy=True)
     return state
 
 
 def export_model(model: nn.Module, state: dict[str, Tensor], processor: Any, target: Path) -> None:
-    """Save `model` with the weights `state` and the processor as a safetensors directory.
-
-    Moved when complete.
-    """
+    """Save `model` with the weights `state`, and the processor, as a safetensors folder."""
     model.load_state_dict(state, strict=True)
-    partial = target.with_name(f".{target.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    with torch.no_grad():
-        model.save_pretrained(partial)
-    processor.save_pretrained(partial)
-    if target.exists():
-        shutil.rmtree(target)
-    os.replace(partial, target)
+    with files.atomic_folder(target) as partial:
+        with torch.no_grad():
+            model.save_pretrained(partial)
+        processor.save_pretrained(partial)

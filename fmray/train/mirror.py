@@ -1,18 +1,21 @@
-"""The copy of a run in another store: S3-compatible, or any file system that pyarrow opens.
+"""A run's checkpoints on several nodes, and their mirror in a second store.
 
-In: `cluster.mirror` and a run's folder. Out: `<cluster.mirror>/<run id>/` with what makes the run
-go on elsewhere: checkpoints, log, model. A folder's manifest is the last of its files to come and
-the first to go: what has none is not there. Which rank copies what, and when, is `copies.py`'s.
-`.owner` says who copies: the last worker group that has begun.
+`Mirror` is the copy of a run in `<cluster.mirror>/<run id>/`: an S3-compatible store, or any file
+system that pyarrow opens. It contains what a resume on other machines needs: checkpoints, log and
+model. The manifest of a folder is uploaded last and deleted first, so a folder without one is
+incomplete. `.owner` names the worker group that started last; earlier ones may not change it.
 
-Credentials are the environment's or the instance's. An S3 store that does not answer is an error
+`CheckpointManager` is what each rank of a training job uses: it finds the checkpoint to resume,
+fetches missing files from the mirror, and mirrors each new checkpoint while training continues.
+Every rank copies its own files; rank 0 writes the manifest once all of them are there.
+
+Credentials come from the environment or the instance. An S3 store that does not answer is an error
 within a minute.
 """
 
 from __future__ import annotations
 
 import io
-import os
 import shutil
 import time
 import uuid
@@ -29,39 +32,43 @@ import torch.distributed as dist
 from pyarrow import fs
 
 from fmray.config import ClusterConfig
-from fmray.runtime import files as manifest
-from fmray.runtime.files import MANIFEST, Entry, files_of, manifest_text, sha256
+from fmray.runtime import files
+from fmray.runtime.files import MANIFEST, Entry
 from fmray.runtime.run_log import event
 from fmray.train.checkpoint import (
     STATE_FILE,
     STORAGE_HOURS,
     TrainState,
+    checkpoints_to_keep,
     find_checkpoint,
-    kept_checkpoints,
+    list_checkpoints,
     load_checkpoint,
     make_universal,
     new_storage_group,
-    newest_first,
-    owner,
     parse_state,
     prune_checkpoints,
+    raise_if_all_damaged,
     read_state,
-    refuse_all,
     save_checkpoint,
+    shard_rank,
 )
 
 CONNECT_SECONDS = 5
-SILENT_SECONDS = 20  # without a byte; tried three times, as connecting is
+SILENT_SECONDS = 20  # without a byte; like connecting, retried twice
 CHUNK = 16 << 20
 OWNER = ".owner"
+LOG = "log.jsonl"
+
+
+# --- The mirror of a run ---
 
 
 class Mirror:
-    """What is copied of the run in `run_dir`. Raises OSError when the store fails."""
+    """The copy of the run in `run_dir`. Methods raise OSError when the store fails."""
 
     def __init__(self, uri: str, run_dir: Path) -> None:
         self.uri, self._run_dir = uri, run_dir
-        self._store, path = _open(uri)
+        self._store, path = _open_store(uri)
         self._root = f"{path}/{run_dir.name}"
         self._claim: str | None = None
 
@@ -69,74 +76,93 @@ class Mirror:
         return f"{self.uri.partition('?')[0]}/{self._run_dir.name}"
 
     def claim(self) -> None:
-        """From now on no earlier one that has claimed the run seals or removes a folder."""
+        """Claim the mirror: earlier claimants may no longer seal or remove a folder."""
         self._claim = uuid.uuid4().hex
         self._write(OWNER, io.BytesIO(self._claim.encode()))
 
-    def _check(self) -> None:
-        """When the head node is lost, workers outlive their job for minutes."""
+    def _check_claim(self) -> None:
+        """Raise if another worker group has claimed the mirror.
+
+        When the head node is lost, workers outlive their job for minutes.
+        """
         if self._claim is not None and self.read(OWNER) != self._claim:
-            raise PermissionError(f"another worker group of run {self._run_dir.name} has begun")
+            raise PermissionError(f"another worker group of run {self._run_dir.name} has started")
 
     def is_folder(self, folder: Path) -> bool:
-        """Whether the copies would lie in `folder`."""
+        """Return whether the mirror would be written to `folder`."""
         return self._store.type_name == "local" and Path(self._root).resolve() == folder.resolve()
 
     def checkpoints(self) -> list[str]:
-        """Names of the complete ones, newest first."""
+        """Return the names of the complete checkpoints, newest first."""
         return [name for name, complete in self._folders() if complete]
 
     def read(self, name: str) -> str:
-        """The text of a small file; FileNotFoundError where there is none."""
+        """Return the text of a small file.
+
+        Raises:
+            FileNotFoundError: the mirror does not have it.
+        """
         with self._store.open_input_stream(f"{self._root}/{name}") as stream:
             return stream.read().decode()
 
     def manifest(self, folder: str) -> dict[str, Entry]:
-        """The files of a complete folder. ValueError for a manifest that is not one."""
-        return files_of(self.read(f"{folder}/{MANIFEST}"))
+        """Return the files of a complete folder.
+
+        Raises:
+            ValueError: the manifest is damaged.
+        """
+        return files.files_of(self.read(f"{folder}/{MANIFEST}"))
 
     def put(self, names: Iterable[str]) -> None:
-        """Copy files, by their names in the run's folder."""
+        """Upload files, given by their paths in the run's folder."""
         for name in names:
             with (self._run_dir / name).open("rb") as file:
                 self._write(name, file)
 
     def get(self, name: str, entry: Entry | None = None, into: Path | None = None) -> str | None:
-        """Fetch a file into the run's folder, or another; what is wrong with it, or None.
+        """Fetch a file; return what is wrong with it, or None.
 
-        entry: what it should be; one that is there and is that is not fetched.
+        Args:
+            entry: its size and digest; a local file that matches is not fetched again.
+            into: target folder instead of the run's folder.
         """
         target = (into or self._run_dir) / name
-        if entry is not None and _is(target, entry):
+        if entry is not None and _matches(target, entry):
             return None
         target.parent.mkdir(parents=True, exist_ok=True)
-        partial = target.with_name(f".{target.name}.partial")
         try:
-            with (
-                self._store.open_input_stream(f"{self._root}/{name}") as stream,
-                partial.open("wb") as file,
-            ):
-                shutil.copyfileobj(stream, file, CHUNK)
-                os.fsync(file.fileno())
+            with files.atomic_path(target) as partial:
+                with (
+                    self._store.open_input_stream(f"{self._root}/{name}") as stream,
+                    partial.open("wb") as file,
+                ):
+                    shutil.copyfileobj(stream, file, CHUNK)
+                if entry is not None and not _matches(partial, entry):
+                    raise _Damaged(partial.stat().st_size)
         except FileNotFoundError:
             return f"{name} is missing in {self}"
-        if entry is not None and not _is(partial, entry):
-            size = partial.stat().st_size
-            partial.unlink()
-            if size != entry["bytes"]:
-                return f"{name} has {size} bytes instead of {entry['bytes']} in {self}"
-            return f"{name} was altered in {self}: its SHA-256 is not the manifest's"
-        os.replace(partial, target)
+        except _Damaged as error:
+            if error.size != entry["bytes"]:
+                return f"{name} has {error.size} bytes instead of {entry['bytes']} in {self}"
+            return f"{name} was altered in {self}: its SHA-256 differs from the manifest"
         return None
 
-    def seal(self, folder: str, files: dict[str, Entry]) -> None:
-        """Say that all of `folder` has been copied. OSError after another's `claim`."""
-        self._check()
-        self._write(f"{folder}/{MANIFEST}", io.BytesIO(manifest_text(files).encode()))
+    def seal(self, folder: str, entries: dict[str, Entry]) -> None:
+        """Write the manifest of a folder, which declares it complete.
+
+        Raises:
+            OSError: another worker group has claimed the mirror.
+        """
+        self._check_claim()
+        self._write(f"{folder}/{MANIFEST}", io.BytesIO(files.manifest_text(entries).encode()))
 
     def remove(self, folder: str) -> None:
-        """Remove a folder, its manifest first. OSError after another's `claim`."""
-        self._check()
+        """Remove a folder, its manifest first.
+
+        Raises:
+            OSError: another worker group has claimed the mirror.
+        """
+        self._check_claim()
         path = f"{self._root}/{folder}"
         for name in (f"{path}/{MANIFEST}", path):
             kind = self._store.get_file_info(name).type
@@ -146,18 +172,18 @@ class Mirror:
                 self._store.delete_dir(name)
 
     def prune(self, keep: Iterable[str]) -> None:
-        """Remove all checkpoints but these, and what was left of uploads that were cut off."""
+        """Remove all checkpoints but `keep`, incomplete uploads included."""
         for name, _ in self._folders():
             if name not in keep:
                 self.remove(name)
 
     def _folders(self) -> list[tuple[str, bool]]:
-        """(name, complete) of the checkpoints, newest first."""
-        found = self._store.get_file_info(
+        """Return (name, complete) of the checkpoints, newest first."""
+        infos = self._store.get_file_info(
             fs.FileSelector(self._root, recursive=True, allow_not_found=True)
         )
         folders: dict[str, bool] = {}
-        for info in found:
+        for info in infos:
             if info.type == fs.FileType.File and "/checkpoint-" in info.path:
                 name, _, file = info.path[len(self._root) + 1 :].partition("/")
                 folders[name] = folders.get(name, False) or file == MANIFEST
@@ -171,36 +197,24 @@ class Mirror:
             shutil.copyfileobj(source, stream, CHUNK)
 
 
-def open_mirror(cluster: ClusterConfig, run_dir: Path) -> Mirror | None:
-    """The mirror of a run, None where the recipe names none; it is asked for what it holds.
+class _Damaged(Exception):
+    """A fetched file differs from its manifest."""
 
-    Raises ValueError for one that cannot be opened.
-    """
-    if cluster.mirror is None:
-        return None
-    with user_mistakes(cluster.mirror):
-        mirror = Mirror(cluster.mirror, run_dir)
-        mirror.checkpoints()
-    if mirror.is_folder(run_dir):
-        raise ValueError(f"cluster.mirror: {cluster.mirror} is cluster.storage itself")
-    return mirror
+    def __init__(self, size: int) -> None:
+        super().__init__(size)
+        self.size = size
 
 
-@contextmanager
-def user_mistakes(uri: str) -> Iterator[None]:
-    """What the store says becomes a ValueError of one line."""
-    try:
-        yield
-    except (OSError, pyarrow.ArrowInvalid) as error:
-        text = " ".join(str(error).split())
-        raise ValueError(
-            f"cluster.mirror: {uri} cannot be used: {text}; check the address, that the bucket is"
-            " there, and the credentials in the environment"
-        ) from error
+def _matches(path: Path, entry: Entry) -> bool:
+    return (
+        path.is_file()
+        and path.stat().st_size == entry["bytes"]
+        and files.sha256(path) == entry["sha256"]
+    )
 
 
-def _open(uri: str) -> tuple[fs.FileSystem, str]:
-    """A file system, and the path in it."""
+def _open_store(uri: str) -> tuple[fs.FileSystem, str]:
+    """Return (file system, path in it)."""
     parts = urlsplit(uri)
     if parts.scheme != "s3":
         store, path = fs.FileSystem.from_uri(uri)
@@ -219,19 +233,119 @@ def _open(uri: str) -> tuple[fs.FileSystem, str]:
     return store, (parts.netloc + parts.path).rstrip("/")
 
 
-def _is(path: Path, entry: Entry) -> bool:
-    return (
-        path.is_file() and path.stat().st_size == entry["bytes"] and sha256(path) == entry["sha256"]
-    )
+@contextmanager
+def user_mistakes(uri: str) -> Iterator[None]:
+    """Raise the store's errors as a ValueError of one line."""
+    try:
+        yield
+    except (OSError, pyarrow.ArrowInvalid) as error:
+        text = " ".join(str(error).split())
+        raise ValueError(
+            f"cluster.mirror: {uri} cannot be used: {text}; check the address, that the bucket"
+            " exists, and the credentials in the environment"
+        ) from error
 
 
-# A run's checkpoints as one rank sees them: in its node's folder, and in the mirror.
-#
-# In: the run's folder, of one node or shared, and `cluster.mirror`. Out: the checkpoint to go on
-# from, fetched where it is not there; and copies of each new one, made while training goes on.
-# Every rank copies its own files; rank 0 writes the manifest when all of them are there.
+# --- What the driver does with it ---
 
-LOG = "log.jsonl"
+
+def open_mirror(cluster: ClusterConfig, run_dir: Path) -> Mirror | None:
+    """Open and list the mirror of a run; None if the recipe has none.
+
+    Raises:
+        ValueError: it cannot be opened.
+    """
+    if cluster.mirror is None:
+        return None
+    with user_mistakes(cluster.mirror):
+        mirror = Mirror(cluster.mirror, run_dir)
+        mirror.checkpoints()
+    if mirror.is_folder(run_dir):
+        raise ValueError(f"cluster.mirror: {cluster.mirror} is cluster.storage itself")
+    return mirror
+
+
+def last_state(run_dir: Path, mirror: Mirror | None) -> tuple[str, TrainState] | None:
+    """Return (where, state) of the newest checkpoint in the folder or the mirror; None if none.
+
+    Only the sizes of files are checked, as the driver sees them.
+
+    Raises:
+        ValueError: there are checkpoints and all are damaged, or the mirror fails.
+    """
+    if mirror is None:
+        path = find_checkpoint(run_dir)
+        return None if path is None else (str(path), read_state(path))
+    with user_mistakes(mirror.uri):
+        complete = (p for p in list_checkpoints(run_dir) if files.fault(p, hashes=False) is None)
+        local, mirrored = next(complete, None), next(iter(mirror.checkpoints()), None)
+        if local is not None and (mirrored is None or local.name >= mirrored):
+            return str(local), read_state(local)
+        if mirrored is None:
+            return None
+        where = f"{mirror}/{mirrored}"
+        return where, parse_state(mirror.read(f"{mirrored}/{STATE_FILE}"), where)
+
+
+def put_files(mirror: Mirror | None, *names: str) -> None:
+    """Upload files of the run, if it has a mirror.
+
+    Raises:
+        ValueError: the mirror cannot be written.
+    """
+    if mirror is not None:
+        with user_mistakes(mirror.uri):
+            mirror.put(names)
+
+
+def put_folder(mirror: Mirror, folder: Path) -> None:
+    """Upload a folder that one rank has written."""
+    entries = files.describe_files(folder, [p for p in folder.rglob("*") if p.is_file()])
+    mirror.remove(folder.name)
+    mirror.put(f"{folder.name}/{name}" for name in entries)
+    mirror.seal(folder.name, entries)
+
+
+def get_folder(mirror: Mirror | None, folder: Path) -> None:
+    """Fetch a folder that `put_folder` uploaded, unless it exists.
+
+    Raises:
+        OSError: it is damaged, or the mirror fails.
+    """
+    if mirror is None or folder.is_dir():
+        return
+    partial = folder.with_name(f".{folder.name}.partial")  # kept if interrupted, and completed
+    for name, entry in mirror.manifest(folder.name).items():
+        fault = mirror.get(f"{folder.name}/{name}", entry, into=partial)
+        if fault is not None:
+            raise OSError(fault)
+    files.replace_folder(partial / folder.name, folder)
+    partial.rmdir()
+
+
+def find_model(cluster: ClusterConfig, run_dir: Path, script: str) -> Path:
+    """Return the model of the run in `run_dir`, fetched from the mirror if necessary.
+
+    Args:
+        script: the job that makes the model, for the error.
+
+    Raises:
+        ValueError: the run has no model yet.
+    """
+    model = run_dir / "model"
+    if not model.is_dir():
+        with suppress(FileNotFoundError):  # missing in the mirror too
+            get_folder(open_mirror(cluster, run_dir), model)
+    if not model.is_dir():
+        also = f" or cluster.mirror {cluster.mirror}" if cluster.mirror else ""
+        raise ValueError(
+            f"{run_dir}: no model/ to evaluate; --run-id must name a finished run of {script} in"
+            f" cluster.storage {cluster.storage}{also}"
+        )
+    return model
+
+
+# --- What the ranks do with it ---
 
 
 class CheckpointManager:
@@ -256,14 +370,14 @@ class CheckpointManager:
             folder_ranks: the ranks that see the same folder as this one.
         """
         self._run_dir, self._mirror = run_dir, mirror
-        self._rank, self._ranks = dist.get_rank(), dist.get_world_size()
-        self._group, self._copying = groups
+        self._rank, self._world_size = dist.get_rank(), dist.get_world_size()
+        self._group, self._copy_group = groups
         self._timeout = timedelta(seconds=timeout_s)
         self._thread: Thread | None = None
         self._newest: Path | None = None
-        self._there: set[str] = set()  # complete checkpoints in the mirror, the same on all ranks
+        self._mirrored: set[str] = set()  # complete checkpoints in the mirror, same on all ranks
         self._folder_ranks = folder_ranks
-        self._leads = self._rank == folder_ranks[0]  # does the work of which a folder needs one
+        self._leads_folder = self._rank == folder_ranks[0]
 
     @classmethod
     def open(cls, cluster: ClusterConfig, run_dir: Path) -> CheckpointManager:
@@ -286,267 +400,220 @@ class CheckpointManager:
         return cls(run_dir, mirror, cluster.timeout_s, groups, folder_ranks)
 
     def find(self) -> Path | None:
-        """The newest checkpoint that is whole, by the contents of the files; each rank reads its
-        share of them. What is missing or altered in a folder comes from the mirror.
+        """Return the newest intact checkpoint, or None; missing or altered files are fetched.
 
-        One line for each newer checkpoint that is passed over. Raises ValueError where there are
-        some and none is whole.
+        Contents are compared with the manifest; each rank reads a share of the files. Logs a line
+        for each checkpoint that is skipped.
+
+        Raises:
+            ValueError: there are checkpoints, and all are damaged.
         """
-        passed: list[str] = []
-        # rank 0 looks: other nodes may see a shared folder a moment later
-        found: list[set[str] | None] = [None, None]
+        # rank 0 lists for all: other nodes may see a shared folder a moment later
+        listing: list[set[str] | None] = [None, None]
         if self._rank == 0:
-            found = [{path.name for path in newest_first(self._run_dir)}, set()]
+            listing = [{path.name for path in list_checkpoints(self._run_dir)}, set()]
             if self._mirror is not None:
-                found[1] = set(self._mirror.checkpoints())
+                listing[1] = set(self._mirror.checkpoints())
                 if not (self._run_dir / LOG).exists():
                     self._mirror.get(LOG)
-        dist.broadcast_object_list(found, group=self._group)
-        local, self._there = found
-        for name in sorted(local | self._there, reverse=True):
+        dist.broadcast_object_list(listing, group=self._group)
+        local, self._mirrored = listing
+
+        faults: list[str] = []
+        for name in sorted(local | self._mirrored, reverse=True):
             path = self._run_dir / name
-            wrong = self._first(self._fault(path), self._group)
-            if wrong is not None and name in self._there:
-                self._say(f"{name}: {wrong}; fetched from {self._mirror}")
-                wrong = self._fetch(path)
-            if wrong is None:
+            fault = self._first_fault(self._fault(path), self._group)
+            if fault is not None and name in self._mirrored:
+                self._log(f"{name}: {fault}; fetching it from {self._mirror}")
+                fault = self._fetch(path)
+            if fault is None:
                 self._newest = path
                 return path
-            passed.append(f"{name}: {wrong}")
-            self._say(f"{passed[-1]}; passed over for the one before")
-        if len(self._folder_ranks) == self._ranks or self._there:
-            refuse_all(self._run_dir, passed)
-        return None  # each node has a part, and no copy was finished: there never was a whole one
+            faults.append(f"{name}: {fault}")
+            self._log(f"{faults[-1]}; skipped, trying the previous checkpoint")
+        if len(self._folder_ranks) == self._world_size or self._mirrored:
+            raise_if_all_damaged(self._run_dir, faults)
+        # else each node has a part, and no upload was completed: there never was a checkpoint
+        return None
 
     def make_universal(self, checkpoint: Path, stage: int) -> None:
-        """Convert a checkpoint so that any number of workers can load it; see `checkpoint.py`."""
+        """Convert a checkpoint so that any number of workers can load it."""
         make_universal(checkpoint, stage, self._folder_ranks, self._group)
 
     def load(self, engine: Any, checkpoint: Path, universal: bool) -> None:
-        """Restore weights, optimizer and learning-rate schedule, on all ranks."""
+        """Load weights, optimizer and learning-rate schedule, on all ranks."""
         with self._storage_timeout():
             load_checkpoint(engine, checkpoint, universal)
             dist.barrier(group=self._group)
 
-    @contextmanager
-    def _storage_timeout(self) -> Iterator[None]:
-        """Around files DeepSpeed's own barriers are as patient as a `new_storage_group`."""
-        dist.set_timeout(timedelta(hours=STORAGE_HOURS))
-        yield
-        dist.set_timeout(self._timeout)
-
     def save(self, engine: Any, state: TrainState, recipe_text: str, keep: int) -> None:
-        """Write a checkpoint; when the copy of the one before is finished, remove all but `keep`
-        and begin to copy the new one."""
+        """Write a checkpoint, start to mirror it, and remove all but `keep` older ones.
+
+        Waits until the previous one is mirrored.
+        """
         with self._storage_timeout():
             checkpoint = save_checkpoint(
                 engine, self._run_dir, state, recipe_text, self._folder_ranks, self._group
             )
         self.wait()
-        if self._leads:
+        if self._leads_folder:
             prune_checkpoints(self._run_dir, state.step, keep, state.best_step)
         self._newest = checkpoint
         if self._mirror is not None:
-            names = {*self._there, checkpoint.name}
-            kept = kept_checkpoints(names, state.step, keep, state.best_step)
-            self._thread = Thread(target=self._copy, args=(self._mirror, checkpoint, kept))
+            names = {*self._mirrored, checkpoint.name}
+            names_to_keep = checkpoints_to_keep(names, state.step, keep, state.best_step)
+            self._thread = Thread(target=self._copy, args=(self._mirror, checkpoint, names_to_keep))
             self._thread.start()
 
     def wait(self) -> None:
-        """Until nothing is being copied."""
+        """Wait until the last checkpoint is mirrored."""
         if self._thread is not None:
             if self._thread.is_alive():
-                self._say("waits for the copy of a checkpoint")
+                self._log("waiting until the checkpoint is mirrored")
             self._thread.join()
             self._thread = None
 
     def finish(self) -> None:
-        """Wait, and copy `model/`. Raises OSError when the last checkpoint, or the model, cannot be
-        copied."""
+        """Wait, then mirror the last checkpoint, if that has failed before, and `model/`.
+
+        Raises:
+            OSError: one of them cannot be copied.
+        """
         self.wait()
         if self._mirror is None:
             return
-        if self._newest is not None and self._newest.name not in self._there:
-            self._copy(self._mirror, self._newest, {*self._there, self._newest.name})
-            if self._newest.name not in self._there:
+        if self._newest is not None and self._newest.name not in self._mirrored:
+            self._copy(self._mirror, self._newest, {*self._mirrored, self._newest.name})
+            if self._newest.name not in self._mirrored:
                 raise OSError(f"{self._newest.name} could not be copied to {self._mirror}")
         if self._rank == 0:
             put_folder(self._mirror, self._run_dir / "model")
 
-    def _copy(self, mirror: Mirror, checkpoint: Path, kept: set[str]) -> None:
-        """In a thread: all ranks' files, then the manifest; then old copies go."""
+    @contextmanager
+    def _storage_timeout(self) -> Iterator[None]:
+        """Use the long storage timeout for DeepSpeed's own barriers during checkpoint I/O."""
+        dist.set_timeout(timedelta(hours=STORAGE_HOURS))
+        yield
+        dist.set_timeout(self._timeout)
+
+    def _copy(self, mirror: Mirror, checkpoint: Path, names_to_keep: set[str]) -> None:
+        """Copy the files of all ranks, then the manifest, then prune; in a thread, collective."""
         name, began = checkpoint.name, time.monotonic()
-        files = manifest.files_of((checkpoint / manifest.MANIFEST).read_text(encoding="utf-8"))
-        # one made by more ranks is copied by those that are left
-        mine = [f"{name}/{k}" for k in files if (owner(k) or 0) % self._ranks == self._rank]
+        entries = files.files_of((checkpoint / MANIFEST).read_text(encoding="utf-8"))
+        # if more ranks have written it, the present ones share the files
+        rank_files = [
+            f"{name}/{file}"
+            for file in entries
+            if (shard_rank(file) or 0) % self._world_size == self._rank
+        ]
 
-        def close() -> None:
+        def complete() -> None:
             mirror.put([LOG])
-            mirror.seal(name, files)
-            mirror.prune(kept)
+            mirror.seal(name, entries)
+            mirror.prune(names_to_keep)
 
-        wrong = (
-            self._all(lambda: mirror.remove(name) if self._rank == 0 else None)
-            or self._all(lambda: mirror.put(mine))
-            or self._all(lambda: close() if self._rank == 0 else None)
+        fault = (
+            self._on_all_ranks(lambda: mirror.remove(name) if self._rank == 0 else None)
+            or self._on_all_ranks(lambda: mirror.put(rank_files))
+            or self._on_all_ranks(lambda: complete() if self._rank == 0 else None)
         )
-        if wrong is not None:
-            self._say(f"{name} was not copied to {mirror}: {wrong}")
+        if fault is not None:
+            self._log(f"{name} was not copied to {mirror}: {fault}")
             return
-        self._there = {*(self._there & kept), name}
-        size = sum(entry["bytes"] for entry in files.values()) / 1e6
+        self._mirrored = {*(self._mirrored & names_to_keep), name}
+        size = sum(entry["bytes"] for entry in entries.values()) / 1e6
         seconds = time.monotonic() - began
-        self._say(f"{name} is in {mirror} ({size:.1f} MB in {seconds:.1f} s)")
+        self._log(f"{name} copied to {mirror} ({size:.1f} MB in {seconds:.1f} s)")
 
-    def _all(self, work: Callable[[], None]) -> str | None:
-        """Do `work` on every rank; what went wrong on the first of those that failed."""
-        wrong = None
+    def _on_all_ranks(self, work: Callable[[], None]) -> str | None:
+        """Do `work` on every rank; return the error of the lowest rank that failed."""
+        fault = None
         try:
             work()
         except OSError as error:
-            wrong = f"rank {self._rank}: {' '.join(str(error).split())}"
-        return self._first(wrong, self._copying)
+            fault = f"rank {self._rank}: {' '.join(str(error).split())}"
+        return self._first_fault(fault, self._copy_group)
 
-    def _first(self, wrong: str | None, group: dist.ProcessGroup) -> str | None:
-        if self._ranks == 1:
-            return wrong
-        found: list[str | None] = [None] * self._ranks
-        dist.all_gather_object(found, wrong, group=group)
-        return next((text for text in found if text is not None), None)
+    def _first_fault(self, fault: str | None, group: dist.ProcessGroup) -> str | None:
+        """Return the fault of the lowest rank that has one; collective."""
+        if self._world_size == 1:
+            return fault
+        faults: list[str | None] = [None] * self._world_size
+        dist.all_gather_object(faults, fault, group=group)
+        return next((text for text in faults if text is not None), None)
 
     def _fault(self, path: Path) -> str | None:
-        place = self._folder_ranks.index(self._rank)
-        return manifest.fault(path, True, place, len(self._folder_ranks), self._needed)
+        """Check this rank's share of the files in its folder."""
+        share = self._folder_ranks.index(self._rank)
+        return files.fault(path, True, share, len(self._folder_ranks), self._needed)
 
-    def _needed(self, files: dict[str, Entry]) -> dict[str, Entry]:
-        """The files that this rank's folder must have: the shards of the ranks here, and what all
-        ranks read. After a change of their number all of them, which are converted in each folder.
+    def _needed(self, entries: dict[str, Entry]) -> dict[str, Entry]:
+        """Select the files that this rank's folder must contain.
+
+        These are the shards of its ranks, and the files that all ranks read. If the world size has
+        changed, every folder needs all files, since each is converted by itself.
         """
-        shards = {owner(name) for name in files} - {None}
-        if shards and shards != set(range(self._ranks)):
-            return files
-        return {k: v for k, v in files.items() if owner(k) in {None, *self._folder_ranks}}
+        shards = {shard_rank(name) for name in entries} - {None}
+        if shards and shards != set(range(self._world_size)):
+            return entries
+        return {k: v for k, v in entries.items() if shard_rank(k) in {None, *self._folder_ranks}}
 
     def _fetch(self, path: Path) -> str | None:
-        """Fetch what is not there of a complete checkpoint; what is wrong with it, or None."""
-        found: list[dict[str, Entry] | str | None] = [None]
+        """Fetch the missing files of a mirrored checkpoint; return what is wrong, or None."""
+        manifest: list[dict[str, Entry] | str | None] = [None]
         if self._rank == 0:
             try:
-                found = [self._mirror.manifest(path.name)]
+                manifest = [self._mirror.manifest(path.name)]
             except ValueError as error:
-                found = [str(error)]
-        dist.broadcast_object_list(found, group=self._group)
-        [files] = found
-        if isinstance(files, str):
-            return files
-        if self._leads:
-            begin_folder(path, files)
+                manifest = [str(error)]
+        dist.broadcast_object_list(manifest, group=self._group)
+        [entries] = manifest
+        if isinstance(entries, str):
+            return entries
+        if self._leads_folder:
+            _prepare_folder(path, entries)
         dist.barrier(group=self._group)
-        place = self._folder_ranks.index(self._rank)
-        wrong = None
-        for name, entry in list(self._needed(files).items())[place :: len(self._folder_ranks)]:
-            wrong = wrong or self._mirror.get(f"{path.name}/{name}", entry)
-        wrong = self._first(wrong, self._group)
-        if wrong is None and self._leads:
-            manifest.write_manifest(path, files)
-        dist.barrier(group=self._group)
-        return wrong
 
-    def _say(self, text: str) -> None:
+        # the ranks of a folder share its files
+        share = self._folder_ranks.index(self._rank)
+        fault = None
+        for name, entry in list(self._needed(entries).items())[share :: len(self._folder_ranks)]:
+            fault = fault or self._mirror.get(f"{path.name}/{name}", entry)
+        fault = self._first_fault(fault, self._group)
+        if fault is None and self._leads_folder:
+            files.write_manifest(path, entries)
+        dist.barrier(group=self._group)
+        return fault
+
+    def _log(self, text: str) -> None:
         if self._rank == 0:
             event(self._run_dir, text)
 
 
 def _ranks_sharing(folder: Path, group: dist.ProcessGroup) -> list[int]:
-    """The ranks that see the same folder: each writes a file and looks for those of the others."""
+    """Return the ranks that see the same folder: each writes a file and looks for the others'."""
     rank = dist.get_rank()
     token = [f".here-{uuid.uuid4().hex}" if rank == 0 else None]
     dist.broadcast_object_list(token, group=group)
     folder.mkdir(parents=True, exist_ok=True)
-    files = [folder / f"{token[0]}-{other}" for other in range(dist.get_world_size())]
-    files[rank].touch()
+    probes = [folder / f"{token[0]}-{other}" for other in range(dist.get_world_size())]
+    probes[rank].touch()
     dist.barrier(group=group)
-    ranks = [other for other, file in enumerate(files) if file.exists()]
+    ranks = [other for other, probe in enumerate(probes) if probe.exists()]
     dist.barrier(group=group)
-    files[rank].unlink()
+    probes[rank].unlink()
     return ranks
 
 
-def begin_folder(path: Path, files: dict[str, Entry]) -> None:
-    """Make room for a checkpoint; what is there of it stays, of another it goes."""
+def _prepare_folder(path: Path, entries: dict[str, Entry]) -> None:
+    """Make the folder of a checkpoint; files of another checkpoint are removed, its own stay."""
     if path.is_dir():
         try:
-            text = (path / manifest.MANIFEST).read_text(encoding="utf-8")
-            same = manifest.files_of(text) == files
+            text = (path / MANIFEST).read_text(encoding="utf-8")
+            same = files.files_of(text) == entries
         except (FileNotFoundError, ValueError):
             same = False
         if same:
             return
         shutil.rmtree(path)
     path.mkdir()
-
-
-def last_state(run_dir: Path, mirror: Mirror | None) -> tuple[str, TrainState] | None:
-    """(where, state) of the newest checkpoint that seems whole, of the folder or of the mirror, as
-    the driver sees them; None where there is none.
-
-    Raises ValueError where there are some and none is whole, and for a mirror that fails.
-    """
-    if mirror is None:
-        path = find_checkpoint(run_dir)
-        return None if path is None else (str(path), read_state(path))
-    with user_mistakes(mirror.uri):
-        whole = (p for p in newest_first(run_dir) if manifest.fault(p, hashes=False) is None)
-        local, copied = next(whole, None), next(iter(mirror.checkpoints()), None)
-        if local is not None and (copied is None or local.name >= copied):
-            return str(local), read_state(local)
-        if copied is None:
-            return None
-        where = f"{mirror}/{copied}"
-        return where, parse_state(mirror.read(f"{copied}/{STATE_FILE}"), where)
-
-
-def put_files(mirror: Mirror | None, *names: str) -> None:
-    """Copy files of the run, if it has a mirror. Raises ValueError when that cannot be written."""
-    if mirror is not None:
-        with user_mistakes(mirror.uri):
-            mirror.put(names)
-
-
-def put_folder(mirror: Mirror, folder: Path) -> None:
-    """Copy a folder that one rank has written."""
-    files = manifest.describe_files(folder, [p for p in folder.rglob("*") if p.is_file()])
-    mirror.remove(folder.name)
-    mirror.put(f"{folder.name}/{name}" for name in files)
-    mirror.seal(folder.name, files)
-
-
-def get_folder(mirror: Mirror | None, folder: Path) -> None:
-    """Fetch what `put_folder` has copied, unless it is there. OSError when it is not whole."""
-    if mirror is None or folder.is_dir():
-        return
-    partial = folder.with_name(f".{folder.name}.partial")
-    for name, entry in mirror.manifest(folder.name).items():
-        wrong = mirror.get(f"{folder.name}/{name}", entry, into=partial)
-        if wrong is not None:
-            raise OSError(wrong)
-    os.replace(partial / folder.name, folder)
-    partial.rmdir()
-
-
-def find_model(cluster: ClusterConfig, run_dir: Path, script: str) -> Path:
-    """The model that `script` has made in `run_dir`, fetched from the mirror where it is not there.
-
-    Raises ValueError when the run has none yet.
-    """
-    model = run_dir / "model"
-    if not model.is_dir():
-        with suppress(FileNotFoundError):  # not in the mirror either
-            get_folder(open_mirror(cluster, run_dir), model)
-    if not model.is_dir():
-        also = f" or cluster.mirror {cluster.mirror}" if cluster.mirror else ""
-        raise ValueError(
-            f"{run_dir}: no model/ to evaluate; --run-id must name a finished run of {script} in"
-            f" cluster.storage {cluster.storage}{also}"
-        )
-    return model

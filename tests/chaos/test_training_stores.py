@@ -102,4 +102,4 @@ def test_the_mlflow_server_goes_and_comes_back(
         kill()
     training.leaves_nothing()
     assert training.watch.repeated == []
-    assert "tracking of run tracked fails, training goes on" in training.job.text()
+    assert "tracking of run tracked fails, training continues" in training.job.text()

@@ -1,5 +1,4 @@
-"""Two ranks and an S3 store: a rank that is killed while it copies, and nodes without a folder in
-common."""
+"""Two ranks and an S3 store: a rank killed while it copies, and nodes without a shared folder."""
 
 from __future__ import annotations
 
@@ -36,7 +35,7 @@ def losses(run_dir: Path) -> list[float]:
 
 @pytest.fixture(scope="module")
 def wanted(store: Path, tmp_path_factory: pytest.TempPathFactory) -> list[float]:
-    """Of the run without a mirror."""
+    """The losses of the run without a mirror."""
     storage = tmp_path_factory.mktemp("alone")
     train_on(2, recipe(store, storage, None, 3), "run")
     return losses(storage / "run")
@@ -53,20 +52,20 @@ def test_a_rank_killed_while_it_copies_costs_one_checkpoint(
     assert any("zero_pp_rank_1_" in name for name in names if name.startswith(NAMES[1]))
     shutil.rmtree(tmp_path / "first")
 
-    # another machine, and one rank less: from step 3, and what was left of step 6 goes
+    # another machine with one rank resumes from step 3; the partial copy of step 6 is removed
     train_on(1, recipe(store, tmp_path / "second", s3.uri("killed"), 3), "run")
     assert losses(tmp_path / "second" / "run") == pytest.approx(wanted, rel=1e-4)
     status = read_status(tmp_path / "second" / "run")
     assert (status.start, status.total, len(status.workers)) == (3, 8, 1)
 
 
-@pytest.mark.skipif(os.geteuid() != 0, reason="folders of one's own are mounts, which need root")
+@pytest.mark.skipif(os.geteuid() != 0, reason="private mounts need root")
 @pytest.mark.parametrize("stage", [2, 3])
-def test_nodes_without_a_folder_in_common(
+def test_nodes_without_a_shared_folder(
     s3: S3, store: Path, tmp_path: Path, wanted: list[float], stage: int
 ) -> None:
-    """Each rank has a folder of its own at the same path; what is lost of one comes from the
-    mirror, and no more than its rank reads."""
+    """Each rank has its own folder at the same path; it fetches lost files from the mirror, and
+    only those that its rank reads."""
     storage, prefix = tmp_path / "runs", f"apart-{stage}"
     loaded = recipe(store, storage, s3.uri(prefix), stage)
     before = partial(own_folder, storage)
@@ -76,7 +75,7 @@ def test_nodes_without_a_folder_in_common(
     files = [path.relative_to(tmp_path) for path in tmp_path.glob(f"runs-1/run/{NAMES[2]}/**/*")]
     assert files and not [path for path in files if shard in path.name]
 
-    # the last checkpoint never was; rank 1's machine is a new one
+    # as if the last checkpoint was never made, and rank 1 runs on a new machine
     for name in s3.names(f"{prefix}/run"):
         if name.startswith((NAMES[2], "model")):
             s3.store.delete_file(f"checkpoints/{prefix}/run/{name}")

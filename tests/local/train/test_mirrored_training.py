@@ -1,4 +1,4 @@
-"""Runs that go on from a copy in an S3 store: the losses, what is passed over, what fails."""
+"""Runs that resume from a mirror in an S3 store: losses, skipped checkpoints, failed copies."""
 
 from __future__ import annotations
 
@@ -41,12 +41,12 @@ def complete(s3: S3, prefix: str) -> list[str]:
 
 @pytest.fixture(scope="module")
 def wanted(store: Path, tmp_path_factory: pytest.TempPathFactory) -> Result:
-    """The run without a mirror."""
+    """The result of the run without a mirror."""
     return run(store, tmp_path_factory.mktemp("alone"), None)
 
 
 def stop_after(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
-    """End the process, so to speak, once the checkpoint of `step` is copied."""
+    """Interrupt the training once the checkpoint of `step` is mirrored."""
     save = CheckpointManager.save
 
     def save_and_stop(
@@ -60,16 +60,16 @@ def stop_after(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
     monkeypatch.setattr(CheckpointManager, "save", save_and_stop)
 
 
-def test_a_run_goes_on_elsewhere_as_it_would_here(
+def test_a_run_resumes_from_the_mirror_on_another_machine(
     s3: S3, store: Path, tmp_path: Path, wanted: Result, monkeypatch: pytest.MonkeyPatch, capsys
 ) -> None:
-    """The machine is lost after step 6, with all it had."""
+    """The machine is lost after step 6, with its disk."""
     with monkeypatch.context() as patch:
         stop_after(patch, 6)
         with pytest.raises(KeyboardInterrupt):
             run(store, tmp_path / "first", s3.uri("lost"))
-    found = {name.partition("/")[0] for name in s3.names("lost/run")}
-    assert found == {*NAMES[:2], "log.jsonl", "recipe.yaml", ".owner"}
+    folders = {name.partition("/")[0] for name in s3.names("lost/run")}
+    assert folders == {*NAMES[:2], "log.jsonl", "recipe.yaml", ".owner"}
     view = RunReader(tmp_path / "first" / "run").read()
     assert (view.state, view.step, view.total, view.checkpoint[0]) == ("failed", 6, 8, 6)
     shutil.rmtree(tmp_path / "first")
@@ -77,7 +77,7 @@ def test_a_run_goes_on_elsewhere_as_it_would_here(
     result = run(store, tmp_path / "second", s3.uri("lost"))
     assert losses_of(result.run_dir) == losses_of(wanted.run_dir)
     assert result.metrics["loss/0.5"] == wanted.metrics["loss/0.5"]
-    assert complete(s3, "lost") == [*NAMES[1:], "model"]  # as many as stay here
+    assert complete(s3, "lost") == [*NAMES[1:], "model"]  # as many as in the run's folder
     for name in ("model/config.json", "recipe.yaml", "log.jsonl"):
         assert s3.read(f"lost/run/{name}") == (result.run_dir / name).read_bytes()
     view = RunReader(result.run_dir).read()
@@ -87,9 +87,9 @@ def test_a_run_goes_on_elsewhere_as_it_would_here(
         8,
         True,
     )
-    assert "checkpoint-00000008 is in s3://" in view.event[1]
+    assert "checkpoint-00000008 copied to s3://" in view.event[1]
 
-    # the model alone, on a machine that has nothing of the run; a fetch that was cut off before
+    # the model alone, on a machine without the run's folder; an interrupted fetch is completed
     cluster = ClusterConfig(storage=tmp_path / "other", mirror=s3.uri("lost"))
     half = tmp_path / "other" / "run" / ".model.partial" / "model" / "config.json"
     half.parent.mkdir(parents=True)
@@ -103,20 +103,20 @@ def test_a_run_goes_on_elsewhere_as_it_would_here(
     ):
         find_model(cluster, cluster.storage / "none", "train_adallava.py")
 
-    # a file of the newest one is cut off: it is named, and the one before is used
+    # a truncated file of the newest checkpoint is named, and the previous checkpoint is used
     name = next(n for n in s3.names("lost/run") if n.startswith(NAMES[2]) and "optim" in n)
     s3.write(f"lost/run/{name}", s3.read(f"lost/run/{name}")[:-100])
     capsys.readouterr()
     again = run(store, tmp_path / "third", s3.uri("lost"))
-    said = capsys.readouterr().out
-    assert f"{name} has" in said and "passed over for the one before" in said
+    out = capsys.readouterr().out
+    assert f"{name} has" in out and "skipped, trying the previous checkpoint" in out
     assert losses_of(again.run_dir) == losses_of(wanted.run_dir)
-    # the altered copy was made again
+    # the altered copy is replaced
     size = json.loads(s3.read(f"lost/run/{NAMES[2]}/manifest.json"))["files"][name[20:]]["bytes"]
     assert len(s3.read(f"lost/run/{name}")) == size
 
 
-def test_a_copy_that_fails_is_said_and_the_last_one_must_not(
+def test_a_failed_copy_is_logged_and_the_last_one_must_succeed(
     s3: S3, store: Path, tmp_path: Path, wanted: Result, monkeypatch: pytest.MonkeyPatch, capsys
 ) -> None:
     put = Mirror.put
@@ -132,12 +132,12 @@ def test_a_copy_that_fails_is_said_and_the_last_one_must_not(
     monkeypatch.setattr(Mirror, "put", fail)
     with pytest.raises(OSError, match=r"checkpoint-00000008 could not be copied to s3://"):
         run(store, tmp_path / "first", s3.uri("cable"))
-    said = capsys.readouterr().out
+    out = capsys.readouterr().out
     line = "checkpoint-00000006 was not copied to s3://"
-    assert line in said and "rank 0: the cable was cut" in said
+    assert line in out and "rank 0: the cable was cut" in out
     assert complete(s3, "cable") == NAMES[:1]
     assert {name.partition("/")[0] for name in s3.names("cable/run")} >= set(NAMES)
-    # elsewhere the one before is used
+    # another machine resumes from the previous checkpoint
     failing.clear()
     shutil.rmtree(tmp_path / "first")
     first = run(store, tmp_path / "second", s3.uri("cable"))

@@ -198,11 +198,11 @@ def flip(path: Path) -> None:
     [
         (cut, "deepspeed/mp_rank_00_model_states.pt", r"has \d+ bytes instead of \d+"),
         (flip, "deepspeed/zero_pp_rank_0_mp_rank_00_optim_states.pt", "was altered"),
-        (Path.unlink, "manifest.json", "never complete"),
+        (Path.unlink, "manifest.json", "so the folder is incomplete"),
         (flip, "state.json", "was altered"),
     ],
 )
-def test_a_broken_checkpoint_is_passed_over(
+def test_a_damaged_checkpoint_is_skipped(
     run: Callable[..., Result],
     capsys: pytest.CaptureFixture[str],
     change: Callable[[Path], None],
@@ -217,17 +217,19 @@ def test_a_broken_checkpoint_is_passed_over(
     capsys.readouterr()
     again = run("run", **sections)
     out = capsys.readouterr().out
-    assert re.search(rf"run: checkpoint-00000004: .*{reason}.*; passed over", out)
+    assert re.search(rf"run: checkpoint-00000004: .*{reason}.*; skipped", out)
     assert "run: step 2 of 4" in out
     assert losses(again) == wanted
     for key, tensor in weights(again).items():
         torch.testing.assert_close(tensor, weights_wanted[key], rtol=0, atol=0)
 
 
-def test_without_a_whole_checkpoint_nothing_begins_again(run: Callable[..., Result]) -> None:
+def test_a_run_with_damaged_checkpoints_only_is_an_error(
+    run: Callable[..., Result],
+) -> None:
     result = run("run", train=TRAIN | {"steps": 1})
     cut(result.run_dir / "checkpoint-00000001" / "state.json")
-    with pytest.raises(ValueError, match=r"no checkpoint is whole \(checkpoint-00000001: state"):
+    with pytest.raises(ValueError, match=r"checkpoints are damaged \(checkpoint-00000001: state"):
         run("run", train=TRAIN | {"steps": 1})
 
 

@@ -1,4 +1,4 @@
-"""A folder that is not as it was written is told from one that is, and which file it is."""
+"""Manifests name the file that is missing, truncated or altered; such checkpoints are skipped."""
 
 from __future__ import annotations
 
@@ -22,20 +22,20 @@ def make(folder: Path) -> Path:
     return folder
 
 
-def test_the_manifest_is_what_sha256sum_says(tmp_path: Path) -> None:
-    found = json.loads((make(tmp_path) / MANIFEST).read_text())["files"]
-    assert {name: entry["bytes"] for name, entry in found.items()} == {
+def test_the_manifest_lists_sizes_and_digests(tmp_path: Path) -> None:
+    entries = json.loads((make(tmp_path) / MANIFEST).read_text())["files"]
+    assert {name: entry["bytes"] for name, entry in entries.items()} == {
         name: len(data) for name, data in FILES.items()
     }
     for name, data in FILES.items():
-        assert found[name]["sha256"] == hashlib.sha256(data).hexdigest()
+        assert entries[name]["sha256"] == hashlib.sha256(data).hexdigest()
     assert fault(tmp_path, hashes=True) is None
-    (tmp_path / "universal").mkdir()  # what is made of it later does not matter
+    (tmp_path / "universal").mkdir()  # the conversion is not part of the manifest
     assert fault(tmp_path, hashes=True) is None
 
 
 @pytest.mark.parametrize("name", FILES)
-def test_a_missing_or_cut_off_file_is_named(tmp_path: Path, name: str) -> None:
+def test_a_missing_or_truncated_file_is_named(tmp_path: Path, name: str) -> None:
     make(tmp_path)
     (tmp_path / name).write_bytes(FILES[name] + b"x")
     size = len(FILES[name])
@@ -44,11 +44,11 @@ def test_a_missing_or_cut_off_file_is_named(tmp_path: Path, name: str) -> None:
     assert fault(tmp_path, hashes=False) == f"{name} is missing"
 
 
-def test_one_flipped_bit_is_found_by_the_rank_that_reads_the_file(tmp_path: Path) -> None:
+def test_a_flipped_bit_is_found_by_exactly_one_rank(tmp_path: Path) -> None:
     make(tmp_path)
     (tmp_path / "deepspeed/rank_0.pt").write_bytes(b"\0" * 4095 + b"\1")
     assert fault(tmp_path, hashes=False) is None
-    wanted = "deepspeed/rank_0.pt was altered: its SHA-256 is not the manifest's"
+    wanted = "deepspeed/rank_0.pt was altered: its SHA-256 differs from the manifest"
     assert fault(tmp_path, hashes=True) == wanted
     assert [fault(tmp_path, True, share, 3) for share in range(3)].count(wanted) == 1
 
@@ -59,12 +59,12 @@ def test_one_flipped_bit_is_found_by_the_rank_that_reads_the_file(tmp_path: Path
 def test_a_broken_manifest_is_a_fault(tmp_path: Path, text: str) -> None:
     make(tmp_path)
     (tmp_path / MANIFEST).write_text(text)
-    assert fault(tmp_path, hashes=False).startswith(f"{MANIFEST} is not what was written")
+    assert fault(tmp_path, hashes=False).startswith(f"{MANIFEST} is damaged")
     (tmp_path / MANIFEST).unlink()
-    assert "never complete" in fault(tmp_path, hashes=False)
+    assert "is missing, so the folder is incomplete" in fault(tmp_path, hashes=False)
 
 
-def test_the_newest_whole_checkpoint_is_found(tmp_path: Path) -> None:
+def test_the_newest_intact_checkpoint_is_found(tmp_path: Path) -> None:
     assert find_checkpoint(tmp_path) is None
     first, second, third = (make(tmp_path / f"checkpoint-0000000{n}") for n in (3, 6, 9))
     assert find_checkpoint(tmp_path) == third
@@ -77,7 +77,7 @@ def test_the_newest_whole_checkpoint_is_found(tmp_path: Path) -> None:
         find_checkpoint(tmp_path)
     text = str(error.value)
     assert "checkpoint-00000009: a.pt has 0 bytes instead of 7000; checkpoint-00000006" in text
-    assert text.endswith("restore one, or remove them to begin from step 0")
+    assert text.endswith("restore one, or remove them to start from step 0")
 
 
 @pytest.mark.parametrize(
@@ -87,11 +87,11 @@ def test_the_newest_whole_checkpoint_is_found(tmp_path: Path) -> None:
         (9, 2, 3, [3, 9]),
         (9, 1, 3, [9]),
         (9, 3, 9, [3, 6, 9]),
-        (6, 2, None, [3, 6]),  # 9 is of a future that was lost
+        (6, 2, None, [3, 6]),  # 9 is rolled back
         (6, 1, 9, [6]),
     ],
 )
-def test_pruning_keeps_the_one_just_made(
+def test_pruning_keeps_the_checkpoint_just_made(
     tmp_path: Path, step: int, keep: int, best: int | None, kept: list[int]
 ) -> None:
     for n in (3, 6, 9):

@@ -1,4 +1,4 @@
-"""A folder in a store is there whole or not at all; what is wrong with a file is said by name."""
+"""The mirror of a run: complete folders only, damaged files named, unusable stores explained."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ NAME = "checkpoint-00000003"
 
 @pytest.fixture(params=["s3", "folder"])
 def mirror(request: pytest.FixtureRequest, tmp_path: Path) -> Mirror:
-    """Of `<tmp_path>/run`, in an S3 store or a folder."""
+    """The mirror of `<tmp_path>/run`, in an S3 store or a folder."""
     if request.param == "folder":
         return Mirror(str(tmp_path / "elsewhere"), tmp_path / "run")
     server: S3 = request.getfixturevalue("s3")
@@ -44,8 +44,8 @@ def copy(mirror: Mirror, folder: Path) -> dict[str, Entry]:
     return files
 
 
-def test_what_comes_back_is_what_was_put(mirror: Mirror, tmp_path: Path) -> None:
-    """Twelve MiB are several parts of an upload."""
+def test_fetched_files_equal_the_uploaded_ones(mirror: Mirror, tmp_path: Path) -> None:
+    """The upload of a file of twelve MiB has several parts."""
     assert mirror.checkpoints() == []
     files = copy(mirror, tmp_path / "run" / NAME)
     assert mirror.checkpoints() == [NAME]
@@ -55,23 +55,23 @@ def test_what_comes_back_is_what_was_put(mirror: Mirror, tmp_path: Path) -> None
     for name, entry in files.items():
         assert there.get(f"{NAME}/{name}", entry) is None
         assert (elsewhere / NAME / name).read_bytes() == FILES[name]
-    # what is there is not fetched again
+    # a file that matches is not fetched again
     (there_file := elsewhere / NAME / "a.pt").touch()
     before = there_file.stat().st_ino
     assert there.get(f"{NAME}/a.pt", files["a.pt"]) is None
     assert there_file.stat().st_ino == before
 
 
-def test_a_checkpoint_without_a_manifest_is_not_there(mirror: Mirror, tmp_path: Path) -> None:
+def test_a_checkpoint_without_a_manifest_is_not_listed(mirror: Mirror, tmp_path: Path) -> None:
     for step in (3, 6, 9):
         copy(mirror, tmp_path / "run" / f"checkpoint-0000000{step}")
     mirror.put(["checkpoint-00000009/a.pt"])
     partly = tmp_path / "run" / "checkpoint-00000012"
     make(partly)
-    mirror.put(["checkpoint-00000012/a.pt"])  # and the process was killed
+    mirror.put(["checkpoint-00000012/a.pt"])  # then the process was killed
     assert [name[-1] for name in mirror.checkpoints()] == ["9", "6", "3"]
     mirror.remove("checkpoint-00000006")
-    mirror.remove("checkpoint-00000006")  # twice is no mistake
+    mirror.remove("checkpoint-00000006")  # a second time does nothing
     assert [name[-1] for name in mirror.checkpoints()] == ["9", "3"]
     mirror.prune({"checkpoint-00000003"})
     assert mirror.checkpoints() == [NAME]
@@ -79,9 +79,7 @@ def test_a_checkpoint_without_a_manifest_is_not_there(mirror: Mirror, tmp_path: 
         mirror.read("checkpoint-00000012/a.pt")
 
 
-def test_after_another_group_has_begun_nothing_is_sealed_or_removed(
-    mirror: Mirror, tmp_path: Path
-) -> None:
+def test_an_earlier_worker_group_seals_and_removes_nothing(mirror: Mirror, tmp_path: Path) -> None:
     mirror.claim()
     files = copy(mirror, tmp_path / "run" / NAME)
     other = Mirror(mirror.uri, tmp_path / "other" / "run")
@@ -91,7 +89,7 @@ def test_after_another_group_has_begun_nothing_is_sealed_or_removed(
         lambda: mirror.remove(NAME),
         lambda: mirror.prune(()),
     ):
-        with pytest.raises(OSError, match="another worker group of run run has begun"):
+        with pytest.raises(OSError, match="another worker group of run run has started"):
             change()
     assert other.checkpoints() == [NAME]
     other.remove(NAME)
@@ -105,7 +103,7 @@ def test_after_another_group_has_begun_nothing_is_sealed_or_removed(
         (b"\0" + FILES["a.pt"][1:], "was altered"),
     ],
 )
-def test_a_cut_off_object_is_refused_with_its_name(
+def test_a_truncated_or_altered_object_is_named(
     s3: S3, tmp_path: Path, data: bytes, words: str
 ) -> None:
     mirror = Mirror(s3.uri(tmp_path.name), tmp_path / "run")
@@ -117,12 +115,12 @@ def test_a_cut_off_object_is_refused_with_its_name(
     assert list((tmp_path / "other" / "run" / NAME).iterdir()) == []
     assert there.get(f"{NAME}/c.pt", files["a.pt"]).startswith(f"{NAME}/c.pt is missing in s3://")
     s3.write(f"{tmp_path.name}/run/{NAME}/{MANIFEST}", json.dumps({"files": 3}).encode())
-    with pytest.raises(ValueError, match=r"manifest\.json is not what was written"):
+    with pytest.raises(ValueError, match=r"manifest\.json is damaged"):
         there.manifest(NAME)
 
 
-def opened(uri: str, tmp_path: Path) -> str:
-    """What is said of a store that cannot be used, within seconds."""
+def error_of(uri: str, tmp_path: Path) -> str:
+    """Return the error of a store that cannot be used; it comes within seconds."""
     cluster = ClusterConfig(storage=tmp_path, mirror=uri)
     began = time.monotonic()
     with pytest.raises(ValueError) as error:
@@ -132,15 +130,15 @@ def opened(uri: str, tmp_path: Path) -> str:
     return str(error.value)
 
 
-def test_a_store_that_cannot_be_used_is_one_line(s3: S3, tmp_path: Path) -> None:
+def test_an_unusable_store_is_one_line(s3: S3, tmp_path: Path) -> None:
     with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))  # and does not listen
+        free.bind(("127.0.0.1", 0))  # without listening
         port = free.getsockname()[1]
-        text = opened(f"s3://b/p?scheme=http&endpoint_override=127.0.0.1:{port}", tmp_path)
+        text = error_of(f"s3://b/p?scheme=http&endpoint_override=127.0.0.1:{port}", tmp_path)
     assert text.startswith("cluster.mirror: s3://b/p") and "cannot be used: " in text
-    text = opened(s3.uri("prefix", bucket="no-such-bucket"), tmp_path)
-    assert "no-such-bucket" in text and "that the bucket is there" in text
-    text = opened("none://there", tmp_path)
+    text = error_of(s3.uri("prefix", bucket="no-such-bucket"), tmp_path)
+    assert "no-such-bucket" in text and "that the bucket exists" in text
+    text = error_of("none://there", tmp_path)
     assert "cluster.mirror: none://there cannot be used" in text
-    assert "is cluster.storage itself" in opened(str(tmp_path), tmp_path)
+    assert "is cluster.storage itself" in error_of(str(tmp_path), tmp_path)
     assert open_mirror(ClusterConfig(storage=tmp_path), tmp_path / "run") is None
