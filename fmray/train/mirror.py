@@ -371,7 +371,8 @@ class CheckpointManager:
         """
         self._run_dir, self._mirror = run_dir, mirror
         self._rank, self._world_size = dist.get_rank(), dist.get_world_size()
-        self._group, self._copy_group = groups
+        #: Process group of all ranks with the long storage timeout.
+        self.group, self._copy_group = groups
         self._timeout = timedelta(seconds=timeout_s)
         self._thread: Thread | None = None
         self._newest: Path | None = None
@@ -416,13 +417,13 @@ class CheckpointManager:
                 listing[1] = set(self._mirror.checkpoints())
                 if not (self._run_dir / LOG).exists():
                     self._mirror.get(LOG)
-        dist.broadcast_object_list(listing, group=self._group)
+        dist.broadcast_object_list(listing, group=self.group)
         local, self._mirrored = listing
 
         faults: list[str] = []
         for name in sorted(local | self._mirrored, reverse=True):
             path = self._run_dir / name
-            fault = self._first_fault(self._fault(path), self._group)
+            fault = self._first_fault(self._fault(path), self.group)
             if fault is not None and name in self._mirrored:
                 self._log(f"{name}: {fault}; fetching it from {self._mirror}")
                 fault = self._fetch(path)
@@ -438,13 +439,13 @@ class CheckpointManager:
 
     def make_universal(self, checkpoint: Path, stage: int) -> None:
         """Convert a checkpoint so that any number of workers can load it."""
-        make_universal(checkpoint, stage, self._folder_ranks, self._group)
+        make_universal(checkpoint, stage, self._folder_ranks, self.group)
 
     def load(self, engine: Any, checkpoint: Path, universal: bool) -> None:
         """Load weights, optimizer and learning-rate schedule, on all ranks."""
         with self._storage_timeout():
             load_checkpoint(engine, checkpoint, universal)
-            dist.barrier(group=self._group)
+            dist.barrier(group=self.group)
 
     def save(self, engine: Any, state: TrainState, recipe_text: str, keep: int) -> None:
         """Write a checkpoint, start to mirror it, and remove all but `keep` older ones.
@@ -453,7 +454,7 @@ class CheckpointManager:
         """
         with self._storage_timeout():
             checkpoint = save_checkpoint(
-                engine, self._run_dir, state, recipe_text, self._folder_ranks, self._group
+                engine, self._run_dir, state, recipe_text, self._folder_ranks, self.group
             )
         self.wait()
         if self._leads_folder:
@@ -566,23 +567,23 @@ class CheckpointManager:
                 manifest = [self._mirror.manifest(path.name)]
             except ValueError as error:
                 manifest = [str(error)]
-        dist.broadcast_object_list(manifest, group=self._group)
+        dist.broadcast_object_list(manifest, group=self.group)
         [entries] = manifest
         if isinstance(entries, str):
             return entries
         if self._leads_folder:
             _prepare_folder(path, entries)
-        dist.barrier(group=self._group)
+        dist.barrier(group=self.group)
 
         # the ranks of a folder share its files
         share = self._folder_ranks.index(self._rank)
         fault = None
         for name, entry in list(self._needed(entries).items())[share :: len(self._folder_ranks)]:
             fault = fault or self._mirror.get(f"{path.name}/{name}", entry)
-        fault = self._first_fault(fault, self._group)
+        fault = self._first_fault(fault, self.group)
         if fault is None and self._leads_folder:
             files.write_manifest(path, entries)
-        dist.barrier(group=self._group)
+        dist.barrier(group=self.group)
         return fault
 
     def _log(self, text: str) -> None:
