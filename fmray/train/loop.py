@@ -36,20 +36,15 @@ from fmray.train.supervise import PreemptionNotice
 
 
 def train_worker(config: dict[str, Any]) -> dict[str, Any]:
-    """Train, evaluate, checkpoint and export; runs on every worker.
+    """Train, evaluate, checkpoint and export; runs on every worker, with `{"job": TrainJob}`.
 
     Resumes from the run's newest complete checkpoint, whatever the number of ranks that made it.
     When the worker is told to stop (`PreemptionNotice`), it saves a checkpoint and returns early.
 
-    Args:
-        config: {"job": TrainJob}.
+    Returns `metrics` (of the last step and the last evaluation), `evaluation` and `best_step`, or
+    `preempted`, the reason of the early end.
 
-    Returns:
-        `metrics` (of the last step and the last evaluation), `evaluation`, `best_step`; or
-        `preempted`, the reason of the early end.
-
-    Raises:
-        ValueError: recipe, data, model or checkpoint do not fit together.
+    Raises ValueError when recipe, data, model or checkpoint do not fit together.
     """
     job: TrainJob = config["job"]
     recipe, train = job.recipe, job.recipe.train
@@ -83,10 +78,8 @@ def train_worker(config: dict[str, Any]) -> dict[str, Any]:
             run.log(step, **{f"train/{key}": value for key, value in metrics.items()})
             progress.update(step, metrics)
             last, stop = step == total, worker.stop_reason
-            evaluate_now = (
-                method.evaluates and stop is None and (last or _due(step, train.eval_every))
-            )
-            save_now = stop is not None or last or _due(step, train.checkpoint_every)
+            evaluate_now = method.evaluates and (last or _due(step, train.eval_every)) and not stop
+            save_now = stop or last or _due(step, train.checkpoint_every)
 
             # once in a while: evaluate
             if evaluate_now:
@@ -94,8 +87,7 @@ def train_worker(config: dict[str, Any]) -> dict[str, Any]:
                 scores = evaluation.metrics()
                 log.write(step, scores)
                 run.log(step, **{f"eval/{key}": value for key, value in scores.items()})
-                text = ", ".join(f"{key} {value:.4f}" for key, value in scores.items())
-                progress.say(f"step {step}: {text}")
+                progress.say(f"step {step}: {evaluation}")
 
             # once in a while, and before an early end: save
             if save_now:
@@ -105,7 +97,7 @@ def train_worker(config: dict[str, Any]) -> dict[str, Any]:
                 status.check()
                 state = _state(job, method, worker, step, best, best_step)
                 manager.save(engine, state, job.recipe_text, train.keep_checkpoints)
-            if stop is not None:
+            if stop:
                 manager.wait()
                 return {"preempted": f"{stop}: checkpoint at step {step}"}
 

@@ -91,6 +91,9 @@ class Evaluation:
         """Mean accuracy over the operating points: decides which checkpoint is the best."""
         return sum(score.accuracy for score in self.scores) / len(self.scores)
 
+    def __str__(self) -> str:
+        return ", ".join(f"{name} {value:.4f}" for name, value in self.metrics().items())
+
     def metrics(self) -> dict[str, float]:
         """`accuracy/NAME` and `loss/NAME`, as logged."""
         values = {f"accuracy/{score.name}": score.accuracy for score in self.scores}

@@ -28,8 +28,9 @@ sys.exit(int(sys.argv[1]))
 
 
 @pytest.fixture(scope="module")
-def session() -> Iterator[Session]:
-    with start_or_join(ClusterConfig(address="local")) as session:
+def session(ray_cluster: str) -> Iterator[Session]:
+    with start_or_join(ClusterConfig()) as session:
+        assert session.address == ray_cluster
         yield session
 
 

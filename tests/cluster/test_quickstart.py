@@ -32,7 +32,7 @@ def fmray(*words: str, folder: Path) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.fixture(scope="module")
-def quickstart(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+def quickstart(no_ray_cluster: None, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     """The folder of a fast quickstart, and what it printed."""
     folder = tmp_path_factory.mktemp("quickstart")
     done = fmray("quickstart", "--fast", "--folder", "quick", folder=folder)

@@ -2,26 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import ray
 from support.images import class_folders, image_recipe, prepare_here, tfrecords
 
 from fmray.data import image_ingest
 from fmray.data.image_ingest import prepare_images
 from fmray.data.image_store import ImageStore
 
-
-@pytest.fixture(scope="module", autouse=True)
-def ray_session() -> Iterator[None]:
-    """A local Ray with two CPUs, whatever else runs on this machine."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.delenv("RAY_ADDRESS", raising=False)
-        ray.init(address="local", num_cpus=2, include_dashboard=False)
-        yield
-        ray.shutdown()
+pytestmark = pytest.mark.usefixtures("ray_cluster")
 
 
 def test_workers_make_the_same_store_as_one_process(

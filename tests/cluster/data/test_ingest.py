@@ -9,7 +9,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -27,15 +26,7 @@ from fmray.data.ray_tasks import run_tasks
 from fmray.data.records import chat_messages, find_bad_rows, read_records
 from fmray.errors import raised_by_fmray
 
-
-@pytest.fixture(scope="module", autouse=True)
-def ray_session() -> Iterator[None]:
-    """A local Ray with two CPUs, whatever else runs on this machine."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.delenv("RAY_ADDRESS", raising=False)
-        ray.init(address="local", num_cpus=2, include_dashboard=False)
-        yield
-        ray.shutdown()
+pytestmark = pytest.mark.usefixtures("ray_cluster")
 
 
 def recipe(store: Path, **data: Any) -> AdaLlavaRecipe:

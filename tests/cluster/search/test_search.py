@@ -8,7 +8,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,6 @@ import yaml
 from ray.util.placement_group import placement_group_table
 from ray.util.state import list_actors
 from support.fewshot import ENCODER, EPISODES, start_encoder
-from support.ray_session import ray_session
 from support.selection import color_store
 from support.training import ADAPTIVE, load_recipe, make_store
 
@@ -33,10 +31,8 @@ PATIENCE = 300  # seconds, on a busy machine
 
 
 @pytest.fixture(scope="module", autouse=True)
-def address() -> Iterator[str]:
-    """A cluster with a dashboard, as `start_or_join` starts one."""
-    with ray_session(dashboard=True) as found:
-        yield found
+def address(ray_cluster: str) -> str:
+    return ray_cluster
 
 
 @pytest.fixture(scope="module")

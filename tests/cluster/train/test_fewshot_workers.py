@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 
 import mlflow
@@ -11,21 +10,15 @@ import numpy as np
 import pytest
 import torch
 from support.fewshot import TRAIN, fewshot_recipe, forget_after, losses, start_encoder, weights
-from support.ray_session import ray_session
 from support.selection import color_store
 
 from fmray.data.image_store import ImageStore
 from fmray.train.fewshot.compare import compare
 from fmray.train.launch import train
 
+pytestmark = pytest.mark.usefixtures("ray_cluster")
 TWO = {"workers": 2, "cpus_per_worker": 0.5, "data_cpus": 0.5}
 ROOT = Path(__file__).parents[3]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def session() -> Iterator[None]:
-    with ray_session():
-        yield
 
 
 @pytest.fixture(scope="module")

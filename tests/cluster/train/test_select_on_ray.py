@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Iterator
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
-import ray
 from mlflow import MlflowClient
 from support.selection import color_encoder, color_recipe, color_store
 
@@ -20,22 +16,12 @@ from fmray.train.fewshot import select as selection
 from fmray.train.fewshot.encoder import open_pool
 from fmray.train.fewshot.select import choose, measure, select_run
 
+pytestmark = pytest.mark.usefixtures("ray_cluster")
+
 
 @pytest.fixture(scope="module")
 def store(tmp_path_factory: pytest.TempPathFactory) -> ImageStore:
     return color_store(tmp_path_factory.mktemp("colors"))
-
-
-@pytest.fixture(scope="module", autouse=True)
-def cluster() -> Iterator[None]:
-    """Two CPUs; workers find the encoder of `support`."""
-    paths = [str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")]
-    with pytest.MonkeyPatch.context() as patch:
-        patch.delenv("RAY_ADDRESS", raising=False)
-        patch.setenv("PYTHONPATH", os.pathsep.join(filter(None, paths)))
-        ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False)
-        yield
-        ray.shutdown()
 
 
 def test_actors_measure_what_one_process_does(store, capsys):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,7 +12,6 @@ import pytest
 import ray
 from ray.train import PreemptionInfo
 from ray.train.v2._internal.execution.callback import WorkerGroupCallback
-from support.ray_session import ray_session
 from support.training import ADAPTIVE, load_recipe, make_store
 
 from fmray.errors import GaveUp
@@ -22,16 +20,9 @@ from fmray.runtime.run_log import read_log
 from fmray.train import supervise
 from fmray.train.launch import train
 
+pytestmark = pytest.mark.usefixtures("ray_cluster")
 TESTS = Path(__file__).parents[2]
 TRAIN = {"lr": 2e-3, "steps": 12, "global_batch": 16, "micro_batch": 4, "eval_rows": 4}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def session() -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S", "0.2")
-        with ray_session(Path(__file__).parent):
-            yield
 
 
 @pytest.fixture(scope="module")

@@ -8,28 +8,21 @@ import shutil
 import signal
 import threading
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import mlflow
 import pytest
 import ray
-from support.ray_session import ray_session
 from support.training import ADAPTIVE, load_recipe, make_store
 
 from fmray.runtime.run_log import read_log
 from fmray.train.checkpoint import find_checkpoint, read_state
 from fmray.train.launch import Result, train
 
+pytestmark = pytest.mark.usefixtures("ray_cluster")
 TWO = {"workers": 2}
 ROOT = Path(__file__).parents[3]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def session() -> Iterator[None]:
-    with ray_session():
-        yield
 
 
 @pytest.fixture(scope="module")
