@@ -1,9 +1,7 @@
-"""The figures of a run: accuracy against budget, plans as pictures, loss curves, plan usage.
+"""The figures of a run: accuracy against budget, and examples of plans.
 
-In: the typed values below (plain numbers, no tensors) and a path. Out: one image file, in the
-format of its ending, written under a temporary name and moved. Nothing is shown on a screen, and
-matplotlib is imported only when a figure is made. Colours are told apart by the colour-blind too
-(Okabe and Ito's palette), and every line also has a marker of its own.
+Each function takes typed values (plain numbers, no tensors) and a path, and writes one image file
+in the format of its suffix.
 """
 
 from __future__ import annotations
@@ -27,34 +25,34 @@ if TYPE_CHECKING:
 _ON, _OFF = "#0072B2", "#ffffff"
 _PREFIX = "#7f7f7f"
 _RIGHT, _WRONG = "#00735c", "#b34700"
-_KINDS = ("learned", "random", "static", "importance", "deterministic")  # always the same colour
+_KINDS = ("learned", "random", "static", "importance", "deterministic")  # each has a fixed colour
 
 
 @dataclass(frozen=True)
 class CurvePoint:
-    """Accuracy of a kind of plans at a budget, in [0, 1]; `half_width`: of the 95 % interval."""
+    """Accuracy of a kind of plans at a budget."""
 
     plans: str
     budget: float
-    accuracy: float
-    half_width: float
+    accuracy: float  # in [0, 1]
+    half_width: float  # of the 95 % interval
 
 
 @dataclass(frozen=True)
 class PlanExample:
-    """An answered question; `plan`: a switch per unit (True: on), `prefix`: units always on."""
+    """An answered question, with the plan that was used."""
 
     image: np.ndarray | Image  # [height, width, 3] uint8, or a PIL image
     question: str
     answer: str
     truth: str
     budget: float
-    plan: list[bool]
-    prefix: int
+    plan: list[bool]  # by unit; True is on
+    prefix: int  # number of units that are always on
 
 
 def budget_curve(rows: Sequence[CurvePoint], base_accuracy: float, path: Path) -> None:
-    """Draw accuracy against budget, a line per kind of plans with 95 % intervals, and the base.
+    """Draw accuracy against budget: a line with 95 % intervals per kind of plans, and the base.
 
     Raises:
         ValueError: no rows.
@@ -69,7 +67,7 @@ def budget_curve(rows: Sequence[CurvePoint], base_accuracy: float, path: Path) -
     for position, kind in enumerate(kinds):
         points = sorted((row for row in rows if row.plans == kind), key=lambda row: row.budget)
         style = _KINDS.index(kind) if kind in _KINDS else len(_KINDS) + extra.index(kind)
-        # Intervals at the same budget would hide each other: set the kinds a little apart.
+        # shift the kinds a little: intervals at the same budget would hide each other
         shift = (position - (len(kinds) - 1) / 2) * 0.003
         axes.errorbar(
             [point.budget + shift for point in points],
@@ -103,50 +101,51 @@ def budget_curve(rows: Sequence[CurvePoint], base_accuracy: float, path: Path) -
     save_figure(figure, path)
 
 
-def plan_pictures(examples: Sequence[PlanExample], path: Path, columns: int = 2) -> None:
-    """Draw the pictures of the examples in a grid, with question, answers and plans.
+def plan_examples(examples: Sequence[PlanExample], path: Path, columns: int = 2) -> None:
+    """Draw the images of the examples in a grid, with question, answers and plans.
 
-    Examples of the same picture and question, next to each other in the list, share one cell: each
-    budget is one line with its answer and a strip of units: always on, on, off.
+    Consecutive examples of the same image and question share one cell, with a line per budget: the
+    answer, and a strip of the units (always on, on, off).
 
     Raises:
         ValueError: no examples.
     """
     if not examples:
-        raise ValueError("plan_pictures: no examples to draw")
+        raise ValueError("plan_examples: no examples to draw")
     cells = _cells(examples)
     columns = min(columns, len(cells))
     lines = math.ceil(len(cells) / columns)
-    # Laid out in inches, so that lines and letters keep their size for any number of cells.
+    # lay out in inches, so that lines and letters keep their size for any number of cells
     width, legend = 5.7, 0.6
     height = max(1.9, 0.85 + 0.31 * max(len(cell) for cell in cells))
     figure = new_figure(width * columns, legend + height * lines, layout="none")
-    whole_width, whole_height = figure.get_size_inches()
+    total_width, total_height = figure.get_size_inches()
 
     def add(left: float, top: float, width: float, height: float) -> Axes:
-        bottom = whole_height - top - height
+        bottom = total_height - top - height
         return figure.add_axes(
             (
-                left / whole_width,
-                bottom / whole_height,
-                width / whole_width,
-                height / whole_height,
+                left / total_width,
+                bottom / total_height,
+                width / total_width,
+                height / total_height,
             )
         )
 
     for index, cell in enumerate(cells):
         line, column = divmod(index, columns)
         left, top = column * width, legend + line * height
-        picture = add(left + 0.15, top + 0.08, 1.5, 1.5)
-        picture.imshow(np.asarray(cell[0].image), interpolation="nearest", cmap="gray")
-        picture.set_anchor("N")
-        picture.set_axis_off()
+        image = add(left + 0.15, top + 0.08, 1.5, 1.5)
+        image.imshow(np.asarray(cell[0].image), interpolation="nearest", cmap="gray")
+        image.set_anchor("N")
+        image.set_axis_off()
         _plan_strips(add(left + 1.8, top, width - 1.85, height), cell, width - 1.85, height)
     _plan_legend(figure)
     save_figure(figure, path)
 
 
 def _cells(examples: Iterable[PlanExample]) -> list[list[PlanExample]]:
+    """Group consecutive examples of the same image and question."""
     cells: list[list[PlanExample]] = []
     for example in examples:
         last = cells[-1][0] if cells else None
@@ -162,14 +161,14 @@ def _cells(examples: Iterable[PlanExample]) -> list[list[PlanExample]]:
 
 
 def _plan_strips(axes: Axes, cell: list[PlanExample], width: float, height: float) -> None:
-    """Write question and truth, and a line per budget: a box per unit, the answer. In inches."""
+    """Draw question and truth, and a line per budget: a box per unit, the answer; in inches."""
     from matplotlib.patches import Rectangle
 
     axes.set_xlim(0, width)
     axes.set_ylim(height, 0)
     axes.set_axis_off()
     question = textwrap.fill(textwrap.shorten(cell[0].question, 88, placeholder=" ..."), 46)
-    plain = {"parse_math": False, "va": "top"}  # a dollar sign in a question is a dollar sign
+    plain = {"parse_math": False, "va": "top"}  # a dollar sign does not start a formula
     axes.text(0, 0.08, question, fontsize=10, weight="bold", linespacing=1.1, **plain)
     truth_top = 0.32 + 0.17 * question.count("\n")
     truth = _short(cell[0].truth, 50)
@@ -213,7 +212,7 @@ def _plan_legend(figure: Figure) -> None:
         ncols=3,
         frameon=False,
         fontsize=9,
-        title="layers or units of the decoder, first one left",
+        title="layers or units of the decoder, the first on the left",
         title_fontsize=9,
         alignment="left",
     )

@@ -1,6 +1,6 @@
-"""The figures of the few-shot jobs: similarity and coverage of candidate tasks, methods compared.
+"""The figures of the few-shot jobs: similarity and coverage of tasks, comparison of methods.
 
-In: plain values and a path. Out: one image file, as in `fmray.plots`.
+Each function takes plain values and a path, and writes one image file in the format of its suffix.
 """
 
 from __future__ import annotations
@@ -16,28 +16,25 @@ from fmray.plots.style import COLORS, GREY, LIGHT, MARKERS, new_figure, save_fig
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-NAMED = 60  # more tasks than this are drawn without their names
+NAMED = 60  # more tasks than this are drawn without names
 _CHOSEN, _OTHER = COLORS[0], "#b8b8b8"
 
 
 @dataclass(frozen=True)
 class Accuracy:
-    """Accuracy of a method (`row`, a line of the table) on a target's K-shot tasks, in [0, 1].
-
-    `half_width`: of the 95 % interval.
-    """
+    """Accuracy of a method on the K-shot tasks of a target."""
 
     target: str
     shots: int
-    row: str
-    accuracy: float
-    half_width: float
+    row: str  # the method, a row of the table
+    accuracy: float  # in [0, 1]
+    half_width: float  # of the 95 % interval
 
 
 def similarity_bars(
     order: Sequence[str], similarity: Sequence[float], chosen: Collection[str], path: Path
 ) -> None:
-    """Draw a bar for each candidate task, the most similar on top, those chosen in colour.
+    """Draw a bar per candidate task, the most similar on top and the chosen ones in colour.
 
     Raises:
         ValueError: no tasks.
@@ -74,8 +71,10 @@ def similarity_bars(
 def coverage_curve(
     order: Sequence[str], coverage: Sequence[float], chosen: Collection[str], path: Path
 ) -> None:
-    """Draw coverage of the target by the first 1, 2, ... tasks of `order`; where the target's mean
-    is met exactly, coverage is infinite and drawn as a cross at the top.
+    """Draw the coverage of the target by the first 1, 2, ... tasks of `order`.
+
+    Where the target's mean is matched exactly, coverage is infinite and drawn as a cross at the
+    top.
 
     Raises:
         ValueError: no tasks.
@@ -127,9 +126,9 @@ def coverage_curve(
 
 
 def comparison(points: Sequence[Accuracy], path: Path) -> None:
-    """Draw accuracy by target, a marker per method with its 95 % interval, a panel per shots.
+    """Draw accuracy by target: a panel per number of shots, a marker with interval per method.
 
-    Methods keep the order, and so the colour and the marker, in which they first appear.
+    Colour and marker of a method follow from the order in which the methods first appear.
 
     Raises:
         ValueError: no points.
@@ -144,12 +143,12 @@ def comparison(points: Sequence[Accuracy], path: Path) -> None:
     panels = figure.subplots(len(shots), 1, squeeze=False, sharex=True)[:, 0]
     for axes, number in zip(panels, shots, strict=True):
         for place, row in enumerate(rows):
-            own = [point for point in points if (point.row, point.shots) == (row, number)]
+            selected = [p for p in points if (p.row, p.shots) == (row, number)]
             shift = (place - (len(rows) - 1) / 2) * 0.8 / len(rows)
             axes.errorbar(
-                [targets.index(point.target) + shift for point in own],
-                [point.accuracy for point in own],
-                yerr=[point.half_width for point in own],
+                [targets.index(point.target) + shift for point in selected],
+                [point.accuracy for point in selected],
+                yerr=[point.half_width for point in selected],
                 linestyle="none",
                 color=COLORS[place % len(COLORS)],
                 marker=MARKERS[(place + place // len(COLORS)) % len(MARKERS)],

@@ -1,14 +1,15 @@
-"""Colours, markers, and writing of figures.
+"""Colours, markers, and the creation and saving of figures.
 
-Colours are told apart by the colour-blind too (Okabe and Ito's palette), and every line has a
-marker of its own. matplotlib is imported only when a figure is made.
+The colours are Okabe and Ito's palette, which colour-blind readers can distinguish, and each line
+has its own marker. matplotlib is imported only when a figure is made.
 """
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+from fmray.runtime.files import atomic_path
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -19,7 +20,7 @@ MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 
 
 def new_figure(width: float, height: float, layout: str = "constrained") -> Figure:
-    """A figure of inches, bound to no window system and not kept by pyplot."""
+    """Return a figure of `width` x `height` inches, without a window and unknown to pyplot."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -29,12 +30,8 @@ def new_figure(width: float, height: float, layout: str = "constrained") -> Figu
 
 
 def save_figure(figure: Figure, path: Path) -> None:
-    """Write under a temporary name and move; the folder is made."""
+    """Write the figure to `path`, in the format of its suffix (PNG without one)."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix or '.png'}")
-    try:
-        figure.savefig(temporary, facecolor="white")
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with atomic_path(path, unique=True) as temporary:
+        figure.savefig(temporary, format=path.suffix[1:] or "png", facecolor="white")

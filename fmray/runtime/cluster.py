@@ -1,8 +1,6 @@
-"""Ray around a job: start or join a cluster, and submit a job script to it.
+"""Start or join a Ray cluster, and submit job scripts to it.
 
-In: the `cluster` section of a recipe, a script of `jobs/` and its arguments. Out: a `Session` (a
-connected Ray) and the exit code of the job. Whether the job can be placed at all is for
-`fmray.runtime.placement` to say.
+Whether the workers of a job can be placed on the cluster is checked by `fmray.runtime.placement`.
 """
 
 from __future__ import annotations
@@ -25,30 +23,29 @@ from fmray.config import ClusterConfig
 if TYPE_CHECKING:
     from ray.job_submission import JobSubmissionClient
 
-AGENT_SECONDS = 120  # a new cluster takes jobs once the agent of its head node has registered
+AGENT_SECONDS = 120  # a new cluster accepts jobs once the agent of its head node is registered
 ANSWER_SECONDS = 5
 
 
 @dataclass(frozen=True)
 class Session:
-    """A connected Ray: `dashboard` is the http address that takes jobs; `here`: they run here."""
+    """A connected Ray cluster."""
 
     address: str
-    dashboard: str | None
-    here: bool
+    dashboard: str | None  # http address that accepts jobs
+    on_head_node: bool  # submitted jobs run on this machine
 
 
 @contextmanager
 def start_or_join(cluster: ClusterConfig, log_to_driver: bool = True) -> Iterator[Session]:
-    """Connect to `cluster.address`, RAY_ADDRESS or this machine's cluster, else start one with a
-    dashboard.
+    """Connect to `cluster.address`, RAY_ADDRESS or this machine's cluster, else start a cluster.
 
-    A cluster started here ends with the context; one that was there stays. Ray secures a new local
-    cluster with a token in the user's home (`ray get-auth-token`); its own processes and job
-    clients find it there.
+    A cluster started here has a dashboard and ends with the context; an existing one stays. Ray
+    secures a new local cluster with a token in the user's home (`ray get-auth-token`), where its
+    processes and job clients find it.
 
     Args:
-        log_to_driver: what workers print is printed here too.
+        log_to_driver: print what workers print here too.
 
     Raises:
         ValueError: no cluster answers at the address.
@@ -75,7 +72,7 @@ def start_or_join(cluster: ClusterConfig, log_to_driver: bool = True) -> Iterato
 
 
 def check_answers(address: str | None) -> None:
-    """Raise ValueError when nothing listens at `address` (or RAY_ADDRESS): Ray tries minutes."""
+    """Raise ValueError if nothing listens at `address` or RAY_ADDRESS; Ray would retry minutes."""
     key = "cluster.address" if address else "RAY_ADDRESS"
     address = address or os.environ.get("RAY_ADDRESS")
     if address in (None, "", "auto", "local"):
@@ -88,42 +85,42 @@ def check_answers(address: str | None) -> None:
     except (OSError, OverflowError) as error:
         raise ValueError(
             f"{key}: no Ray cluster answers at {address} ({error}); start one with"
-            " `ray start --head`, or leave it out to use this machine"
+            " `ray start --head`, or omit it to use this machine"
         ) from error
 
 
 def _on_head_node() -> bool:
-    """Whether this process sits on the node that runs submitted jobs."""
+    """Return whether this process is on the node that runs submitted jobs."""
     import ray
 
-    mine = ray.get_runtime_context().get_node_id()
+    node_id = ray.get_runtime_context().get_node_id()
     return any(
-        node["NodeID"] == mine and "node:__internal_head__" in node["Resources"]
+        node["NodeID"] == node_id and "node:__internal_head__" in node["Resources"]
         for node in ray.nodes()
     )
 
 
 def submit(session: Session, script: Path, arguments: Sequence[str], submission_id: str) -> int:
-    """Run a job script as a Ray job, print its log lines as they come, and return its exit code.
+    """Run a job script as a Ray job, print its log as it arrives, and return its exit code.
 
-    Where jobs run on this machine, the job has the folder, the Python and the paths of this
-    process. Elsewhere it gets a copy of the script's folder as working directory, fmray must be
-    installed, and paths in `arguments` are relative to that folder or shared by all nodes.
-    Interrupted (ctrl-C), it stops the job first.
+    If jobs run on this machine, the job gets the working directory, the Python and the paths of
+    this process. Otherwise it gets a copy of the script's folder as working directory, fmray must
+    be installed, and paths in `arguments` are relative to that folder or shared by all nodes.
+    When interrupted (ctrl-C), stops the job.
 
     Raises:
-        ValueError: the cluster has no dashboard, so it takes no jobs.
+        ValueError: the cluster has no dashboard, so it accepts no jobs.
     """
     from ray.job_submission import JobSubmissionClient
 
     if session.dashboard is None:
         raise ValueError(
-            f"the Ray cluster at {session.address} has no dashboard and so takes no jobs;"
+            f"the Ray cluster at {session.address} has no dashboard and so accepts no jobs;"
             " start it with one"
         )
     client = JobSubmissionClient(session.dashboard)
     logging.getLogger("ray.dashboard.modules.job.sdk").setLevel(logging.WARNING)
-    if session.here:
+    if session.on_head_node:
         command = shlex.join([sys.executable, str(script.resolve()), *arguments])
         entrypoint, environment = f"cd {shlex.quote(os.getcwd())} && exec {command}", None
     else:
@@ -133,7 +130,7 @@ def submit(session: Session, script: Path, arguments: Sequence[str], submission_
     try:
         asyncio.run(_print_log(client, submission_id))
         return _exit_code(client, submission_id)
-    except BaseException:  # ctrl-C above all: nobody would be left to wait for the job
+    except BaseException:  # ctrl-C above all: nothing would wait for the job any more
         client.stop_job(submission_id)
         raise
 
@@ -141,6 +138,7 @@ def submit(session: Session, script: Path, arguments: Sequence[str], submission_
 def _submit_when_ready(
     client: JobSubmissionClient, entrypoint: str, environment: dict[str, str] | None, job: str
 ) -> None:
+    """Submit the job, retrying until the cluster's job agent has registered."""
     deadline = time.monotonic() + AGENT_SECONDS
     while True:
         try:
@@ -151,8 +149,8 @@ def _submit_when_ready(
                 raise
             if time.monotonic() > deadline:
                 raise ValueError(
-                    f"the Ray cluster took no job for {AGENT_SECONDS} s: its job agent does not"
-                    " run. Another Ray session on this machine may hold the agent's port 52365;"
+                    f"the Ray cluster accepted no job for {AGENT_SECONDS} s: its job agent is not"
+                    " running. Another Ray session on this machine may use the agent's port 52365;"
                     " stop it, or set RAY_ADDRESS to use that cluster"
                 ) from error
         time.sleep(0.5)
@@ -164,12 +162,12 @@ async def _print_log(client: JobSubmissionClient, job: str) -> None:
 
 
 def _exit_code(client: JobSubmissionClient, job: str) -> int:
-    """The exit code of a job whose log has ended; its status follows within moments."""
+    """Return the exit code of a job whose log has ended; its status follows within moments."""
     while not client.get_job_status(job).is_terminal():
         time.sleep(0.1)
     info = client.get_job_info(job)
     if info.driver_exit_code is None:
-        # The script never ran: the runtime environment could not be set up, or the supervisor died.
+        # the script never ran: the runtime environment failed, or the job's supervisor died
         print(f"fmray: job {job}: {info.status.value}: {info.message}", file=sys.stderr)
         return 1
     return info.driver_exit_code

@@ -1,8 +1,7 @@
-"""Whether the nodes of a cluster can work together: folders, versions and clocks, measured on each.
+"""Check that the nodes of a cluster can work together: shared folders, versions and clocks.
 
-In: folders that a recipe names, on a connected cluster. Out: `Finding`s, each one plain line. Each
-node really writes a file to each folder and reads the one of the node that asks; what is found
-there is judged by `judge`, which knows no Ray.
+A task on each node writes a file to each folder and reads the file of this process. `judge`
+compares the reports and does not use Ray.
 """
 
 from __future__ import annotations
@@ -22,68 +21,67 @@ from fmray.runtime.cluster import start_or_join
 from fmray.runtime.placement import Finding, machines_of_cluster, preflight
 
 PACKAGES = ("fmray", "ray", "torch", "deepspeed", "transformers", "timm", "pyarrow")
-ANSWER_SECONDS = 60  # the start of a process included
+ANSWER_SECONDS = 60  # includes the start of a process
 POLL_SECONDS = "0.5"  # how often Ray Train's controller collects reports; a report waits for it
-CLOCK_SECONDS = 5.0  # logs of several nodes read in order, and tokens not expired
+CLOCK_SECONDS = 5.0  # keeps logs of several nodes in order, and tokens valid
 
 
 @dataclass(frozen=True)
 class NodeReport:
-    """What a node says of itself.
-
-    versions: by package, None where it is missing. clock: seconds its clock is ahead of that of the
-    node that asks. blind: what is wrong with folders there, by their key.
-    """
+    """What a node reports about itself."""
 
     node: str
-    versions: dict[str, str | None]
-    clock: float
-    blind: dict[str, str]
+    versions: dict[str, str | None]  # by package; None if it is missing
+    clock: float  # seconds ahead of the checking node
+    folder_faults: dict[str, str]  # what is wrong with a folder, by the recipe's key
 
 
 def check_nodes(folders: Mapping[str, Path]) -> list[Finding]:
-    """Ask every living node. One that does not answer within a minute, or dies, is only noted: Ray
-    takes it out of the cluster before long, and work goes on without it.
+    """Check every living node.
+
+    A node that dies, or does not answer within a minute, is only noted: Ray removes it from the
+    cluster before long, and work continues without it.
 
     Args:
-        folders: by the recipe's key; they are there, and can be written here.
+        folders: by the recipe's key; they exist and are writable on this node.
     """
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
     token = f".probe-{uuid.uuid4().hex}"
     nodes = {node["NodeID"]: _name(node) for node in ray.nodes() if node["Alive"]}
-    ask = ray.remote(num_cpus=0, max_retries=0)(_report)
+    report = ray.remote(num_cpus=0, max_retries=0)(_report)
     findings, reports = [], []
     deadline = time.monotonic() + ANSWER_SECONDS
     try:
+        # a report task on each node
         for folder in folders.values():
-            (folder / f"{token}-asks").touch()
+            (folder / f"{token}-driver").touch()
         waiting = {
-            ask.options(
+            report.options(
                 scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False)
             ).remote(name, dict(folders), token): name
             for node, name in nodes.items()
         }
         while waiting:
-            # one at a time: its clock is compared at the moment that it answers
+            # one at a time: a clock is compared at the moment of the answer
             done, _ = ray.wait(list(waiting), timeout=max(0.0, deadline - time.monotonic()))
             now = time.time()
             if not done:
                 break
             name = waiting.pop(done[0])
             try:
-                found, clock = ray.get(done[0])
+                node_report, clock = ray.get(done[0])
             except ray.exceptions.RayError as error:
                 reason = str(error).strip().splitlines()[-1]
                 findings.append(Finding("note", f"node {name} cannot run a task: {reason}"))
                 continue
-            missing = {
-                key: wrong
-                for key, folder in folders.items()
-                if key not in found.blind and (wrong := _unseen(folder / f"{token}-{name}"))
-            }
-            reports.append(NodeReport(name, found.versions, clock - now, found.blind | missing))
+            # the file that the node has written must be visible here
+            faults = dict(node_report.folder_faults)
+            for key, folder in folders.items():
+                if key not in faults and (fault := _invisible(folder / f"{token}-{name}")):
+                    faults[key] = fault
+            reports.append(NodeReport(name, node_report.versions, clock - now, faults))
     finally:
         for folder in folders.values():
             for path in folder.glob(f"{token}-*"):
@@ -100,16 +98,17 @@ def check_nodes(folders: Mapping[str, Path]) -> list[Finding]:
 def judge(
     here: NodeReport, reports: Sequence[NodeReport], folders: Mapping[str, Path]
 ) -> list[Finding]:
-    """What is wrong with nodes beside the one that asks, a line each; one line where nothing is."""
+    """Compare the reports of nodes with this one's: a finding per difference, or a single `ok`."""
     findings = []
     for report in reports:
         for package, wanted in here.versions.items():
-            if (found := report.versions.get(package)) != wanted:
+            if (installed := report.versions.get(package)) != wanted:
                 findings.append(
                     Finding(
                         "FAIL",
-                        f"node {report.node} has {package} {found or 'not installed'}, and"
-                        f" {wanted or 'it is not installed'} here; use one image or environment",
+                        f"node {report.node}: {package} is {installed or 'not installed'}, but"
+                        f" {wanted or 'not installed'} on this node; use the same image or"
+                        " environment on all nodes",
                     )
                 )
         if abs(report.clock) > CLOCK_SECONDS:
@@ -117,62 +116,62 @@ def judge(
             findings.append(
                 Finding(
                     "FAIL",
-                    f"node {report.node}: its clock is {abs(report.clock):.0f} s {way}; let NTP"
-                    " set it",
+                    f"node {report.node}: its clock is {abs(report.clock):.0f} s {way}; synchronise"
+                    " it with NTP",
                 )
             )
         findings += [
             Finding(
                 "FAIL",
-                f"node {report.node}: {key} {folders[key]} {wrong}; it must be one folder on all"
-                " nodes",
+                f"node {report.node}: {key} {folders[key]} {fault}; it must be the same folder"
+                " on all nodes",
             )
-            for key, wrong in report.blind.items()
+            for key, fault in report.folder_faults.items()
         ]
     if findings:
         return findings
     spread = max((abs(report.clock) for report in reports), default=0.0)
-    seen = " and ".join(folders) or "no folder in common"
-    text = f"{len(reports)} nodes see {seen}, have the same packages and clocks {spread:.1f} s"
-    return [Finding("ok", f"{text} apart at most")]
+    shared = " and ".join(folders) or "no folder"
+    text = f"{len(reports)} nodes share {shared}, have the same packages, and their clocks differ"
+    return [Finding("ok", f"{text} by {spread:.1f} s at most")]
 
 
 def _report(node: str, folders: dict[str, Path], token: str) -> tuple[NodeReport, float]:
-    """On the node: (what it finds, its clock at the end)."""
-    blind = {}
+    """Run on a node: return (report, time of its clock at the end)."""
+    faults = {}
     for key, folder in folders.items():
-        wrong = _unseen(folder / f"{token}-asks")
-        if wrong is None:
+        fault = _invisible(folder / f"{token}-driver")
+        if fault is None:
             try:
                 (folder / f"{token}-{node}").touch()
             except OSError as error:
-                wrong = f"cannot be written there ({error.strerror})"
-        if wrong is not None:
-            blind[key] = wrong
-    return NodeReport(node, _versions(), 0.0, blind), time.time()
+                fault = f"is not writable ({error.strerror})"
+        if fault is not None:
+            faults[key] = fault
+    return NodeReport(node, _versions(), 0.0, faults), time.time()
 
 
-def _unseen(path: Path) -> str | None:
-    """What is wrong where a file that another node wrote is not seen."""
+def _invisible(path: Path) -> str | None:
+    """Return a fault if a file that another node wrote cannot be read here."""
     try:
         path.read_text(encoding="utf-8")
     except OSError as error:
-        return f"does not show what another node wrote there ({error.strerror})"
+        return f"does not show a file that another node wrote ({error.strerror})"
     return None
 
 
 def _versions() -> dict[str, str | None]:
-    found: dict[str, str | None] = {"Python": platform.python_version()}
+    versions: dict[str, str | None] = {"Python": platform.python_version()}
     for package in PACKAGES:
         try:
-            found[package] = version(package)
+            versions[package] = version(package)
         except PackageNotFoundError:
-            found[package] = None
-    return found
+            versions[package] = None
+    return versions
 
 
 def _name(node: dict[str, object]) -> str:
-    """Two raylets may share a machine: a piece of the id tells them apart."""
+    """Return host name and start of the id: several raylets may share a machine."""
     return f"{node['NodeManagerHostname']}-{str(node['NodeID'])[:6]}"
 
 

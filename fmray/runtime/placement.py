@@ -1,8 +1,8 @@
-"""Whether a job can be placed: what Ray would otherwise wait for without a word.
+"""Check that the workers of a job, or the trials of a search, can be placed on a cluster.
 
-In: a recipe and the machines of a cluster. Out: `Finding`s, each one plain line, a failure with the
-setting that would be right. No Ray in here but in `machines_of_cluster`: the rules are tested on
-made-up machines.
+Ray would wait forever, without a message, for resources that it does not have. A failure names the
+setting that would fit. Only `machines_of_cluster` uses Ray, so the rules are tested on invented
+machines.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ EPSILON = 1e-6  # Ray counts in ten-thousandths; 3 x 0.1 must fit into 0.3
 
 @dataclass(frozen=True)
 class Machine:
-    """What Ray may use of one node."""
+    """The resources of a node that Ray may use."""
 
     name: str
     cpus: float
@@ -28,7 +28,7 @@ class Machine:
 
 @dataclass(frozen=True)
 class Finding:
-    """One line: `ok`, `note` or `FAIL`, and why."""
+    """One line of a check: `ok`, `note` or `FAIL`, and why."""
 
     level: Literal["ok", "note", "FAIL"]
     text: str
@@ -38,7 +38,7 @@ class Finding:
 
 
 def machines_of_cluster() -> list[Machine]:
-    """The living nodes of the connected cluster."""
+    """Return the living nodes of the connected cluster."""
     import ray
 
     return [
@@ -53,12 +53,10 @@ def machines_of_cluster() -> list[Machine]:
 
 
 def preflight(recipe: BaseRecipe, machines: Sequence[Machine]) -> list[Finding]:
-    """Whether the workers of `recipe` find room on `machines`, and what is left for Ray Data."""
+    """Check that the workers of `recipe` fit on `machines` and leave CPUs for Ray Data."""
     cluster = recipe.cluster
     if cluster.workers == 0:
-        return [
-            Finding("ok", "cluster.workers: 0 trains in one process; there is nothing to place")
-        ]
+        return [Finding("ok", "cluster.workers: 0 trains in this process; nothing to place")]
     fewest = cluster.fewest_workers
     wanted = f"{count_of(fewest, 'worker')} of {resources(cluster)}"
     cpus, gpus = sum(m.cpus for m in machines), sum(m.gpus for m in machines)
@@ -66,33 +64,33 @@ def preflight(recipe: BaseRecipe, machines: Sequence[Machine]) -> list[Finding]:
     room, left = place(cluster, machines)
     if room < fewest:
         text = f"{wanted} cannot be placed on {have}: there is room for {room}"
-        return [Finding("FAIL", text + _what_would_do(recipe, machines))]
+        return [Finding("FAIL", text + _suggestion(recipe, machines))]
     findings = [Finding("ok", f"{wanted} can be placed on {have}")]
     if left < cluster.data_cpus - EPSILON:
         text = (
             f"the workers leave {left:g} CPUs for Ray Data and cluster.data_cpus is"
-            f" {cluster.data_cpus:g}: data tasks would wait for ever"
+            f" {cluster.data_cpus:g}: data tasks would wait forever"
         )
-        findings.append(Finding("FAIL", text + _what_would_do(recipe, machines)))
+        findings.append(Finding("FAIL", text + _suggestion(recipe, machines)))
     else:
-        findings.append(Finding("ok", f"{left:g} CPUs are left for Ray Data and the driver"))
+        findings.append(Finding("ok", f"{left:g} CPUs remain for Ray Data and the driver"))
     return findings
 
 
 def place(cluster: ClusterConfig, machines: Sequence[Machine]) -> tuple[int, float]:
-    """(how many workers there is room for, CPUs that the fewest of them leave for tasks).
+    """Return (number of workers that fit, CPUs that the fewest workers leave for tasks).
 
-    A worker sits on one machine whole, and machines are filled one after another, as Ray Train's
-    default strategy (PACK) does. A task needs its CPU on one machine too: two halves do not make
-    one.
+    A worker fits on one machine or not at all, and machines are filled one after another, as in Ray
+    Train's default strategy (PACK). A task needs its CPU on one machine too: two halves do not
+    count.
     """
     room, remaining, left = 0, cluster.fewest_workers, 0.0
     for machine in machines:
-        here = math.floor(machine.cpus / cluster.cpus_per_worker + EPSILON)
+        fitting = math.floor(machine.cpus / cluster.cpus_per_worker + EPSILON)
         if cluster.gpus_per_worker:
-            here = min(here, math.floor(machine.gpus / cluster.gpus_per_worker + EPSILON))
-        room += here
-        placed = min(here, remaining)
+            fitting = min(fitting, math.floor(machine.gpus / cluster.gpus_per_worker + EPSILON))
+        room += fitting
+        placed = min(fitting, remaining)
         remaining -= placed
         free = machine.cpus - placed * cluster.cpus_per_worker
         if free >= min(1.0, cluster.data_cpus) - EPSILON:
@@ -100,8 +98,8 @@ def place(cluster: ClusterConfig, machines: Sequence[Machine]) -> tuple[int, flo
     return room, left
 
 
-def _what_would_do(recipe: BaseRecipe, machines: Sequence[Machine]) -> str:
-    """The setting with which the job can be placed: fewer CPUs a worker, else fewer workers."""
+def _suggestion(recipe: BaseRecipe, machines: Sequence[Machine]) -> str:
+    """Return the setting that would fit: fewer CPUs per worker, else fewer workers; or ''."""
     cluster = recipe.cluster
     share = (sum(m.cpus for m in machines) - cluster.data_cpus) / cluster.fewest_workers
     changes: list[dict[str, float]] = [
@@ -119,12 +117,12 @@ def _what_would_do(recipe: BaseRecipe, machines: Sequence[Machine]) -> str:
         room, left = place(changed, machines)
         if room >= changed.fewest_workers and left >= cluster.data_cpus - EPSILON:
             [(key, value)] = change.items()
-            return f"; cluster.{key}: {value:g} would do"
+            return f"; cluster.{key}: {value:g} would fit"
     return ""
 
 
 def _divides(recipe: BaseRecipe, workers: int) -> bool:
-    """Whether the work of a step divides over so many workers."""
+    """Return whether `workers` divide the work of a step evenly."""
     train = recipe.train
     if isinstance(recipe, AdaLlavaRecipe):
         return train.global_batch % (workers * train.micro_batch) == 0
@@ -132,48 +130,48 @@ def _divides(recipe: BaseRecipe, workers: int) -> bool:
 
 
 def resources(cluster: ClusterConfig) -> str:
+    """Return the resources of a worker as text, such as "2 CPU and 1 GPU"."""
     gpus = f" and {cluster.gpus_per_worker:g} GPU" if cluster.gpus_per_worker else ""
     return f"{cluster.cpus_per_worker:g} CPU{gpus}"
 
 
 def count_of(count: int, noun: str) -> str:
+    """Return a count with its noun in singular or plural."""
     return f"{count} {noun}" + ("" if count == 1 else "s")
 
 
-# How many trials run at once: what a trial takes, against what the machines have.
-#
-# In: the `cluster` section of the base recipe and the machines. Out: a number, and why. Trials that
-# were started beyond it would wait for each other's workers for ever.
+# --- Trials of a search ---
 
 
 def concurrency(cluster: ClusterConfig, machines: Sequence[Machine]) -> tuple[int, str]:
-    """(trials at once, one line that says why).
+    """Return (number of concurrent trials, one line that explains it).
 
-    A trial takes its workers, each on one machine, and its `data_cpus` beside them; one with
-    `workers: 0` takes what a worker would, and nothing beside it.
+    A trial needs its workers, each on one machine, and `data_cpus`; with `workers: 0` it needs the
+    resources of one worker. More trials would wait forever for each other's workers.
 
-    Raises ValueError where there is no room for a trial.
+    Raises:
+        ValueError: not even one trial fits.
     """
     workers = max(cluster.fewest_workers, 1)
-    beside = cluster.data_cpus if cluster.workers else 0.0
+    data_cpus = cluster.data_cpus if cluster.workers else 0.0
     taken = f"{count_of(workers, 'worker')} of {resources(cluster)}"
-    if beside:
-        taken += f" and {beside:g} CPU beside"
+    if data_cpus:
+        taken += f" and {data_cpus:g} CPU for data"
     cpus, gpus = sum(m.cpus for m in machines), sum(m.gpus for m in machines)
     have = f"{count_of(len(machines), 'node')} with {cpus:g} CPUs and {gpus:g} GPUs"
     trials = 0
-    while _fit(trials + 1, workers, beside, cluster, machines):
+    while _fit(trials + 1, workers, data_cpus, cluster, machines):
         trials += 1
     if not trials:
         raise ValueError(
-            f"cluster: a trial takes {taken}, and there is no room for one on {have}; lower"
+            f"cluster: a trial needs {taken}, which does not fit on {have}; lower"
             " cluster.workers or cluster.cpus_per_worker of the base recipe (base_set)"
         )
-    return trials, f"{count_of(trials, 'trial')} at once: each takes {taken}, of {have}"
+    return trials, f"{count_of(trials, 'trial')} at once: each needs {taken}, of {have}"
 
 
 def _fit(
-    trials: int, workers: int, beside: float, cluster: ClusterConfig, machines: Sequence[Machine]
+    trials: int, workers: int, data_cpus: float, cluster: ClusterConfig, machines: Sequence[Machine]
 ) -> bool:
     room, left = place(cluster.model_copy(update={"workers": trials * workers}), machines)
-    return room >= trials * workers and left >= trials * beside - EPSILON
+    return room >= trials * workers and left >= trials * data_cpus - EPSILON

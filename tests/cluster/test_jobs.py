@@ -44,7 +44,7 @@ def script(tmp_path: Path) -> Path:
 def test_jobs_run_in_this_folder_and_their_exit_codes_come_back(
     session: Session, script: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert session.here
+    assert session.on_head_node
     assert submit(session, script, ["0", "0", "a b"], "passes") == 0
     assert f"folder {os.getcwd()} words ['0', '0', 'a b']" in capsys.readouterr().out
     assert submit(session, script, ["3", "0"], "fails") == 3
@@ -60,7 +60,7 @@ def test_joining_leaves_the_cluster_running(session: Session) -> None:
 def test_a_job_that_runs_elsewhere_gets_the_folder(
     session: Session, script: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    elsewhere = Session(session.address, session.dashboard, here=False)
+    elsewhere = Session(session.address, session.dashboard, on_head_node=False)
     assert submit(elsewhere, script, ["4", "0"], "uploaded") == 4
     folder = capsys.readouterr().out.partition("folder ")[2].partition(" words")[0]
     assert folder != str(script.parent)
@@ -105,8 +105,8 @@ def test_doctor_sees_the_cluster(
 
 
 def test_no_dashboard_no_jobs(script: Path) -> None:
-    with pytest.raises(ValueError, match="has no dashboard and so takes no jobs"):
-        submit(Session("127.0.0.1:1", None, here=False), script, [], "none")
+    with pytest.raises(ValueError, match="has no dashboard and so accepts no jobs"):
+        submit(Session("127.0.0.1:1", None, on_head_node=False), script, [], "none")
 
 
 @pytest.mark.parametrize(

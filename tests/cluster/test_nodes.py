@@ -29,31 +29,31 @@ def two_nodes(no_ray_cluster: None) -> Iterator[None]:
 def test_nodes_of_one_machine_fit_together(tmp_path: Path) -> None:
     [finding] = check_nodes({"cluster.storage": tmp_path})
     assert finding.level == "ok"
-    assert finding.text.startswith("2 nodes see cluster.storage, have the same packages")
+    assert finding.text.startswith("2 nodes share cluster.storage, have the same packages")
     assert not list(tmp_path.iterdir())
 
 
-def test_a_folder_that_each_node_has_for_itself_is_refused(
+def test_a_folder_that_nodes_do_not_share_is_an_error(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Relative to the folder that a process is in, and each is in another."""
+    """The path is relative to the working directory, which differs between processes."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "runs").mkdir()
     findings = check_nodes({"cluster.storage": Path("runs")})
     assert [finding.level for finding in findings] == ["FAIL", "FAIL"]
     for finding in findings:
-        assert "cluster.storage runs does not show what another node wrote there" in finding.text
+        assert "cluster.storage runs does not show a file that another node wrote" in finding.text
     assert not list((tmp_path / "runs").iterdir())
 
 
-def test_a_job_is_refused_where_a_node_has_other_packages(
+def test_a_node_with_other_packages_is_an_error(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     cluster = ClusterConfig(storage=tmp_path, workers=1, cpus_per_worker=0.5, data_cpus=0.5)
     recipe = AdaLlavaRecipe(name="two", cluster=cluster)
     with session(recipe):
-        assert "2 nodes see cluster.storage" in capsys.readouterr().out
+        assert "2 nodes share cluster.storage" in capsys.readouterr().out
     monkeypatch.setattr(node_checks, "_versions", lambda: {"ray": "0.1"})
-    refusal = r"node .* has ray 2\..*, and 0\.1 here; .*; node "
-    with pytest.raises(ValueError, match=refusal), session(recipe):
+    differences = r"node .*: ray is 2\..*, but 0\.1 on this node; .*; node "
+    with pytest.raises(ValueError, match=differences), session(recipe):
         pass

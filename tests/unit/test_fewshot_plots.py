@@ -1,4 +1,4 @@
-"""The few-shot figures: drawn from generated values, read back as pictures."""
+"""The few-shot figures: drawn from generated values, read back as images."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ def pixels(path: Path, color: tuple[int, int, int]) -> int:
 def test_bars_are_as_long_as_the_similarities_and_coloured_by_the_choice(tmp_path):
     path = tmp_path / "new" / "bars.png"
     similarity_bars(["a", "$b_", "c"], [0.9, 0.6, 0.3], {"a", "$b_"}, path)
-    picture = np.asarray(Image.open(path).convert("RGB"))
-    blue = (picture == np.array(BLUE)).all(-1).sum(axis=1)
-    grey = (picture == np.array(GREY)).all(-1).sum(axis=1)
+    image = np.asarray(Image.open(path).convert("RGB"))
+    blue = (image == np.array(BLUE)).all(-1).sum(axis=1)
+    grey = (image == np.array(GREY)).all(-1).sum(axis=1)
     lengths = [length for length in np.unique(blue) if (blue == length).sum() > 20 and length > 60]
     assert len(lengths) == 2
     assert lengths[0] / lengths[1] == pytest.approx(2 / 3, abs=0.02)
@@ -62,7 +62,7 @@ def test_comparison_has_a_panel_per_shots_and_a_colour_per_method(tmp_path):
         assert both.size[1] > 1.5 * one.size[1]
 
 
-def test_nothing_to_draw_is_said(tmp_path):
+def test_nothing_to_draw_is_an_error(tmp_path):
     for draw in (
         lambda path: similarity_bars([], [], [], path),
         lambda path: coverage_curve([], [], [], path),

@@ -1,4 +1,4 @@
-"""The figures: drawn from generated values, read back as pictures."""
+"""The figures: drawn from generated values, read back as images."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from fmray.plots.budget import (
     CurvePoint,
     PlanExample,
     budget_curve,
-    plan_pictures,
+    plan_examples,
 )
 
 
 def colors_of(path: Path) -> set[tuple[int, int, int]]:
-    """The pure colours of a drawing (those of at least 20 pixels)."""
-    with Image.open(path) as picture:
-        counts = picture.convert("RGB").getcolors(maxcolors=1 << 24)
+    """Return the colours of at least 20 pixels."""
+    with Image.open(path) as image:
+        counts = image.convert("RGB").getcolors(maxcolors=1 << 24)
     return {color for count, color in counts if count >= 20}
 
 
@@ -47,7 +47,7 @@ def test_budget_curve_draws_every_kind_in_its_own_color(tmp_path):
     budget_curve(points(), 0.91, path)
     assert {rgb("#0072B2"), rgb("#E69F00"), rgb("#009E73")} <= colors_of(path)
     budget_curve(points(("random",)), 0.91, path)
-    # A kind keeps its colour whatever else is drawn, so that two figures can be compared.
+    # a kind has the same colour in every figure
     assert rgb("#E69F00") in colors_of(path)
     assert rgb("#0072B2") not in colors_of(path)
 
@@ -57,13 +57,13 @@ def test_unknown_kinds_and_one_budget_are_drawn(tmp_path):
     assert rgb("#56B4E9") in colors_of(tmp_path / "curve.png")
 
 
-def test_plan_pictures_show_the_image_and_every_state(tmp_path):
+def test_plan_examples_show_the_image_and_every_state(tmp_path):
     path = tmp_path / "plans.png"
-    plan_pictures([example(0.5, [True, False]), example(1.0, [True, True])], path)
+    plan_examples([example(0.5, [True, False]), example(1.0, [True, True])], path)
     assert {(10, 200, 30), rgb("#7f7f7f"), rgb("#0072B2")} <= colors_of(path)
-    plan_pictures([example(0.5, [False, False])], path)
+    plan_examples([example(0.5, [False, False])], path)
     legend_only = np.asarray(Image.open(path).convert("RGB"))
-    plan_pictures([example(0.5, [True, True])], path)
+    plan_examples([example(0.5, [True, True])], path)
     switched_on = np.asarray(Image.open(path).convert("RGB"))
     blue = np.array(rgb("#0072B2"))
     assert (switched_on == blue).all(-1).sum() > 2 * (legend_only == blue).all(-1).sum()
@@ -71,8 +71,8 @@ def test_plan_pictures_show_the_image_and_every_state(tmp_path):
 
 def test_examples_of_one_question_share_a_cell(tmp_path):
     budgets = (0.25, 0.5, 0.75, 1.0)
-    plan_pictures([example(b, [True, False]) for b in budgets], tmp_path / "one.png")
-    plan_pictures(
+    plan_examples([example(b, [True, False]) for b in budgets], tmp_path / "one.png")
+    plan_examples(
         [example(b, [True, False], question=f"shape {b} ?") for b in budgets], tmp_path / "four.png"
     )
     with Image.open(tmp_path / "one.png") as one, Image.open(tmp_path / "four.png") as four:
@@ -80,14 +80,14 @@ def test_examples_of_one_question_share_a_cell(tmp_path):
 
 
 @pytest.mark.filterwarnings("error")
-def test_plan_pictures_take_what_users_ask(tmp_path):
-    picture = Image.new("L", (30, 20), 128)
+def test_plan_examples_accept_any_question(tmp_path):
+    image = Image.new("L", (30, 20), 128)
     examples = [
-        PlanExample(picture, "is it $5 or $6_x^ ?", "$\\frac{$", "", 0.5, [True], 0),
-        PlanExample(picture.convert("RGB"), "word " * 80, "long " * 40, "x", 1.0, [False] * 60, 3),
-        PlanExample(picture, "", "", "", 1.0, [], 4),
+        PlanExample(image, "is it $5 or $6_x^ ?", "$\\frac{$", "", 0.5, [True], 0),
+        PlanExample(image.convert("RGB"), "word " * 80, "long " * 40, "x", 1.0, [False] * 60, 3),
+        PlanExample(image, "", "", "", 1.0, [], 4),
     ]
-    plan_pictures(examples, tmp_path / "plans.png")
+    plan_examples(examples, tmp_path / "plans.png")
     assert (tmp_path / "plans.png").stat().st_size > 5000
 
 
@@ -95,16 +95,16 @@ def test_plan_pictures_take_what_users_ask(tmp_path):
     ("draw", "message"),
     [
         (lambda path: budget_curve([], 0.9, path), "no points"),
-        (lambda path: plan_pictures([], path), "no examples"),
+        (lambda path: plan_examples([], path), "no examples"),
     ],
 )
-def test_nothing_to_draw_is_said(draw, message, tmp_path):
+def test_nothing_to_draw_is_an_error(draw, message, tmp_path):
     with pytest.raises(ValueError, match=message):
         draw(tmp_path / "figure.png")
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_figure_replaces_the_old_one_whole_and_leaves_nothing_else(tmp_path):
+def test_a_figure_replaces_the_old_file_and_leaves_no_other(tmp_path):
     path = tmp_path / "curve.svg"
     path.write_text("old")
     budget_curve(points(), 0.9, path)
@@ -112,7 +112,7 @@ def test_a_figure_replaces_the_old_one_whole_and_leaves_nothing_else(tmp_path):
     assert [entry.name for entry in tmp_path.iterdir()] == ["curve.svg"]
 
 
-def test_a_format_that_does_not_exist_keeps_the_old_file(tmp_path):
+def test_an_unknown_format_keeps_the_old_file(tmp_path):
     path = tmp_path / "curve.nosuch"
     path.write_text("old")
     with pytest.raises(ValueError, match="nosuch"):

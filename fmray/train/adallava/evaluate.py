@@ -176,7 +176,7 @@ def draw_examples(
             )
         if len(seen) == count:
             break
-    plots.plan_pictures(examples, path)
+    plots.plan_examples(examples, path)
 
 
 def _question(prompt: str) -> str:

@@ -35,15 +35,15 @@ def trials(machines: list[Machine], **cluster: Any) -> int:
     ],
 )
 def test_arithmetic(machines: list[tuple[float, float]], cluster: dict[str, Any], wanted) -> None:
-    found = [Machine(f"n{i}", *room) for i, room in enumerate(machines)]
-    assert trials(found, **cluster) == wanted
+    nodes = [Machine(f"n{i}", *room) for i, room in enumerate(machines)]
+    assert trials(nodes, **cluster) == wanted
 
 
 def test_the_reason_is_one_line() -> None:
     config = ClusterConfig(workers=2, cpus_per_worker=0.75, data_cpus=0.5)
     assert concurrency(config, [Machine("here", 4, 0)]) == (
         2,
-        "2 trials at once: each takes 2 workers of 0.75 CPU and 0.5 CPU beside, of 1 node"
+        "2 trials at once: each needs 2 workers of 0.75 CPU and 0.5 CPU for data, of 1 node"
         " with 4 CPUs and 0 GPUs",
     )
 
@@ -52,16 +52,16 @@ def test_the_reason_is_one_line() -> None:
     ("machines", "cluster"),
     [
         ([], {"workers": 1}),
-        ([(2, 0)], {"workers": 2}),  # nothing is left beside them
+        ([(2, 0)], {"workers": 2}),  # no CPU is left for data
         ([(2, 0)], {"workers": 1, "gpus_per_worker": 1}),
         ([(2, 0), (2, 0)], {"workers": 1, "cpus_per_worker": 3}),
         ([(0.5, 0)], {"workers": 0}),
     ],
 )
-def test_a_search_that_cannot_be_placed_is_refused(machines, cluster) -> None:
-    found = [Machine(f"n{i}", *room) for i, room in enumerate(machines)]
-    with pytest.raises(ValueError, match=r"\Acluster: a trial takes .*base_set\)\Z"):
-        trials(found, **cluster)
+def test_a_search_that_cannot_be_placed_is_an_error(machines, cluster) -> None:
+    nodes = [Machine(f"n{i}", *room) for i, room in enumerate(machines)]
+    with pytest.raises(ValueError, match=r"\Acluster: a trial needs .*base_set\)\Z"):
+        trials(nodes, **cluster)
 
 
 @given(
@@ -71,14 +71,14 @@ def test_a_search_that_cannot_be_placed_is_refused(machines, cluster) -> None:
     st.integers(0, 1),
 )
 def test_against_filling_trial_by_trial(machines, workers, cpus, gpus) -> None:
-    """Brute force without CPUs beside: workers are put, one at a time, where there is room."""
+    """Brute force without CPUs for data: workers are placed one at a time where they fit."""
     room = [list(machine) for machine in machines]
     placed = 0
     while free := [m for m in room if m[0] >= cpus and m[1] >= gpus]:
         free[0][0] -= cpus
         free[0][1] -= gpus
         placed += 1
-    found = [Machine(f"n{i}", *machine) for i, machine in enumerate(machines)]
+    nodes = [Machine(f"n{i}", *machine) for i, machine in enumerate(machines)]
     cluster = {
         "workers": workers,
         "cpus_per_worker": cpus,
@@ -86,7 +86,7 @@ def test_against_filling_trial_by_trial(machines, workers, cpus, gpus) -> None:
         "data_cpus": 0,
     }
     if placed < workers:
-        with pytest.raises(ValueError, match="no room for one"):
-            trials(found, **cluster)
+        with pytest.raises(ValueError, match="does not fit on"):
+            trials(nodes, **cluster)
     else:
-        assert trials(found, **cluster) == placed // workers
+        assert trials(nodes, **cluster) == placed // workers
