@@ -1,8 +1,8 @@
 """External shuffle of an image collection.
 
 Three kinds of tasks: sort pieces of the source into runs (Arrow IPC files in the work folder), find
-duplicates, and merge runs into Parquet parts of the store. No task holds more than about `PORTION`
-bytes of images in memory.
+duplicates, and merge runs into Parquet parts of the store. A task has at most about `PORTION` bytes
+of images in memory.
 
 A row's digest is a hash of its image, keyed by the seed. Rows sorted by digest within their class
 are in a random order that does not depend on how the source was cut into tasks. Rows with the same

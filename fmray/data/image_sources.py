@@ -1,4 +1,4 @@
-"""Find image collections: their classes and splits, and their images one by one.
+"""Find image collections: their classes and splits, and the images of each piece.
 
 Reads Meta-Dataset's TFRecord files with their specification, trees of class folders, and labelled
 Parquet. `find_collection` lists classes and pieces without reading images; tasks read the pieces
@@ -258,22 +258,18 @@ def _parquet_pieces(path: Path, portion: int, given: bool) -> tuple[list[Piece],
             if given and splits.get(name, split) != split:
                 merge_splits(str(file), [(name, str(splits[name])), (name, str(split))])
             splits[name] = split or ""
-
-        # consecutive row groups of about a portion
-        begin = 0
-        for end in range(1, len(sizes) + 1):
-            if end == len(sizes) or sum(sizes[begin : end + 1]) > portion:
-                stamp = file.stat()
-                piece = Piece(
-                    str(path),
-                    str(file),
-                    sum(sizes[begin:end]),
-                    stamp.st_mtime_ns,
-                    row_groups=(begin, end),
-                )
-                pieces.append(piece)
-                begin = end
+        pieces += _row_group_pieces(path, file, sizes, portion)
     return pieces, splits
+
+
+def _row_group_pieces(path: Path, file: Path, sizes: list[int], portion: int) -> Iterator[Piece]:
+    """Cut a Parquet file into pieces of consecutive row groups, given their sizes in bytes."""
+    changed, begin = file.stat().st_mtime_ns, 0
+    for end in range(1, len(sizes) + 1):
+        if end == len(sizes) or sum(sizes[begin : end + 1]) > portion:
+            size = sum(sizes[begin:end])
+            yield Piece(str(path), str(file), size, changed, row_groups=(begin, end))
+            begin = end
 
 
 def _stamp(file: Path) -> tuple[str, int, int]:
@@ -295,8 +291,8 @@ def _stamp(file: Path) -> tuple[str, int, int]:
 def hash_split(names: Iterable[str], seed: int) -> dict[str, str]:
     """Return the split of each class, by the order of a seeded hash of the names.
 
-    15 % of the classes, but at least 2, go to val and as many to test; train gets at least one. The
-    same names have the same splits in any collection.
+    15 % of the classes, at least 2, go to val and as many to test, but fewer if train would have
+    none. The same names have the same splits in any collection.
     """
     ordered = sorted(names, key=lambda name: hashlib.sha256(f"{seed}/{name}".encode()).digest())
     count = min(max(2, round(HELD_OUT * len(ordered))), (len(ordered) - 1) // 2)

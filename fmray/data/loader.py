@@ -31,11 +31,6 @@ IGNORED = -100  # label of a position that has no loss
 CACHED_ENCODINGS = 100_000  # rows whose tokens are cached; a few hundred bytes each
 
 # --- Order of the samples ---
-#
-# An epoch is cut into lanes, whose number does not depend on the number of ranks. Every lane gives
-# each global batch the same number of samples, and a rank takes an even share of the batch, lane by
-# lane. So a global batch contains the same samples however many ranks share it, and a rank reads
-# only the part of the store that belongs to its lanes.
 
 MAX_LANES = 64  # each is a long stretch of the store, read by one rank or by neighbours
 # Lengths in the same step of 16 count as equal: sorting to the last token would make batches with
@@ -57,7 +52,13 @@ def lanes_of(global_batch: int) -> int:
 
 @dataclass(frozen=True)
 class Schedule:
-    """The order of the samples of a split."""
+    """The order of the samples of a split.
+
+    An epoch is cut into lanes, whose number does not depend on the number of ranks. Every lane
+    gives each global batch the same number of samples, and a rank takes an even share of the batch,
+    lane by lane. So a global batch contains the same samples however many ranks share it, and a
+    rank reads only the part of the store that belongs to its lanes.
+    """
 
     lengths: np.ndarray  # [n] tokens of each sample, in store order
     groups: np.ndarray  # [n] row group of each sample, ascending
