@@ -39,7 +39,7 @@ from fmray.adallava import AdaptiveVLM, SwitchLayout
 from fmray.adallava.store import save
 from fmray.config.serve import ServeConfig
 from fmray.data.processor import load_processor
-from fmray.serve.replica import Answerer, open_answerer
+from fmray.serve.replica import ChatModel, load_chat_model
 
 LOADS = (0.5, 0.9, 1.2, 1.5, 2.0, 3.0)
 MODES = {"b=1": {"budget": "1"}, "b=0.6": {"budget": "0.6"}, "auto": {}}
@@ -217,20 +217,17 @@ def report(name: str, mode: str, outcomes: list[Outcome], target: float, seconds
     )
 
 
-async def bare_engine(answerer: Answerer, question: Question, number: int) -> float:
+async def bare_engine(chat_model: ChatModel, question: Question) -> float:
     """Seconds of the worker alone: the prompt made before, from submit to the last event."""
-    from fmray.engine.policy import Ask
-    from fmray.engine.requests import Sampling
     from fmray.serve.openai import ChatRequest
-    from fmray.serve.replica import Live
+    from fmray.serve.replica import Generation
 
-    prompt = answerer._prompts.make(ChatRequest.model_validate(question.body))
-    sampling = Sampling(max_new_tokens=8)
-    made = Ask(f"bare{number}", "bare", prompt.inputs, prompt.image_key, sampling, "1")
+    request = ChatRequest.model_validate(question.body | MODES["b=1"] | {"max_tokens": 8})
+    prepared = chat_model.prompts.build(request, "bare")
     start = time.perf_counter()
-    live = Live(answerer, made, prompt, time.monotonic())
-    while live.ended is None:
-        await live.next()
+    generation = Generation(chat_model, prepared, time.monotonic())
+    while generation.ended is None:
+        await generation.next()
     return time.perf_counter() - start
 
 
@@ -254,13 +251,13 @@ class Turn:
 
 
 async def in_turns(
-    answerer: Answerer, url: str, questions: Sequence[Question], count: int
+    chat_model: ChatModel, url: str, questions: Sequence[Question], count: int
 ) -> list[Turn]:
     """One request after the other: a machine that slows down slows all three."""
     turns = []
     async with httpx.AsyncClient(base_url=url, timeout=120) as client:
         for number in range(-10, count):
-            bare = await bare_engine(answerer, questions[3 * number], number)
+            bare = await bare_engine(chat_model, questions[3 * number])
             start = time.perf_counter()
             body = questions[3 * number + 1].body | MODES["b=1"]
             response = await client.post("/v1/chat/completions", json=body)
@@ -334,8 +331,8 @@ def measure(
         p95_ms=options.p95_ms or 2000.0,
     )
     os.environ.setdefault("OMP_NUM_THREADS", "1")
-    answerer = open_answerer(settings, model)  # measures the machine, too
-    parameters = sum(p.numel() for p in answerer.model.backbone.layers.parameters())
+    chat_model = load_chat_model(settings, model)  # measures the machine, too
+    parameters = sum(p.numel() for p in chat_model.model.backbone.layers.parameters())
     yield f"decoder of {parameters / 1e6:.0f} M parameters, {options.rows} rows, 1 torch thread"
 
     with socket.socket() as free:
@@ -347,8 +344,8 @@ def measure(
         serve.start(http_options={"host": "127.0.0.1", "port": port})
         deploy(settings)
         serve.run(serve.deployment(Empty).bind(), name="empty", route_prefix="/empty")
-        turns = asyncio.run(in_turns(answerer, url, questions, options.turns))
-        answerer.close()
+        turns = asyncio.run(in_turns(chat_model, url, questions, options.turns))
+        chat_model.close()
         serve.delete("empty")
         empty = statistics.median(turn.empty for turn in turns)
         alone = statistics.median(turn.bare for turn in turns)

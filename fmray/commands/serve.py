@@ -1,9 +1,9 @@
-"""`fmray serve`: the endpoint on this machine.
+"""`fmray serve`: run the endpoint on this machine.
 
-In: a model and a port. Out: a running Ray Serve application, until ctrl-C, which lets running
-answers finish; with `--local` the same application without Ray, in this process. Keys come from a
-file or the environment, never from the command line. On a cluster: `serve deploy`, with
-`cluster/serve.yaml`.
+Starts a Ray Serve application, or with `--local` the same web application in this process without
+Ray, and serves until ctrl-C, which lets running answers finish. Keys come from a file or the
+environment, never from the command line, which other users can read. On a cluster use
+`serve deploy cluster/serve.yaml`.
 """
 
 from __future__ import annotations
@@ -25,39 +25,46 @@ from fmray.serve.keys import VARIABLE, load_keys
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of `fmray serve`."""
+    """Add the options of `fmray serve`."""
     parser.add_argument(
         "model",
         nargs="?",
         default=MODEL,
-        help="directory of an adaptive model, or a name in the registry, whose production version "
-        f"is served (default {MODEL}, the quickstart's)",
+        help="directory of an adaptive model, or the registered name of one, which serves its "
+        f"production version (default {MODEL}, made by the quickstart)",
     )
     parser.add_argument(
-        "--storage", type=Path, default=STORAGE, help=f"of the registry (default {STORAGE})"
+        "--storage", type=Path, default=STORAGE, help=f"folder of the registry (default {STORAGE})"
     )
-    parser.add_argument("--uri", default=None, help="MLflow server, where it is not in the storage")
+    parser.add_argument(
+        "--uri", default=None, help="MLflow server (default: sqlite in the storage folder)"
+    )
     parser.add_argument("--host", default="127.0.0.1", help="default 127.0.0.1: this machine only")
     parser.add_argument("--port", type=int, default=8000)
     parser.add_argument(
-        "--keys-file", type=Path, default=None, help=f"bearer keys (YAML); default: {VARIABLE}"
+        "--keys-file",
+        type=Path,
+        default=None,
+        help=f"YAML file of bearer keys (default: {VARIABLE})",
     )
     add_overrides(parser, "max_rows=4")
     parser.add_argument(
-        "--local", action="store_true", help="in this process, without Ray: one model, no restarts"
+        "--local",
+        action="store_true",
+        help="serve in this process, without Ray: one replica, no restarts",
     )
 
 
 def run(options: argparse.Namespace) -> int:
     """Serve until interrupted."""
     settings = settings_of(options)
-    if not _loopback(options.host) and load_keys(settings.keys_file).open:
+    if not _is_loopback(options.host) and load_keys(settings.keys_file).open:
         raise ValueError(
-            f"--host {options.host} is reachable from other machines, and there are no keys; give "
-            f"--keys-file or {VARIABLE}, or stay on 127.0.0.1"
+            f"--host {options.host} is reachable from other machines, but there are no keys; set "
+            f"--keys-file or {VARIABLE}, or use 127.0.0.1"
         )
     if options.local:
-        return _serve_here(settings, options.host, options.port)
+        return _serve_in_process(settings, options.host, options.port)
     return _serve_on_ray(settings, options.host, options.port)
 
 
@@ -85,31 +92,32 @@ def settings_of(options: argparse.Namespace) -> ServeConfig:
         raise ConfigError(explain(error, ServeConfig, tree)) from error
 
 
-def _loopback(host: str) -> bool:
+def _is_loopback(host: str) -> bool:
     try:
         return ipaddress.ip_address(host.strip("[]")).is_loopback
     except ValueError:
         return host == "localhost"
 
 
-def _serve_here(settings: ServeConfig, host: str, port: int) -> int:
+def _serve_in_process(settings: ServeConfig, host: str, port: int) -> int:
+    """Serve with uvicorn."""
     import uvicorn
 
     from fmray.serve.app import find_directory
     from fmray.serve.metrics import Metrics
-    from fmray.serve.replica import open_answerer
+    from fmray.serve.replica import load_chat_model
     from fmray.serve.routes import create_app
 
-    answerer = open_answerer(settings, find_directory(settings))
-    metrics = Metrics(answerer.worker, "local", answerer.model.layout.num_units)
+    model = load_chat_model(settings, find_directory(settings))
+    metrics = Metrics(model.worker, "local", model.model.layout.num_units)
 
     async def exposition() -> bytes:
         return metrics.exposition()
 
-    print(f"http://{host}:{port}/  (model {settings.public_name!r}; ctrl-C stops)", flush=True)
+    _print_address(settings, host, port)
     try:
         uvicorn.run(
-            create_app(answerer, metrics, exposition),
+            create_app(model, metrics, exposition),
             host=host,
             port=port,
             log_level="warning",
@@ -118,11 +126,12 @@ def _serve_here(settings: ServeConfig, host: str, port: int) -> int:
             timeout_graceful_shutdown=int(settings.drain_s) or None,
         )
     finally:
-        answerer.close()
+        model.close()
     return 0
 
 
 def _serve_on_ray(settings: ServeConfig, host: str, port: int) -> int:
+    """Serve with Ray Serve, on the cluster of RAY_ADDRESS or one started here."""
     from ray import serve
 
     from fmray.config import ClusterConfig
@@ -137,14 +146,12 @@ def _serve_on_ray(settings: ServeConfig, host: str, port: int) -> int:
                 http_options={
                     "host": host,
                     "port": port,
-                    # Ours comes first and answers in JSON; this one is for a replica that hangs.
+                    # Above fmray's own timeout, which responds in JSON: for a replica that hangs.
                     "request_timeout_s": settings.request_timeout_s + 10,
                 }
             )
             serve.run(application, name="fmray", route_prefix="/")
-            print(
-                f"http://{host}:{port}/  (model {settings.public_name!r}; ctrl-C stops)", flush=True
-            )
+            _print_address(settings, host, port)
             for kind in (signal.SIGINT, signal.SIGTERM):
                 signal.signal(kind, lambda *_: stopped.set())
             while not stopped.wait(1.0):
@@ -152,3 +159,7 @@ def _serve_on_ray(settings: ServeConfig, host: str, port: int) -> int:
         finally:
             serve.shutdown()
     return 0
+
+
+def _print_address(settings: ServeConfig, host: str, port: int) -> None:
+    print(f"http://{host}:{port}/  (model {settings.public_name!r}; ctrl-C stops)", flush=True)

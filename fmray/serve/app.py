@@ -1,13 +1,13 @@
 """The Ray Serve application: `serve run fmray.serve.app:build model=...`.
 
-In: a `ServeConfig` (Ray makes it of the words or of the `args:` of a config file). Out: a Serve
-application: replicas that each hold the model, its engine and the whole web side, so that a request
-makes one hop. A name in the registry is looked up once, here, so that all replicas serve the same
-version; deploying with another `release` takes the version that is then in production, one replica
-after the other.
+`build` takes a `ServeConfig`, which Ray makes from the command line or from the `args:` of a config
+file. Each replica holds the model, its engine and the web application, so that a request makes one
+hop. A registered name is resolved once, in `build`, so that all replicas serve the same version. To
+deploy the version that is now in production, change `release`: Ray Serve replaces the replicas
+one after the other.
 """
 
-# No `from __future__ import annotations`: Ray reads the class off the builder's annotation.
+# No `from __future__ import annotations`: Ray reads the config's class from `build`'s annotation.
 
 import asyncio
 import gc
@@ -23,7 +23,7 @@ from ray.serve.schema import LoggingConfig
 
 from fmray.config.serve import ServeConfig
 from fmray.serve.keys import load_keys
-from fmray.serve.metrics import Board, Metrics, render
+from fmray.serve.metrics import Metrics, MetricsBoard, render
 
 _logger = logging.getLogger("fmray.serve")
 _PUBLISH_SECONDS = 5.0
@@ -31,76 +31,81 @@ _PUBLISH_SECONDS = 5.0
 
 @serve.ingress()
 class Replica:
-    """One replica: an `Answerer` and its web side. Healthy while its model answers questions."""
+    """A `ChatModel` and its web application. Healthy while the model answers questions."""
 
-    _answerer = None  # where the constructor failed, the destructor runs all the same
+    _model = None  # the destructor also runs after the constructor has failed
     _publishing: asyncio.Task[None] | None = None
 
     def __init__(
         self, settings: ServeConfig, directory: str, board: DeploymentHandle | None
     ) -> None:
-        from fmray.serve.replica import open_answerer
+        from fmray.serve.replica import load_chat_model
 
-        self._answerer = open_answerer(settings, Path(directory))
+        self._model = load_chat_model(settings, Path(directory))
         gc.collect()
-        gc.freeze()  # else the collector walks the whole model again and again, between two tokens
+        gc.freeze()  # keeps the garbage collector from scanning the model between two tokens
         self._name = serve.get_replica_context().replica_tag
-        units = self._answerer.model.layout.num_units
-        self._metrics = Metrics(self._answerer.worker, self._name, units)
+        units = self._model.model.layout.num_units
+        self._metrics = Metrics(self._model.worker, self._name, units)
         self._board = board
 
     async def __serve_build_asgi_app__(self):
-        """Called by Ray once the constructor is through."""
+        """Return the web application; Ray calls this after the constructor."""
         from fmray.serve.routes import create_app
 
         if self._board is not None:
-            self._publishing = asyncio.create_task(self._publish_for_ever())
-        return create_app(self._answerer, self._metrics, self._exposition)
+            self._publishing = asyncio.create_task(self._publish_forever())
+        return create_app(self._model, self._metrics, self._exposition)
 
     async def check_health(self) -> None:
-        """A real question through the engine; raises RuntimeError, and Ray replaces the replica."""
-        await self._answerer.check()
+        """Ask the model a question; if it fails (RuntimeError), Ray replaces the replica."""
+        await self._model.check_health()
 
     async def _exposition(self) -> bytes:
         if self._board is not None:
             try:
                 return render(await self._publish())
             except (RayError, RayServeException) as error:
-                _logger.warning("the board of metrics is away: %s", type(error).__name__)
+                _logger.warning(
+                    "metrics of the other replicas are unavailable: %s", type(error).__name__
+                )
         return self._metrics.exposition()
 
     async def _publish(self):
         return await self._board.publish.remote(self._name, self._metrics.families())
 
-    async def _publish_for_ever(self) -> None:
+    async def _publish_forever(self) -> None:
         while True:
             await asyncio.sleep(_PUBLISH_SECONDS)
             try:
                 await self._publish()
             except (RayError, RayServeException) as error:
-                _logger.warning("metrics of this replica were not shared: %s", type(error).__name__)
+                _logger.warning(
+                    "metrics of this replica were not published: %s", type(error).__name__
+                )
 
     async def __del__(self) -> None:
-        """Ray has waited for the running requests by now."""
+        """Stop the replica. Ray has waited for the running requests before it calls this."""
         if self._publishing is not None:
             self._publishing.cancel()
-        if self._answerer is not None:
-            await asyncio.to_thread(self._answerer.close)
+        if self._model is not None:
+            await asyncio.to_thread(self._model.close)
 
 
 def build(settings: ServeConfig) -> serve.Application:
-    """The application of these settings.
+    """Return the application with these settings.
 
-    Raises ValueError for a model that is not there or keys that cannot be read.
+    Raises:
+        ValueError: If the model does not exist or the keys cannot be read.
     """
     directory = find_directory(settings)
     if not load_keys(settings.keys_file).open:
-        # A replica on another node, or in a cluster started elsewhere, must not be open by mistake.
+        # A replica that does not find the keys, on another node, must not serve without them.
         settings = settings.model_copy(update={"require_keys": True})
     board = None
     if settings.max_replicas > 1:
         board = (
-            serve.deployment(Board, name="board")
+            serve.deployment(MetricsBoard, name="board")
             .options(num_replicas=1, ray_actor_options={"num_cpus": 0})
             .bind()
         )
@@ -127,16 +132,18 @@ def build(settings: ServeConfig) -> serve.Application:
 
 
 def find_directory(settings: ServeConfig) -> Path:
-    """The directory of the model: as given, or of the registry's production version.
+    """Return the directory of the model, or of the registry's production version.
 
-    Raises ValueError when there is none.
+    Raises:
+        ValueError: If it does not exist.
     """
     name = settings.registered_name
     if name is None:
         directory = Path(settings.model).expanduser().resolve()
         if not directory.is_dir():
             raise ValueError(
-                f"model: {settings.model!r} is no directory; give one, or models:/NAME@production"
+                f"model: {settings.model!r} is not a directory; set a model directory or "
+                "models:/NAME@production"
             )
         return directory
     from fmray.config import TrackingConfig

@@ -1,11 +1,11 @@
-"""What stands before every request: keys, sizes, times, and what errors look like.
+"""ASGI middleware before every request: keys, body size, read timeout, error responses.
 
-In: raw ASGI requests, from anybody. Out: requests whose caller is known and whose body is whole and
-small enough, handed on as `Arrival` in the scope; and every error as JSON in OpenAI's shape. Ray
-Serve's proxy limits neither body nor callers, and obeys timeout headers of clients: here a request
-has until `request_timeout_s` after its first byte, whatever its headers say.
+`Guard` identifies the caller, reads the complete body and passes both on as a `RequestContext` in
+the scope (key `fmray`). Every error becomes JSON in OpenAI's shape. Ray Serve's proxy limits
+neither body size nor callers, and it obeys timeout headers of clients; the limits here apply
+whatever the headers say.
 
-Nothing that a client sent is ever logged; a failure is logged as its type and its place.
+Nothing that a client sent is ever logged: a failure is logged as its type and stack frames.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 _logger = logging.getLogger("fmray.serve")
-OPEN_PATHS = frozenset({"/", "/healthz", "/readyz"})  # no key asked for; none says anything secret
+OPEN_PATHS = frozenset({"/", "/healthz", "/readyz"})  # need no key and return nothing secret
 _HEADERS = (
     (b"x-content-type-options", b"nosniff"),
     (b"referrer-policy", b"no-referrer"),
@@ -37,60 +37,61 @@ _HEADERS = (
 
 
 @dataclass
-class Arrival:
-    """What the guard knows of a request. time: `time.monotonic()` of its first byte here.
+class BodyMemory:
+    """Memory that the bodies of all requests occupy."""
 
-    The body is let go as soon as it is not needed: `release`.
-    """
+    limit: int  # bytes
+    size: int = 0  # bytes in use
 
-    time: float
+
+@dataclass
+class RequestContext:
+    """What the guard knows about a request."""
+
+    arrival_time: float  # time.monotonic() at its first byte
     caller: Caller
-    held: Held
+    memory: BodyMemory
     body: bytes = b""
-    size: int = 0
+    size: int = 0  # bytes of the body received so far
 
-    def grow(self, size: int) -> None:
-        """More of the body is here. Raises ApiError (503) where all together are too much."""
-        self.held.size += size
+    def reserve(self, size: int) -> None:
+        """Account for `size` more bytes of the body.
+
+        Raises:
+            ApiError: 503 if the bodies of all requests exceed their limit.
+        """
+        self.memory.size += size
         self.size += size
-        if self.held.size > self.held.limit:
+        if self.memory.size > self.memory.limit:
             raise ApiError(
                 503,
-                "too many large requests at once; ask again",
+                "too many large requests at once; retry",
                 code="overloaded",
                 headers={"retry-after": "1"},
             )
 
     def release(self) -> None:
-        """The body is not needed any more."""
-        self.held.size -= self.size
+        """Drop the body."""
+        self.memory.size -= self.size
         self.body, self.size = b"", 0
 
 
-@dataclass
-class Held:
-    """Bytes of all bodies that are in memory now, and the most that may be."""
-
-    limit: int
-    size: int = 0
-
-
 class Guard:
-    """ASGI middleware, outside of everything else."""
+    """The outermost ASGI middleware."""
 
     def __init__(
         self,
         app: ASGIApp,
         settings: ServeConfig,
         keys: KeyRing,
-        count: Callable[[ApiError], None],
+        on_error: Callable[[ApiError], None],
     ) -> None:
-        """count: told of every error that is answered here."""
-        self._app, self._settings, self._keys, self._count = app, settings, keys, count
-        self._held = Held(settings.max_bodies_mib * 2**20)
+        """Wrap `app`; `on_error` is called with every error that the guard responds with."""
+        self._app, self._settings, self._keys, self._on_error = app, settings, keys, on_error
+        self._memory = BodyMemory(settings.max_bodies_mib * 2**20)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """One request; never raises for what a client does."""
+        """Serve one request; never raises for what a client does."""
         if scope["type"] == "websocket":
             await send({"type": "websocket.close", "code": 1008})
             return
@@ -108,47 +109,44 @@ class Guard:
                 message = {**message, "headers": [*message.get("headers", ()), *extra]}
             await send(message)
 
-        arrival = Arrival(time.monotonic(), Caller("-"), self._held)
+        context = RequestContext(time.monotonic(), Caller("-"), self._memory)
         try:
-            if not await self._admit(scope, receive, arrival):
-                return  # the client left
-            scope["fmray"] = arrival
+            if not await self._admit(scope, receive, context):
+                return  # the client disconnected
+            scope["fmray"] = context
             await self._app(scope, _after_body(receive), guarded_send)
         except ApiError as error:
-            self._count(error)
+            self._on_error(error)
             if not started:
-                await respond(error, guarded_send)
-        except Exception as error:  # noqa: BLE001 - the last place where it can be kept from logs
+                await send_error(error, guarded_send)
+        except Exception as error:  # noqa: BLE001 - above this, servers log messages with prompts
             log_failure(error)
             if not started:
-                await respond(
-                    ApiError(500, "the server failed; it is logged", code="internal_error"),
-                    guarded_send,
-                )
+                await send_error(internal_error(), guarded_send)
         finally:
-            arrival.release()
+            context.release()
 
-    async def _admit(self, scope: Scope, receive: Receive, arrival: Arrival) -> bool:
-        """Find the caller and read the body; False where the client left meanwhile."""
-        headers: dict[bytes, bytes] = dict(reversed(scope["headers"]))  # the first of equal names
+    async def _admit(self, scope: Scope, receive: Receive, context: RequestContext) -> bool:
+        """Identify the caller and read the body; return False if the client disconnected."""
+        headers: dict[bytes, bytes] = dict(reversed(scope["headers"]))  # first of equal names wins
         self._check_origin(headers)
         path = scope["path"].removeprefix(scope.get("root_path", "")) or "/"
         if path not in OPEN_PATHS:
-            found = self._keys.find(headers.get(b"authorization"))
-            if found is None:
+            caller = self._keys.find(headers.get(b"authorization"))
+            if caller is None:
                 raise ApiError(
                     401,
-                    "a key is needed: Authorization: Bearer KEY",
+                    "missing or unknown API key; send Authorization: Bearer KEY",
                     code="invalid_api_key",
                     headers={"www-authenticate": "Bearer"},
                 )
-            arrival.caller = found
+            context.caller = caller
         if scope["method"] != "POST":
             return True
-        self._check_kind(headers)
+        self._check_content(headers)
         try:
             async with asyncio.timeout(self._settings.read_timeout_s):
-                body = await self._read(headers, receive, arrival)
+                body = await self._read_body(headers, receive, context)
         except TimeoutError:
             limit = self._settings.read_timeout_s
             raise ApiError(
@@ -156,33 +154,37 @@ class Guard:
             ) from None
         if body is None:
             return False
-        arrival.body = body
+        context.body = body
         return True
 
     def _check_origin(self, headers: dict[bytes, bytes]) -> None:
-        """A page of another site must not use a server on its visitor's machine."""
+        """Reject pages of other sites: they must not use a server on their visitor's machine."""
         origin = headers.get(b"origin")
         if origin is not None and origin.partition(b"://")[2] != headers.get(b"host"):
-            raise ApiError(403, "requests of other sites' pages are refused", code="origin")
+            raise ApiError(403, "cross-origin requests are not allowed", code="origin")
 
-    def _check_kind(self, headers: dict[bytes, bytes]) -> None:
+    def _check_content(self, headers: dict[bytes, bytes]) -> None:
         kind = headers.get(b"content-type", b"").partition(b";")[0].strip().lower()
         if kind != b"application/json":
             raise ApiError(415, "content-type must be application/json", code="content_type")
         if headers.get(b"content-encoding", b"identity").lower() != b"identity":
-            raise ApiError(415, "compressed bodies are not taken", code="content_encoding")
+            raise ApiError(415, "compressed bodies are not supported", code="content_encoding")
 
-    async def _read(
-        self, headers: dict[bytes, bytes], receive: Receive, arrival: Arrival
+    async def _read_body(
+        self, headers: dict[bytes, bytes], receive: Receive, context: RequestContext
     ) -> bytes | None:
-        """The whole body, None where the client left; 413 as soon as it is known to be too long."""
+        """Return the complete body, or None if the client disconnected.
+
+        Raises:
+            ApiError: 413 as soon as the body is known to be too large, before it is read.
+        """
         limit = self._settings.max_body_mib * 2**20
-        said = headers.get(b"content-length", b"0")
-        if not said.isdigit():
-            raise ApiError(400, "content-length is no number", code="content_length")
+        declared = headers.get(b"content-length", b"0")
+        if not declared.isdigit():
+            raise ApiError(400, "content-length is not a number", code="content_length")
         chunks: list[bytes] = []
         while True:
-            if arrival.size > limit or (len(said) > 18 or int(said) > limit):
+            if context.size > limit or len(declared) > 18 or int(declared) > limit:
                 raise ApiError(
                     413,
                     f"the body is larger than {self._settings.max_body_mib} MiB",
@@ -193,33 +195,41 @@ class Guard:
             if message["type"] == "http.disconnect":
                 return None
             chunks.append(message.get("body", b""))
-            arrival.grow(len(chunks[-1]))
-            if not message.get("more_body", False) and arrival.size <= limit:
+            context.reserve(len(chunks[-1]))
+            if not message.get("more_body", False) and context.size <= limit:
                 return b"".join(chunks)
 
 
 def _after_body(receive: Receive) -> Receive:
-    """A `receive` for those inside: no body (it is in `Arrival`), then what comes: a disconnect."""
-    given = False
+    """Return a `receive` for the inner application: an empty body, then the disconnect.
+
+    The body itself is in the `RequestContext`.
+    """
+    body_sent = False
 
     async def after() -> Message:
-        nonlocal given
-        if not given:
-            given = True
+        nonlocal body_sent
+        if not body_sent:
+            body_sent = True
             return {"type": "http.request", "body": b"", "more_body": False}
         return await receive()
 
     return after
 
 
-async def gone(receive: Receive) -> None:
-    """Returns when the client has left."""
+async def wait_for_disconnect(receive: Receive) -> None:
+    """Return when the client has disconnected."""
     while (await receive())["type"] != "http.disconnect":
         pass
 
 
-async def respond(error: ApiError, send: Send) -> None:
-    """Send an error as a whole answer."""
+def internal_error() -> ApiError:
+    """Return the response to a failure of the server; the log has its type and stack frames."""
+    return ApiError(500, "internal server error; see the server's log", code="internal_error")
+
+
+async def send_error(error: ApiError, send: Send) -> None:
+    """Send an error as a complete response."""
     body = json.dumps(error.body).encode()
     headers = {"content-type": "application/json", "content-length": str(len(body))}
     headers |= error.headers
@@ -229,12 +239,12 @@ async def respond(error: ApiError, send: Send) -> None:
 
 
 def log_failure(error: BaseException) -> None:
-    """Log a failure without its message, which may quote a prompt: type and places, all causes."""
+    """Log a failure as types and stack frames: its message may quote a prompt."""
     _logger.error("request failed: %s", describe(error))
 
 
 def describe(error: BaseException) -> str:
-    """Type and place of an error and of what caused it, without any message."""
+    """Return the types and stack frames of an error and its causes, without any message."""
     parts: list[str] = []
     seen: set[int] = set()
     cause: Any = error

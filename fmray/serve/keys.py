@@ -1,15 +1,15 @@
-"""Bearer keys: who may ask, and how much.
+"""Bearer keys and the limits of their callers.
 
-In: a YAML file, or the environment variable FMRAY_API_KEYS; never the command line, which any user
-of the machine can read. Out: the caller of an `Authorization` header. Only hashes are kept.
+Keys come from a YAML file or from the environment variable FMRAY_API_KEYS, never from the command
+line, which any user of the machine can read. Only hashes of the keys are kept in memory. The file:
 
-    - name: alice                     # in metrics and for fairness; unique
-      key: sk-...                     # or sha256: its hash in hex, so that the file holds no secret
-      requests_per_second: 2          # limits are optional, and of each replica; see CallerLimits
+    - name: alice                     # unique; identifies the caller for fairness and limits
+      key: sk-...                     # or sha256: its hash in hex, to keep the secret out of here
+      requests_per_second: 2          # limits are optional and per replica; see CallerLimits
       burst: 10
-      operations_per_second: 1.0e12   # of the decoder: what budgets are shares of
-      max_budget: "0.8"               # a larger one is lowered to it
-      weight: 2.0                     # its share of a busy engine, beside others' 1.0
+      operations_per_second: 1.0e12   # operations of the decoder
+      max_budget: "0.8"               # larger budgets are lowered to it
+      weight: 2.0                     # share of a busy engine, relative to others' 1.0
 """
 
 from __future__ import annotations
@@ -32,14 +32,14 @@ from fmray.errors import ConfigError
 
 VARIABLE = "FMRAY_API_KEYS"
 ANONYMOUS = "anonymous"
-_SHORTEST = 16  # characters; what can be guessed is no key
+_MIN_LENGTH = 16  # characters; shorter keys can be guessed
 
 
 class KeyEntry(Section):
-    """One key of the file."""
+    """One key of the file, with the limits of its caller."""
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,63}$")
-    key: str | None = Field(None, min_length=_SHORTEST, max_length=512)
+    key: str | None = Field(None, min_length=_MIN_LENGTH, max_length=512)
     sha256: str | None = Field(None, pattern=r"^[0-9a-f]{64}$")
     weight: float = Field(1.0, gt=0)
     requests_per_second: float | None = Field(None, gt=0)
@@ -60,56 +60,56 @@ _Entries = TypeAdapter(Annotated[list[KeyEntry], Field(min_length=1)])
 
 @dataclass(frozen=True)
 class Caller:
-    """Who asks, and the limits that go with it."""
+    """Who sends a request, and the limits that apply."""
 
     name: str
     limits: CallerLimits = field(default_factory=CallerLimits)
 
 
 class KeyRing:
-    """The known keys. An empty ring lets everybody in as `anonymous`."""
+    """The known keys. An empty key ring accepts everybody as `anonymous`."""
 
     def __init__(self, entries: Iterable[tuple[bytes, Caller]] = ()) -> None:
         self._entries = tuple(entries)  # (sha256 of the key, its caller)
 
     @property
     def open(self) -> bool:
-        """Whether no key is asked for."""
+        """Whether requests need no key."""
         return not self._entries
 
     @property
     def callers(self) -> Sequence[Caller]:
-        """All callers there can be."""
+        """All possible callers."""
         return [caller for _, caller in self._entries] or [Caller(ANONYMOUS)]
 
     def find(self, authorization: bytes | None) -> Caller | None:
-        """The caller of an `Authorization: Bearer KEY` header; None where the key is not known.
+        """Return the caller of an `Authorization: Bearer KEY` header, None if the key is unknown.
 
-        Every known key is compared, and hashes of equal length in constant time, so that the time
-        taken says nothing about a key.
+        Compares the hash with every known one, each in constant time, so that the response time
+        reveals nothing about a key.
         """
         if self.open:
             return Caller(ANONYMOUS)
         scheme, _, key = (authorization or b"").partition(b" ")
-        asked = hashlib.sha256(key.strip()).digest()
-        found = None
+        digest = hashlib.sha256(key.strip()).digest()
+        match = None
         for known, caller in self._entries:
-            if hmac.compare_digest(known, asked):
-                found = caller
-        return found if scheme.lower() == b"bearer" else None
+            if hmac.compare_digest(known, digest):
+                match = caller
+        return match if scheme.lower() == b"bearer" else None
 
 
 def load_keys(file: Path | None) -> KeyRing:
     """Load the keys of a file, else of FMRAY_API_KEYS (comma-separated), else an open ring.
 
     Raises:
-        ValueError: the file is no list of keys; the message never contains a key.
+        ValueError: If the file is not a list of keys; the message never contains a key.
     """
     if file is None:
         words = [word.strip() for word in os.environ.get(VARIABLE, "").split(",")]
         words = [word for word in words if word]
-        if any(len(word) < _SHORTEST for word in words):
-            raise ConfigError(f"{VARIABLE}: a key has fewer than {_SHORTEST} characters")
+        if any(len(word) < _MIN_LENGTH for word in words):
+            raise ConfigError(f"{VARIABLE}: a key has fewer than {_MIN_LENGTH} characters")
         return KeyRing(
             (hashlib.sha256(word.encode()).digest(), Caller(f"key{index}"))
             for index, word in enumerate(words, start=1)

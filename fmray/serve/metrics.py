@@ -1,9 +1,8 @@
-"""Prometheus metrics of one replica, and those of all replicas on one page.
+"""Prometheus metrics of one replica and of all replicas.
 
-In: answers, refusals and the worker's own counters. Out: families in Prometheus' text format. A
-scrape goes through the proxy to one replica only; with several, each hands its families to a
-`Board` every few seconds, and whichever is asked answers for all. Every sample has the label
-`replica`.
+The proxy sends a scrape to one replica only. With several replicas, each publishes its metric
+families to a `MetricsBoard` every few seconds, and the one that is scraped responds for all of
+them. Every sample has the label `replica`.
 """
 
 from __future__ import annotations
@@ -32,16 +31,19 @@ if TYPE_CHECKING:
 _BUDGETS = tuple(tenths / 20 for tenths in range(1, 21))
 _SECONDS = (0.01, 0.025, 0.05, 0.1, 0.2, 0.3, 0.5, 0.75, 1, 1.5, 2, 3, 5, 7.5, 10, 20, 30, 60, 120)
 _RATES = (1, 2, 5, 10, 20, 30, 50, 75, 100, 150, 200, 300, 500, 1000)
-STALE_SECONDS = 30.0  # a replica that has not published for so long is gone
+STALE_SECONDS = 30.0  # a replica that has not published for this long is dropped
 
 
 class Metrics:
-    """What one replica counts."""
+    """The metrics of one replica."""
 
     content_type = CONTENT_TYPE_PLAIN_0_0_4
 
     def __init__(self, worker: EngineWorker, replica: str, units: int) -> None:
-        """units: K; `fmray_units_on` has a bucket for each number where there are few."""
+        """Create the metrics of a model with `units` (K) units.
+
+        `fmray_units_on` has a bucket for each number of units, up to about 32 buckets.
+        """
         self._replica = replica
         self._registry = registry = CollectorRegistry()
         step = max(1, math.ceil(units / 32))
@@ -50,7 +52,7 @@ class Metrics:
         self._budget = histogram("fmray_budget", "Budget of answered requests", buckets=_BUDGETS)
         self._units = histogram(
             "fmray_units_on",
-            "Switches on in answered requests",
+            "Units on in answered requests",
             buckets=[*range(0, units, step), units],
         )
         self._first = histogram(
@@ -75,12 +77,12 @@ class Metrics:
         )
         self._vision = counter(
             "fmray_vision_cache_answers",
-            "Answers by whether their pictures' features were at hand",
+            "Answers by whether their image features came from the cache",
             ["hit"],
         )
         registry.register(_WorkerFamilies(worker))
 
-    def answered(self, cost: Fmray, result: Result) -> None:
+    def record_answer(self, cost: Fmray, result: Result) -> None:
         """Count one answer."""
         self._budget.observe(cost.budget)
         self._units.observe(cost.units_on)
@@ -99,42 +101,43 @@ class Metrics:
         if cost.deadline_met is not None:
             self._deadlines.labels(str(cost.deadline_met).lower()).inc()
 
-    def refused(self, error: ApiError) -> None:
-        """Count one error."""
+    def record_error(self, error: ApiError) -> None:
+        """Count one error response."""
         self._errors.labels(str(error.status), error.code or "other").inc()
 
     def families(self) -> list[Metric]:
-        """All families as they are now, each sample with this replica's name."""
-        found = []
+        """Return all metric families, each sample labelled with this replica's name."""
+        families = []
         for metric in self._registry.collect():
             metric.samples = [
                 sample._replace(labels={**sample.labels, "replica": self._replica})
                 for sample in metric.samples
                 if not sample.name.endswith("_created")
             ]
-            found.append(metric)
-        return found
+            families.append(metric)
+        return families
 
     def exposition(self) -> bytes:
-        """This replica's metrics in Prometheus' text format."""
+        """Return this replica's metrics in Prometheus' text format."""
         return render([self.families()])
 
 
 class _WorkerFamilies(Collector):
-    """The worker's snapshot, taken at each scrape."""
+    """Families of the worker's statistics, read at each scrape."""
 
     def __init__(self, worker: EngineWorker) -> None:
         self._worker = worker
 
     def collect(self) -> Iterator[Metric]:
-        """Queue, batch, load control, caches, memory, calibration."""
+        """Yield the families of queue, batch, load control, caches, memory and calibration."""
         stats = self._worker.stats()
+        # Queue, batch and load control
         yield _gauge("fmray_queue_requests", "Requests waiting for the engine", stats.queued)
         yield _gauge("fmray_active_rows", "Requests in the engine", stats.active)
-        yield _gauge("fmray_auto_budget", "Share that `auto` gets now", stats.level_budget)
-        yield _gauge("fmray_auto_units", "Switches that `auto` gets now", stats.level)
+        yield _gauge("fmray_auto_budget", "Budget that `auto` requests get now", stats.level_budget)
+        yield _gauge("fmray_auto_units", "Units on that `auto` requests get now", stats.level)
         yield _gauge(
-            "fmray_draining", "1 while the replica lets its last answers finish", stats.draining
+            "fmray_draining", "1 while the replica finishes its last answers", stats.draining
         )
         refused = CounterMetricFamily(
             "fmray_refused", "Requests that the policy refused", labels=["code"]
@@ -143,14 +146,19 @@ class _WorkerFamilies(Collector):
             refused.add_metric([code], count)
         yield refused
         finished = CounterMetricFamily(
-            "fmray_finished", "Requests by how they ended, health checks too", labels=["reason"]
+            "fmray_finished",
+            "Requests by how they ended, health checks included",
+            labels=["reason"],
         )
         for reason, count in stats.finished.items():
             finished.add_metric([reason], count)
         yield finished
         yield CounterMetricFamily(
-            "fmray_engine_tokens", "Tokens generated, health checks too", value=stats.tokens_out
+            "fmray_engine_tokens",
+            "Tokens generated, health checks included",
+            value=stats.tokens_out,
         )
+        # Waiting times and accuracy of predictions
         queue = stats.queue_seconds
         running, buckets = 0, []
         for bound, count in zip((*queue.bounds, math.inf), queue.counts, strict=True):
@@ -172,36 +180,45 @@ class _WorkerFamilies(Collector):
         ):
             errors.add_metric([name], value)
         yield errors
+        # Memory, caches and steps of the engine
         engine = stats.engine
         if engine is None:
             return
         for name, text, value in (
-            ("fmray_kv_bytes", "Keys and values held", engine.kv_bytes),
-            ("fmray_kv_reserved_bytes", "Keys and values promised to rows", engine.kv_reserved),
-            ("fmray_kv_bound_bytes", "The most that keys and values may take", engine.kv_bound),
-            ("fmray_vision_cache_bytes", "Picture features held", engine.vision_bytes),
-            ("fmray_prefix_cache_bytes", "Prompt beginnings held", engine.prefix_bytes),
+            ("fmray_kv_bytes", "Keys and values in memory", engine.kv_bytes),
+            ("fmray_kv_reserved_bytes", "Keys and values reserved for rows", engine.kv_reserved),
+            ("fmray_kv_bound_bytes", "Upper bound on keys and values", engine.kv_bound),
+            ("fmray_vision_cache_bytes", "Cached image features", engine.vision_bytes),
+            ("fmray_prefix_cache_bytes", "Cached prompt prefixes", engine.prefix_bytes),
         ):
             yield _gauge(name, text, value)
         for name, text, value in (
-            ("fmray_vision_cache_hits", "Pictures whose features were at hand", engine.vision_hits),
-            ("fmray_vision_cache_misses", "Pictures computed", engine.vision_misses),
-            ("fmray_prefix_cache_hits", "Prompts with a known beginning", engine.prefix_hits),
-            ("fmray_prefix_cache_misses", "Prompts without one", engine.prefix_misses),
+            (
+                "fmray_vision_cache_hits",
+                "Images whose features came from the cache",
+                engine.vision_hits,
+            ),
+            (
+                "fmray_vision_cache_misses",
+                "Images whose features were computed",
+                engine.vision_misses,
+            ),
+            ("fmray_prefix_cache_hits", "Prompts with a cached prefix", engine.prefix_hits),
+            ("fmray_prefix_cache_misses", "Prompts without a cached prefix", engine.prefix_misses),
             ("fmray_decode_steps", "Decode steps", engine.decode_steps),
             ("fmray_prefill_steps", "Prefill steps", engine.prefill_steps),
         ):
             yield CounterMetricFamily(name, text, value=value)
 
 
-class Board:
-    """The latest families of every replica; one actor beside them."""
+class MetricsBoard:
+    """The latest metric families of every replica. Runs as a deployment of its own."""
 
     def __init__(self) -> None:
         self._latest: dict[str, tuple[float, list[Metric]]] = {}
 
     def publish(self, replica: str, families: list[Metric]) -> list[list[Metric]]:
-        """Keep one replica's families; returns those of all replicas that are there."""
+        """Store one replica's families and return those of all live replicas."""
         now = time.monotonic()
         self._latest[replica] = (now, families)
         self._latest = {
@@ -211,25 +228,25 @@ class Board:
 
 
 def render(replicas: Iterable[list[Metric]]) -> bytes:
-    """Families of several replicas, each family once, in Prometheus' text format."""
+    """Merge the families of several replicas and return them in Prometheus' text format."""
     merged: dict[str, Metric] = {}
     for families in replicas:
         for metric in families:
-            kept = merged.setdefault(
+            family = merged.setdefault(
                 metric.name, Metric(metric.name, metric.documentation, metric.type)
             )
-            kept.samples.extend(metric.samples)
-    return generate_latest(_Collected(merged))
+            family.samples.extend(metric.samples)
+    return generate_latest(_MergedFamilies(merged))
 
 
-class _Collected:
-    """What `generate_latest` takes for a registry."""
+class _MergedFamilies:
+    """The part of a registry that `generate_latest` uses."""
 
     def __init__(self, families: Mapping[str, Metric]) -> None:
         self._families = families
 
     def collect(self) -> Iterable[Metric]:
-        """The families."""
+        """Return the families."""
         return self._families.values()
 
 

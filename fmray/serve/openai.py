@@ -1,9 +1,10 @@
-"""What the endpoint speaks: OpenAI's chat completions, with fmray's own fields.
+"""The wire format of the endpoint: OpenAI's chat completions plus fmray's own fields.
 
-In: the bytes of a request. Out: a checked `ChatRequest`, or an `ApiError` in OpenAI's shape; the
-answers' shapes are in `answers.py`. A field that OpenAI has and this server does not is refused by
-its name, unless it is null or asks for what happens anyway; nothing is silently ignored but `user`
-and `detail`.
+`parse_request` turns a request body into a `ChatRequest` or raises an `ApiError`, which has
+OpenAI's error shape. A field that OpenAI defines and this server does not support is rejected by
+name, unless its value is null or has no effect (`n: 1`, `tools: []`). Only `user` and `detail` are
+accepted and ignored. No error repeats content that the client sent. The response models also
+define the OpenAPI document.
 """
 
 from __future__ import annotations
@@ -25,9 +26,10 @@ from pydantic import (
 
 MAX_DEPTH = 32
 MAX_VALUES = 50_000
-_LONGEST_URL = 24 * 2**20  # base64; the body's own limit is smaller
-# A field of OpenAI's -> values that ask for nothing; null always does.
-_NO_REQUEST: dict[str, tuple[Any, ...]] = {
+_MAX_URL_LENGTH = 24 * 2**20  # base64; the limit on the complete body is lower by default
+# Unsupported OpenAI fields -> the values that are accepted because they have no effect. Null is
+# accepted for all of them.
+_NO_EFFECT: dict[str, tuple[Any, ...]] = {
     "frequency_penalty": (0,),
     "presence_penalty": (0,),
     "logit_bias": ({},),
@@ -49,8 +51,11 @@ _NO_REQUEST: dict[str, tuple[Any, ...]] = {
 }
 
 
+# --- Errors ---
+
+
 class ApiError(Exception):
-    """An answer that is an error, in OpenAI's shape. Never holds what the client sent."""
+    """An error response in OpenAI's shape. It never contains what the client sent."""
 
     def __init__(
         self,
@@ -67,7 +72,7 @@ class ApiError(Exception):
 
     @property
     def body(self) -> dict[str, Any]:
-        """The JSON of the answer."""
+        """The JSON body of the response."""
         kind = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}.get(
             self.status, "server_error" if self.status >= 500 else "invalid_request_error"
         )
@@ -81,44 +86,64 @@ class ApiError(Exception):
         }
 
 
-class Part(BaseModel):
-    """Base of what is received: unknown fields are refused, null ones are as if not there."""
+class ErrorDetail(BaseModel):
+    """The error of a response."""
+
+    message: str
+    type: str
+    param: str | None
+    code: str | None
+
+
+class ErrorBody(BaseModel):
+    """The body of an error response, as OpenAI defines it."""
+
+    error: ErrorDetail
+
+
+# --- Requests ---
+
+
+class RequestModel(BaseModel):
+    """Base of the request models: rejects unknown fields and treats null as absent."""
 
     model_config = ConfigDict(extra="forbid", allow_inf_nan=False, strict=True, frozen=True)
 
     @model_validator(mode="before")
     @classmethod
-    def _drop_empty(cls, values: Any) -> Any:
+    def _drop_fields_without_effect(cls, values: Any) -> Any:
         if not isinstance(values, dict):
             return values
         return {
             key: value
             for key, value in values.items()
             if value is not None
-            and (key in cls.model_fields or not _asks_nothing(value, _NO_REQUEST.get(key, ())))
+            and (key in cls.model_fields or not _has_no_effect(value, _NO_EFFECT.get(key, ())))
         }
 
 
-def _asks_nothing(value: Any, harmless: tuple[Any, ...]) -> bool:
-    return any(type(value) in (type(one), float) and value == one for one in harmless)
+def _has_no_effect(value: Any, accepted: tuple[Any, ...]) -> bool:
+    return any(type(value) in (type(item), float) and value == item for item in accepted)
 
 
-class ImageUrl(Part):
-    """Where a picture is: in the URL itself. `detail` is accepted and has no effect."""
+class ImageUrl(RequestModel):
+    """An image as a data: URL. `detail` is accepted and ignored."""
 
-    url: str = Field(min_length=1, max_length=_LONGEST_URL, description="data:image/...;base64,...")
+    url: str = Field(
+        min_length=1, max_length=_MAX_URL_LENGTH, description="data:image/...;base64,..."
+    )
     detail: Literal["auto", "low", "high"] = "auto"
 
 
-class TextPart(Part):
-    """Text of a message."""
+class TextPart(RequestModel):
+    """A text part of a message."""
 
     type: Literal["text"]
     text: str
 
 
-class ImagePart(Part):
-    """A picture of a message."""
+class ImagePart(RequestModel):
+    """An image part of a message."""
 
     type: Literal["image_url"]
     image_url: ImageUrl
@@ -127,37 +152,37 @@ class ImagePart(Part):
 ContentPart = Annotated[TextPart | ImagePart, Field(discriminator="type")]
 
 
-class Message(Part):
-    """One turn. Pictures belong to users."""
+class Message(RequestModel):
+    """One turn of the conversation. Only user messages may contain images."""
 
     role: Literal["system", "developer", "user", "assistant"]
     content: str | list[ContentPart]
 
     @model_validator(mode="after")
-    def _pictures(self) -> Self:
+    def _check_content(self) -> Self:
         if not self.content:
             raise ValueError("content is empty")
         if self.role != "user" and any(isinstance(part, ImagePart) for part in self.parts):
-            raise ValueError("only a user's message may hold pictures")
+            raise ValueError("only user messages may contain images")
         return self
 
     @property
     def parts(self) -> list[TextPart | ImagePart]:
-        """The content as parts."""
+        """The content as a list of parts."""
         if isinstance(self.content, str):
             return [TextPart(type="text", text=self.content)]
         return list(self.content)
 
 
-class StreamOptions(Part):
-    """Whether a stream ends with a chunk of token counts."""
+class StreamOptions(RequestModel):
+    """Options of a streamed answer."""
 
-    include_usage: bool = False
+    include_usage: bool = False  # end the stream with a chunk of token counts
 
 
 def _read_budget(value: Any) -> Any:
-    """A number or decimal text in (0, 1] as exact decimal text; `auto` as None."""
-    wrong = "a number in (0, 1], such as 0.6 or '0.6', or 'auto'"
+    """Return a number or decimal text in (0, 1] as exact decimal text, and `auto` as None."""
+    wrong = "must be a number in (0, 1], such as 0.6 or '0.6', or 'auto'"
     if value == "auto":
         return None
     if isinstance(value, bool) or not isinstance(value, int | float | str):
@@ -183,37 +208,37 @@ Budget = Annotated[
     str | None,
     BeforeValidator(_read_budget, json_schema_input_type=float | str),
     Field(
-        description="share of the decoder's operations in (0, 1], a number or decimal text; "
-        "left out or `auto`: the load decides",
+        description="share of the decoder's operations in (0, 1], as a number or decimal text; "
+        "omitted or `auto`: chosen by the current load",
     ),
 ]
 StopText = Annotated[str, Field(min_length=1, max_length=256)]
 
 
-def _whole(value: Any) -> Any:
-    """2.0 is 2 in JSON, where numbers have no kinds."""
+def _read_integer(value: Any) -> Any:
+    """Return 2.0 as 2: JSON has one type of number."""
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
-Whole = Annotated[int, BeforeValidator(_whole)]
+Integer = Annotated[int, BeforeValidator(_read_integer)]
 
 
-def _one(value: int) -> int:
+def _check_single_choice(value: int) -> int:
     if value != 1:
-        raise ValueError("this server gives one answer a request")
+        raise ValueError("this server returns one choice per request")
     return value
 
 
-class ChatRequest(Part):
-    """A chat completion asked for."""
+class ChatRequest(RequestModel):
+    """The body of a chat completion request."""
 
     model: str = Field(min_length=1, max_length=256)
     messages: list[Message] = Field(min_length=1)
-    max_tokens: Whole | None = Field(None, ge=1, le=2**31)
-    max_completion_tokens: Whole | None = Field(None, ge=1, le=2**31)
-    temperature: float = Field(0.0, ge=0, le=2, description="0: greedy, which is the default here")
+    max_tokens: Integer | None = Field(None, ge=1, le=2**31)
+    max_completion_tokens: Integer | None = Field(None, ge=1, le=2**31)
+    temperature: float = Field(0.0, ge=0, le=2, description="default 0: greedy decoding")
     top_p: float = Field(1.0, gt=0, le=1)
-    seed: Whole | None = Field(None, ge=-(2**63), lt=2**63)
+    seed: Integer | None = Field(None, ge=-(2**63), lt=2**63)
     stop: (
         Annotated[
             StopText | list[StopText],
@@ -223,23 +248,25 @@ class ChatRequest(Part):
     ) = None
     stream: bool = False
     stream_options: StreamOptions | None = None
-    n: Annotated[Whole, AfterValidator(_one), Field(json_schema_extra={"const": 1})] = 1
-    user: str | None = Field(None, max_length=256, description="accepted, has no effect")
+    n: Annotated[
+        Integer, AfterValidator(_check_single_choice), Field(json_schema_extra={"const": 1})
+    ] = 1
+    user: str | None = Field(None, max_length=256, description="accepted and ignored")
 
     budget: Budget = None
     deadline_ms: float | None = Field(
-        None, gt=0, le=3.6e6, description="milliseconds; the largest budget that makes it is taken"
+        None, gt=0, le=3.6e6, description="milliseconds; the largest budget that meets it is used"
     )
     deadline_of: Literal["first_token", "answer"] | None = Field(
-        None, description="default: the whole answer where max_tokens is given, else first token"
+        None, description="default: answer if max_tokens is given, else first_token"
     )
-    strict: bool = Field(False, description="503 rather than an answer after the deadline")
-    plan: bool = Field(False, description="say which switches were on")
+    strict: bool = Field(False, description="return 503 instead of an answer after the deadline")
+    plan: bool = Field(False, description="report which units were on")
 
     @model_validator(mode="after")
-    def _agree(self) -> Self:
+    def _check_combinations(self) -> Self:
         if self.stream_options is not None and not self.stream:
-            raise ValueError("stream_options: only with stream: true")
+            raise ValueError("stream_options: requires stream: true")
         if self.stop is not None and len(self.stop) > 4:
             raise ValueError("stop: at most 4 strings")
         if (
@@ -247,26 +274,32 @@ class ChatRequest(Part):
             and self.max_completion_tokens is not None
             and self.max_tokens != self.max_completion_tokens
         ):
-            raise ValueError("max_tokens: differs from max_completion_tokens; give one")
+            raise ValueError("max_tokens: differs from max_completion_tokens; set only one of them")
         if self.budget is not None and self.deadline_ms is not None:
-            raise ValueError("deadline_ms: give budget or deadline_ms, not both")
+            raise ValueError("deadline_ms: cannot be combined with budget; set one of them")
         if self.deadline_ms is None and (self.strict or self.deadline_of):
-            raise ValueError("deadline_ms: strict and deadline_of need it")
+            raise ValueError("deadline_ms: required by strict and deadline_of")
         return self
 
     @property
-    def asked_tokens(self) -> int | None:
-        """max_tokens under either of its names."""
+    def token_limit(self) -> int | None:
+        """`max_tokens`, under either of its names."""
         return self.max_tokens or self.max_completion_tokens
 
 
+# --- Parsing ---
+
+# Strings (matched so that their brackets do not count), opening and closing brackets.
 _STRUCTURE = re.compile(rb'"(?:[^"\\]|\\.)*+"|[\[{]|[\]}]', re.DOTALL)
 
 
 def check_json(body: bytes) -> None:
-    """Refuse JSON that is deep or has very many values, before anything is built from it.
+    """Check the depth and the number of values of a JSON text before it is parsed.
 
-    Raises ApiError (400). Counting commas in texts too is on purpose: it is cheap and bounds both.
+    Commas inside strings count as well: that is cheap, and the limit is far above real requests.
+
+    Raises:
+        ApiError: 400 if the text is nested too deeply or has too many values.
     """
     if body.count(b",") + body.count(b"[") + body.count(b"{") > MAX_VALUES:
         raise ApiError(400, f"the JSON has more than {MAX_VALUES} values", code="invalid_json")
@@ -284,7 +317,11 @@ def check_json(body: bytes) -> None:
 
 
 def parse_request(body: bytes) -> ChatRequest:
-    """The request in a body. Raises ApiError (400) that names the field, never its content."""
+    """Return the request in a body.
+
+    Raises:
+        ApiError: 400 naming the field that is wrong, never its content.
+    """
     check_json(body)
     try:
         return ChatRequest.model_validate_json(body)
@@ -294,9 +331,9 @@ def parse_request(body: bytes) -> ChatRequest:
 
 
 def _explain(problems: list[Any]) -> ApiError:
-    # Of a union all branches complain, the right one from deepest inside; and an unknown field is
-    # the most telling of all.
-    problem = max(problems, key=lambda one: (one["type"] == "extra_forbidden", len(one["loc"])))
+    # Every branch of a union reports an error; the branch that was meant has the deepest location.
+    # An unknown field is the most helpful error of all.
+    problem = max(problems, key=lambda item: (item["type"] == "extra_forbidden", len(item["loc"])))
     kind = problem["type"]
     place = _place(problem["loc"])
     if kind == "json_invalid":
@@ -317,8 +354,8 @@ def _explain(problems: list[Any]) -> ApiError:
 
 
 def _place(location: tuple[Any, ...]) -> str:
-    """messages[0].content[1].text of a Pydantic location; names of branches of unions are left
-    out."""
+    """Return a Pydantic location as `messages[0].content[1].text`, without names of union
+    branches."""
     text, before = "", None
     for part in location:
         if isinstance(part, int):
@@ -331,13 +368,11 @@ def _place(location: tuple[Any, ...]) -> str:
     return text.removeprefix(".")
 
 
-# What the endpoint answers: OpenAI's shapes, with the object `fmray` beside them.
-#
-# In: texts, token counts and costs. Out: Pydantic models, which also make the OpenAPI document.
+# --- Responses ---
 
 
 class Usage(BaseModel):
-    """Token counts; image tokens are among the prompt's."""
+    """Token counts. Prompt tokens include image tokens."""
 
     prompt_tokens: int
     completion_tokens: int
@@ -346,34 +381,29 @@ class Usage(BaseModel):
 
 
 class Fmray(BaseModel):
-    """What the answer cost, and under which budget it was given.
-
-    share: of the decoder's operations on the prompt, of the plan that ran. predicted_ms,
-    measured_ms: both of what `deadline_of` says, from the request's arrival. plan: one truth value
-    a switch, if asked for; first_layer and units_per_layer say where they sit.
-    """
+    """The `fmray` object of an answer: its budget, its cost and its times."""
 
     budget: float
     units_on: int
-    units: int
-    share: float
+    units: int  # K
+    share: float  # of the decoder's operations on the prompt, under the plan that ran
     deadline_of: Literal["first_token", "answer"]
-    predicted_ms: float
-    measured_ms: float
+    predicted_ms: float  # from the request's arrival to what `deadline_of` names
+    measured_ms: float  # the same interval, measured
     first_token_ms: float | None
     answer_ms: float
     deadline_ms: float | None = None
     deadline_met: bool | None = None
-    vision_hit: bool = False
-    prefix_tokens: int = 0
-    layers: int
-    first_layer: int
+    vision_hit: bool = False  # the image features came from the cache
+    prefix_tokens: int = 0  # prompt tokens whose keys and values came from the cache
+    layers: int  # of the decoder
+    first_layer: int  # the first switchable layer
     units_per_layer: int
-    plan: list[bool] | None = None
+    plan: list[bool] | None = None  # [K], if the request asked for it
 
 
 class AnswerMessage(BaseModel):
-    """The answer's text."""
+    """The message of an answer."""
 
     role: Literal["assistant"] = "assistant"
     content: str
@@ -381,7 +411,7 @@ class AnswerMessage(BaseModel):
 
 
 class Choice(BaseModel):
-    """The one answer there is."""
+    """The only choice of an answer."""
 
     index: Literal[0] = 0
     message: AnswerMessage
@@ -390,7 +420,7 @@ class Choice(BaseModel):
 
 
 class ChatCompletion(BaseModel):
-    """A whole answer."""
+    """A complete answer."""
 
     id: str
     object: Literal["chat.completion"] = "chat.completion"
@@ -402,14 +432,14 @@ class ChatCompletion(BaseModel):
 
 
 class Delta(BaseModel):
-    """What a chunk adds."""
+    """What a chunk adds to the message."""
 
     role: Literal["assistant"] | None = None
     content: str | None = None
 
 
 class ChunkChoice(BaseModel):
-    """The one answer there is, in part."""
+    """The only choice of a chunk."""
 
     index: Literal[0] = 0
     delta: Delta
@@ -418,7 +448,7 @@ class ChunkChoice(BaseModel):
 
 
 class ChatChunk(BaseModel):
-    """One event of a stream. `fmray` comes in the last one."""
+    """One event of a stream. The last one contains `fmray`."""
 
     id: str
     object: Literal["chat.completion.chunk"] = "chat.completion.chunk"
@@ -430,7 +460,7 @@ class ChatChunk(BaseModel):
 
 
 class ModelCard(BaseModel):
-    """One model that is served."""
+    """A served model."""
 
     id: str
     object: Literal["model"] = "model"
@@ -439,22 +469,7 @@ class ModelCard(BaseModel):
 
 
 class ModelList(BaseModel):
-    """All models that are served."""
+    """All served models: this server has one."""
 
     object: Literal["list"] = "list"
     data: list[ModelCard]
-
-
-class ErrorDetail(BaseModel):
-    """What went wrong."""
-
-    message: str
-    type: str
-    param: str | None
-    code: str | None
-
-
-class ErrorBody(BaseModel):
-    """OpenAI's shape of an error."""
-
-    error: ErrorDetail

@@ -1,8 +1,9 @@
-"""From a checked request to one row for the engine: pictures, chat template, token ids.
+"""From a chat request to the engine's `Ask`: images, chat template, token ids.
 
-In: a `ChatRequest` and the model's processor. Out: `Prompt`. Decoding and processing take
-milliseconds to seconds, so it runs in a thread, off the event loop. What a client may not ask for
-is an `ApiError`; none repeats its text.
+Images are read from `data:` URLs only; nothing is ever fetched. Format, number of frames and number
+of pixels are read from the header, and only an acceptable image is decoded. Decoding and processing
+take milliseconds to seconds, so they run in a thread, off the event loop. Errors never repeat what
+the client sent.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import base64
 import binascii
 import hashlib
 import io
+import secrets
 import threading
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -22,23 +24,22 @@ from torch import Tensor
 from fmray.config.serve import ServeConfig
 from fmray.data.processor import fingerprint
 from fmray.data.records import BROKEN_IMAGE
+from fmray.engine.policy import Ask
+from fmray.engine.requests import Sampling
 from fmray.serve.openai import ApiError, ChatRequest, ImagePart, TextPart
 
 if TYPE_CHECKING:
     from transformers import ProcessorMixin
 
+    from fmray.engine.forecast import Moment
 
-# Pictures of a request: from a `data:` URL to pixels, with nothing believed before it is checked.
-#
-# In: a URL as the client sent it. Out: an RGB picture and the hash of its bytes. Format, frames and
-# the number of pixels are read from the header; only then is anything decoded. Runs in a thread,
-# off the event loop. No error repeats what was sent.
+# --- Images ---
 
 FORMATS = {"image/jpeg": "JPEG", "image/jpg": "JPEG", "image/png": "PNG", "image/webp": "WEBP"}
 ACCEPTED = "JPEG, PNG or WebP"
-# A processor that scales the shorter side up would make a picture of 1 x 10^6 pixels enormous.
-_LONGEST_ASPECT = 20
-_ORIENTATION = 0x0112  # of EXIF
+# A processor that scales the shorter side up would make an image of 1 x 10^6 pixels enormous.
+_MAX_ASPECT = 20
+_ORIENTATION = 0x0112  # EXIF tag
 _UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -50,163 +51,178 @@ _UPRIGHT = {
 }
 
 
-class _RefusedError(ValueError):
-    """A whole picture that is not taken; not to be mixed up with what readers raise."""
+class _RejectedImageError(ValueError):
+    """A valid image that is not accepted, as opposed to the errors that Pillow raises."""
 
 
 @dataclass(frozen=True)
-class Picture:
-    """image: RGB, upright. digest: sha256 of the bytes it came from. pixels: width x height."""
+class DecodedImage:
+    """An image of a request."""
 
-    image: Image.Image
-    digest: str
-    pixels: int
+    image: Image.Image  # RGB, upright
+    digest: str  # sha256 of the encoded bytes
+    pixels: int  # width x height
 
 
 def read_data_url(url: str) -> tuple[str, bytes]:
-    """Format and bytes of a base64 `data:` URL.
+    """Return the format and the bytes of a base64 `data:` URL.
 
-    Raises ValueError for any other URL: nothing is ever fetched.
+    Raises:
+        ValueError: If it is any other URL, or its content is not base64.
     """
     if url[:5].lower() != "data:":
         scheme = url.partition(":")[0].lower() if ":" in url[:16] else ""
         kind = scheme if scheme in ("http", "https", "file", "ftp", "blob") else "other"
         raise ValueError(
-            f"{kind} URLs are not fetched by this server; send the picture itself as "
-            "data:image/png;base64,... (JPEG, PNG or WebP)"
+            f"this server does not fetch {kind} URLs; send the image itself as "
+            f"data:image/png;base64,... ({ACCEPTED})"
         )
     head, comma, payload = url[5:].partition(",")
     media, *parameters = head[:256].split(";")
     if not comma or len(head) > 256 or "base64" not in [part.strip() for part in parameters]:
-        raise ValueError("a picture must be data:image/...;base64,...")
+        raise ValueError("an image must be data:image/...;base64,...")
     kind = FORMATS.get(media.strip().lower())
     if kind is None:
-        raise ValueError(f"a picture must be {ACCEPTED}, and its data: URL must say which")
+        raise ValueError(f"an image must be {ACCEPTED}, and its data: URL must name the type")
     try:
         encoded = base64.b64decode(payload, validate=True)
-    except (binascii.Error, ValueError):  # ValueError: characters that are not ASCII
-        raise ValueError("the picture's base64 is broken or cut off") from None
+    except (binascii.Error, ValueError):  # ValueError: characters outside ASCII
+        raise ValueError("the image's base64 is invalid or truncated") from None
     if not encoded:
-        raise ValueError("the picture is empty")
+        raise ValueError("the image is empty")
     return kind, encoded
 
 
-def decode(kind: str, encoded: bytes, max_pixels: int) -> Picture:
-    """Decode bytes that claim to be of format `kind`, of at most `max_pixels` pixels.
+def decode(kind: str, encoded: bytes, max_pixels: int) -> DecodedImage:
+    """Decode an image of format `kind` with at most `max_pixels` pixels and turn it upright.
 
-    A JPEG's further embedded pictures (MPO, as telephones write) are not looked at; moving pictures
-    are refused. EXIF orientation is applied. Raises ValueError for what is not such a picture.
+    Only the first image of a JPEG is read: phones append others (MPO). Animations are rejected.
+
+    Raises:
+        ValueError: If the bytes are not such an image.
     """
     try:
         with Image.open(io.BytesIO(encoded), formats=(kind,)) as image:
             width, height = image.size
             if min(width, height) < 1 or width * height > max_pixels:
-                raise _RefusedError(f"the picture has more than {max_pixels} pixels")
-            if max(width, height) > _LONGEST_ASPECT * min(width, height):
-                raise _RefusedError(f"the picture is over {_LONGEST_ASPECT} times as long as wide")
+                raise _RejectedImageError(f"the image has more than {max_pixels} pixels")
+            if max(width, height) > _MAX_ASPECT * min(width, height):
+                raise _RejectedImageError(
+                    f"the image's longer side is more than {_MAX_ASPECT} times the shorter one"
+                )
             if kind != "JPEG" and getattr(image, "n_frames", 1) != 1:
-                raise _RefusedError("the picture moves; send one frame")
-            turn = _UPRIGHT.get(image.getexif().get(_ORIENTATION))
+                raise _RejectedImageError("the image is animated; send a single frame")
+            transpose = _UPRIGHT.get(image.getexif().get(_ORIENTATION))
             pixels = image.convert("RGB")
-    except _RefusedError:
+    except _RejectedImageError:
         raise
     except BROKEN_IMAGE:
-        raise ValueError(f"the picture is no whole {kind} file") from None
-    if turn is not None:
-        pixels = pixels.transpose(turn)
-    return Picture(pixels, hashlib.sha256(encoded).hexdigest(), width * height)
+        raise ValueError(f"the image is not a complete {kind} file") from None
+    if transpose is not None:
+        pixels = pixels.transpose(transpose)
+    return DecodedImage(pixels, hashlib.sha256(encoded).hexdigest(), width * height)
 
 
-def read_pictures(urls: list[str], max_pixels: int) -> list[Picture]:
-    """All pictures of a request, of at most `max_pixels` pixels together.
+def read_images(urls: list[str], max_pixels: int) -> list[DecodedImage]:
+    """Decode all images of a request, with at most `max_pixels` pixels in total.
 
-    Raises ValueError that counts the picture from 1.
+    Raises:
+        ValueError: If one of them is not accepted; the message gives its number, from 1.
     """
-    pictures, left = [], max_pixels
+    images, pixels_left = [], max_pixels
     for number, url in enumerate(urls, start=1):
         try:
-            picture = decode(*read_data_url(url), left)
+            image = decode(*read_data_url(url), pixels_left)
         except ValueError as error:
-            raise ValueError(f"picture {number}: {error}") from None
-        left -= picture.pixels
-        pictures.append(picture)
-    return pictures
+            raise ValueError(f"image {number}: {error}") from None
+        pixels_left -= image.pixels
+        images.append(image)
+    return images
 
 
-_SHORTEST_CONTROL = 3  # characters; a shorter token is not told from text
+# --- Prompts ---
+
+_MIN_CONTROL_TOKEN = 3  # characters; a shorter control token cannot be told from ordinary text
 
 
-@dataclass(frozen=True, eq=False)
-class Prompt:
-    """inputs: one unpadded row as the processor gives it. image_key: hash of its pictures and their
-    preprocessing, None without one. max_new_tokens: what may be generated.
-    """
-
-    inputs: dict[str, Tensor]
-    image_key: str | None
-    max_new_tokens: int
-
-    @property
-    def tokens(self) -> int:
-        """Length, image tokens included."""
-        return self.inputs["input_ids"].shape[1]
-
-
-class PromptMaker:
-    """Makes prompts with one processor. Safe to call from several threads."""
+class PromptBuilder:
+    """Builds engine requests with one processor. Safe to call from several threads."""
 
     def __init__(self, processor: ProcessorMixin, settings: ServeConfig, context: int) -> None:
-        """context: how many tokens the decoder can hold, the latency token's place left out."""
+        """Build prompts for a model that holds `context` tokens of prompt and answer."""
         self._processor, self._settings, self._context = processor, settings, context
         self._fingerprint = fingerprint(processor)
-        self._control = _control_tokens(processor)
+        self._control_tokens = _control_tokens(processor)
         self._lock = threading.Lock()  # tokenizers change state while they encode
 
-    def make(self, request: ChatRequest) -> Prompt:
-        """The prompt of a request. Raises ApiError (400)."""
+    def build(self, request: ChatRequest, caller: str) -> Ask:
+        """Return the engine's form of a request, under a new id.
+
+        Raises:
+            ApiError: 400 if the request exceeds a limit or its images or texts are not accepted.
+        """
         settings = self._settings
+        # Limits that need no decoding
         if len(request.messages) > settings.max_messages:
-            raise _wrong("messages", f"more than {settings.max_messages} messages")
+            raise _invalid("messages", f"at most {settings.max_messages} messages are accepted")
         if request.messages[-1].role == "assistant":
-            raise _wrong("messages", "the last message must not be the assistant's")
-        asked = request.asked_tokens
-        if asked is not None and asked > settings.max_output_tokens:
-            raise _wrong("max_tokens", f"at most {settings.max_output_tokens} here")
+            raise _invalid("messages", "the last message must not be from the assistant")
+        limit = request.token_limit
+        if limit is not None and limit > settings.max_output_tokens:
+            raise _invalid("max_tokens", f"must be at most {settings.max_output_tokens}")
         parts = [part for message in request.messages for part in message.parts]
         self._check_texts([part.text for part in parts if isinstance(part, TextPart)])
         urls = [part.image_url.url for part in parts if isinstance(part, ImagePart)]
         if len(urls) > settings.max_images:
-            raise _wrong("messages", f"more than {settings.max_images} pictures")
+            raise _invalid("messages", f"at most {settings.max_images} images are accepted")
+
+        # Images and token ids
         try:
-            pictures = read_pictures(urls, settings.max_pixels)
+            images = read_images(urls, settings.max_pixels)
         except ValueError as error:
             raise ApiError(400, str(error), code="invalid_image", param="messages") from None
-        inputs = self._process(request, pictures)
-        room = self._context - inputs["input_ids"].shape[1]
-        if room < (asked or 1):
+        inputs = self._process(request, images)
+        prompt_tokens = inputs["input_ids"].shape[1]
+        tokens_left = self._context - prompt_tokens
+        if tokens_left < (limit or 1):
             raise ApiError(
                 400,
-                f"{inputs['input_ids'].shape[1]} tokens of prompt and {asked or 1} of answer do "
-                f"not fit into this model's {self._context}",
+                f"a prompt of {prompt_tokens} tokens and an answer of {limit or 1} exceed this "
+                f"model's context of {self._context} tokens",
                 code="context_length_exceeded",
                 param="messages",
             )
-        return Prompt(
-            inputs, self._image_key(pictures), asked or min(settings.max_new_tokens, room)
-        )
+
+        max_new_tokens = limit or min(settings.max_new_tokens, tokens_left)
+        try:
+            return Ask(
+                id=f"chatcmpl-{secrets.token_hex(12)}",
+                caller=caller,
+                inputs=inputs,
+                image_key=self._image_key(images),
+                sampling=_sampling(request, max_new_tokens),
+                budget=request.budget,
+                deadline_ms=request.deadline_ms,
+                deadline_of=_deadline_of(request),
+                strict=request.strict,
+            )
+        except ValueError as error:
+            raise ApiError(400, str(error), code="invalid_value") from None
 
     def _check_texts(self, texts: list[str]) -> None:
         if sum(map(len, texts)) > self._settings.max_characters:
-            raise _wrong("messages", f"more than {self._settings.max_characters} characters")
-        for token in self._control:
+            limit = self._settings.max_characters
+            raise _invalid("messages", f"at most {limit} characters of text are accepted")
+        for token in self._control_tokens:
             if any(token in text for text in texts):
-                raise _wrong(
+                raise _invalid(
                     "messages",
-                    f"the text holds this model's control token {token!r}; pictures go into "
-                    "image_url parts, and turns into messages",
+                    f"the text contains this model's control token {token!r}; send images as "
+                    "image_url parts and turns as messages",
                 )
 
-    def _process(self, request: ChatRequest, pictures: list[Picture]) -> dict[str, Tensor]:
+    def _process(self, request: ChatRequest, images: list[DecodedImage]) -> dict[str, Tensor]:
+        """Return one unpadded row, as the processor makes it."""
         processor = self._processor
         with self._lock:
             try:
@@ -214,34 +230,35 @@ class PromptMaker:
                     chat_messages(request), add_generation_prompt=True
                 )
             except jinja2.TemplateError:
-                raise _wrong(
-                    "messages", "this model's chat template does not take these roles in this order"
+                raise _invalid(
+                    "messages", "this model's chat template rejects this order of roles"
                 ) from None
-            start = processor.tokenizer.bos_token
+            bos = processor.tokenizer.bos_token
             inputs = dict(
                 processor(
-                    images=[picture.image for picture in pictures] or None,
+                    images=[image.image for image in images] or None,
                     text=text,
                     return_tensors="pt",
-                    # as in training: a template that writes the first token itself gets no second
-                    add_special_tokens=not (start and text.startswith(start)),
+                    # As in training: no second <s> if the template writes the first one itself.
+                    add_special_tokens=not (bos and text.startswith(bos)),
                 )
             )
         inputs.pop("token_type_ids", None)
         return inputs
 
-    def _image_key(self, pictures: list[Picture]) -> str | None:
-        if not pictures:
+    def _image_key(self, images: list[DecodedImage]) -> str | None:
+        """Return a hash of the images and their preprocessing, None without images."""
+        if not images:
             return None
-        digests = [self._fingerprint, *(picture.digest for picture in pictures)]
+        digests = [self._fingerprint, *(image.digest for image in images)]
         return hashlib.sha256("\n".join(digests).encode()).hexdigest()
 
 
 def chat_messages(request: ChatRequest) -> list[dict[str, Any]]:
-    """The request's messages as transformers takes them.
+    """Return the messages in the form that transformers expects.
 
-    Texts are stripped and a message's only picture goes before its text, as in training; several
-    pictures stay where they are.
+    As in training, texts are stripped and a single image is placed before the text. Several images
+    stay where they are.
     """
     messages = []
     for message in request.messages:
@@ -258,12 +275,30 @@ def chat_messages(request: ChatRequest) -> list[dict[str, Any]]:
     return messages
 
 
+def _sampling(request: ChatRequest, max_new_tokens: int) -> Sampling:
+    return Sampling(
+        max_new_tokens=max_new_tokens,
+        temperature=request.temperature,
+        top_p=request.top_p,
+        seed=secrets.randbits(31) if request.seed is None else request.seed,
+        stop=tuple(request.stop or ()),
+    )
+
+
+def _deadline_of(request: ChatRequest) -> Moment:
+    """Return what a deadline applies to; by default the answer if its length is limited."""
+    if request.deadline_of is not None:
+        return request.deadline_of
+    limited = request.deadline_ms is not None and request.token_limit is not None
+    return "answer" if limited else "first_token"
+
+
 def _control_tokens(processor: ProcessorMixin) -> list[str]:
     tokenizer = processor.tokenizer
     added = [str(token) for token in tokenizer.added_tokens_decoder.values() if token.special]
     tokens = {*tokenizer.all_special_tokens, *added, getattr(processor, "image_token", None) or ""}
-    return sorted(token for token in tokens if len(token) >= _SHORTEST_CONTROL)
+    return sorted(token for token in tokens if len(token) >= _MIN_CONTROL_TOKEN)
 
 
-def _wrong(param: str, text: str) -> ApiError:
+def _invalid(param: str, text: str) -> ApiError:
     return ApiError(400, f"{param}: {text}", code="invalid_value", param=param)

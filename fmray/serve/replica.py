@@ -1,19 +1,22 @@
-"""One replica's work without the web: a model, its engine's worker, and answers as they come.
+"""A replica without its web side: the model, the engine's worker, and generations in progress.
 
-In: checked requests. Out: `Live`, an answer under way, whose row is freed whatever happens to the
-one who asked; and whether the model still answers. The deadline is kept here, by this process's own
-clock: no header of a client changes it.
+`ChatModel.generate` turns a checked request into a `Generation`, which yields the worker's events
+and frees its row in the batch however the request ends. Timeouts use this process's clock; no
+header of a client changes them. `ChatModel.check_health` asks the model a real question.
 """
 
 from __future__ import annotations
 
 import asyncio
+import base64
+import io
 import logging
 import secrets
 import time
 from collections.abc import AsyncIterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -24,70 +27,85 @@ from fmray.adallava import AdaptiveVLM
 from fmray.config.serve import ServeConfig
 from fmray.data.processor import load_processor
 from fmray.engine.policy import Ask, Decision, Refused, Unavailable
-from fmray.engine.requests import Event, Result, Sampling
+from fmray.engine.requests import Event, Result
 from fmray.serve.keys import KeyRing, load_keys
 from fmray.serve.openai import ApiError, ChatRequest, Fmray, Message
-from fmray.serve.prompts import Prompt, PromptMaker
+from fmray.serve.prompts import PromptBuilder
 
 if TYPE_CHECKING:
     from transformers import ProcessorMixin
 
     from fmray.engine.worker import EngineWorker
-    from fmray.serve.guards import Arrival
+    from fmray.serve.guards import RequestContext
 
 _logger = logging.getLogger("fmray.serve")
-_PREPARING = 2  # threads that decode pictures
-HEALTH_CALLER = "-health"  # no key can have this name
+_PREPARE_THREADS = 2  # decode images and build prompts
+HEALTH_CALLER = "-health"  # not a valid name of a key
 
 
-class Live:
-    """One answer under way. `next` gives what the worker says, in order."""
+class Generation:
+    """An answer in progress. `next` returns the worker's decision and events, in order."""
 
-    def __init__(self, answerer: Answerer, ask: Ask, prompt: Prompt, arrival: float) -> None:
-        """arrival: `time.monotonic()` of the request's first byte."""
-        self.ask, self.prompt, self.arrival = ask, prompt, arrival
+    def __init__(self, model: ChatModel, ask: Ask, arrival_time: float) -> None:
+        """Submit a request to the worker.
+
+        Args:
+            arrival_time: `time.monotonic()` at the request's first byte.
+
+        Raises:
+            ApiError: If the worker refuses the request.
+        """
+        self.ask, self.arrival_time = ask, arrival_time
         self.decision: Decision | None = None
         self.first_token: float | None = None  # seconds after arrival
-        self.ended: float | None = None
-        self._answerer, self._closed = answerer, False
+        self.ended: float | None = None  # seconds after arrival
+        self._model, self._closed = model, False
         self._queue: asyncio.Queue[Decision | Event | Refused] = asyncio.Queue()
         self._loop = asyncio.get_running_loop()
         try:
-            answerer.worker.submit(ask, self._deliver, arrival)
+            model.worker.submit(ask, self._deliver, arrival_time)
         except Refused as error:
-            raise refusal(error) from None
+            raise api_error(error) from None
         except ValueError as error:
-            # What the worker says names budgets and lengths, never texts.
+            # The worker's messages name budgets and lengths, never texts.
             raise ApiError(400, str(error), code="invalid_value") from None
 
     def _deliver(self, item: Decision | Event | Refused) -> None:
-        """Called from the worker's thread. RuntimeError: the loop has gone, the replica ends."""
+        """Queue an item from the worker's thread.
+
+        Raises:
+            RuntimeError: If the event loop is closed because the replica stops.
+        """
         self._loop.call_soon_threadsafe(self._queue.put_nowait, item)
 
     async def next(self) -> Decision | Event:
-        """The next thing. Raises ApiError where the answer will not come, or not in time."""
+        """Return the next item.
+
+        Raises:
+            ApiError: If the request is refused, fails, is cancelled or exceeds its time.
+        """
         try:
-            async with asyncio.timeout(self._left()):
+            async with asyncio.timeout(self._seconds_left()):
                 item = await self._queue.get()
         except TimeoutError:
-            raise self._late() from None
+            raise self._timeout_error() from None
+        elapsed = time.monotonic() - self.arrival_time
         if isinstance(item, Refused):
-            self.ended = time.monotonic() - self.arrival
-            raise refusal(item)
+            self.ended = elapsed
+            raise api_error(item)
         if isinstance(item, Decision):
             self.decision = item
             return item
-        now = time.monotonic() - self.arrival
         if self.first_token is None and (item.tokens or item.finished in ("stop", "length")):
-            self.first_token = now
+            self.first_token = elapsed
         if item.finished is not None:
-            self.ended = now
+            self.ended = elapsed
         if item.finished == "error":
             raise ApiError(500, "the model failed on this request", code="model_error")
         if item.finished == "cancelled":
             raise ApiError(
                 503,
-                "the server stopped this answer; ask again",
+                "the server stopped this answer; retry",
                 code="unavailable",
                 headers={"retry-after": "1"},
             )
@@ -95,63 +113,62 @@ class Live:
 
     @property
     def waiting(self) -> bool:
-        """Whether `next` has something at once."""
+        """Whether `next` returns at once."""
         return not self._queue.empty()
 
-    def _left(self) -> float:
-        limit = self._answerer.settings.request_timeout_s
-        waits_for_deadline = self.ask.deadline_of == "answer" or self.first_token is None
-        if self.ask.strict and self.ask.deadline_ms is not None and waits_for_deadline:
+    def _seconds_left(self) -> float:
+        limit = self._model.settings.request_timeout_s
+        deadline_open = self.ask.deadline_of == "answer" or self.first_token is None
+        if self.ask.strict and self.ask.deadline_ms is not None and deadline_open:
             limit = min(limit, self.ask.deadline_ms / 1e3)
-        return max(self.arrival + limit - time.monotonic(), 0.0)
+        return max(self.arrival_time + limit - time.monotonic(), 0.0)
 
-    def _late(self) -> ApiError:
-        limit = self._answerer.settings.request_timeout_s
-        if time.monotonic() - self.arrival >= limit:
-            return ApiError(408, f"no answer within {limit:g} s", code="request_timeout")
-        return ApiError(503, "the deadline has passed", code="deadline_missed")
+    def _timeout_error(self) -> ApiError:
+        limit = self._model.settings.request_timeout_s
+        if time.monotonic() - self.arrival_time >= limit:
+            return _request_timeout(limit)
+        return ApiError(503, "the deadline was missed", code="deadline_missed")
 
     def close(self) -> None:
-        """Free the row if the answer is not over. Takes effect within one step of the engine."""
+        """Free the row if the answer has not ended. Takes effect within one engine step."""
         if self.ended is None and not self._closed:
-            self._answerer.worker.cancel(self.ask.id)
+            self._model.worker.cancel(self.ask.id)
         self._closed = True
 
-    def cost(self, request: ChatRequest, result: Result) -> Fmray:
-        """What the finished answer cost."""
-        decision, model = self.decision, self._answerer.model
-        assert decision is not None, "a decision comes first"
-        assert self.ended is not None, "the answer is over"
-        of = self.ask.deadline_of
-        measured = self.first_token if of == "first_token" else self.ended
+    def cost(self, result: Result, with_plan: bool) -> Fmray:
+        """Return the `fmray` object of the finished answer."""
+        decision, model = self.decision, self._model.model
+        assert decision is not None, "the decision precedes the events"
+        assert self.ended is not None, "the answer has ended"
+        deadline_of, deadline_ms = self.ask.deadline_of, self.ask.deadline_ms
+        measured = self.first_token if deadline_of == "first_token" else self.ended
         measured_ms = 1e3 * (measured if measured is not None else self.ended)
         layout = model.layout
-        tokens = self.prompt.tokens + (model.latency_token == "inline")
-        ran = list(result.plan) if result.plan else result.units_on
-        met = None if request.deadline_ms is None else measured_ms <= request.deadline_ms
+        tokens = self.ask.prompt_tokens + (model.latency_token == "inline")
+        plan = list(result.plan) if result.plan else result.units_on
         return Fmray(
             budget=float(decision.budget),
             units_on=result.units_on,
             units=layout.num_units,
-            share=model.cost.share(tokens, ran),
-            deadline_of=of,
+            share=model.cost.share(tokens, plan),
+            deadline_of=deadline_of,
             predicted_ms=decision.predicted_ms,
             measured_ms=measured_ms,
             first_token_ms=None if self.first_token is None else 1e3 * self.first_token,
             answer_ms=1e3 * self.ended,
-            deadline_ms=request.deadline_ms,
-            deadline_met=met,
+            deadline_ms=deadline_ms,
+            deadline_met=None if deadline_ms is None else measured_ms <= deadline_ms,
             vision_hit=result.vision_hit,
             prefix_tokens=result.prefix_tokens,
             layers=layout.num_layers,
             first_layer=layout.first,
             units_per_layer=layout.units_per_layer,
-            plan=list(result.plan) if request.plan else None,
+            plan=list(result.plan) if with_plan else None,
         )
 
 
-class Answerer:
-    """A model with its engine's worker, ready to answer."""
+class ChatModel:
+    """A model with its engine's worker, ready to answer chat requests."""
 
     def __init__(
         self,
@@ -163,124 +180,110 @@ class Answerer:
     ) -> None:
         self.settings, self.model, self.worker, self.keys = settings, model, worker, keys
         self.created = int(time.time())
-        self.answered_at: float | None = None  # when a question was last answered
-        self._prompts = PromptMaker(processor, settings, context_of(model))
-        self._threads = ThreadPoolExecutor(_PREPARING, thread_name_prefix="fmray-prepare")
-        self._checking = asyncio.Lock()
-        self._question = self._prompts.make(_question(settings))
+        self.prompts = PromptBuilder(processor, settings, context_length(model))
+        self._threads = ThreadPoolExecutor(_PREPARE_THREADS, thread_name_prefix="fmray-prepare")
+        self._health_ask = self.prompts.build(_health_request(settings), HEALTH_CALLER)
+        self._health_lock = asyncio.Lock()
+        self._last_health_answer: float | None = None  # time.monotonic()
 
     @asynccontextmanager
-    async def answer(self, request: ChatRequest, arrival: Arrival) -> AsyncIterator[Live]:
-        """Start an answer; leaving the context frees its row.
+    async def generate(
+        self, request: ChatRequest, context: RequestContext
+    ) -> AsyncIterator[Generation]:
+        """Start an answer; leaving the context manager frees its row.
 
-        Lets the body go, and the request's messages, once they are token ids and pixels. Raises
-        ApiError where it is refused.
+        Releases the body and the request's messages as soon as they are token ids and pixels.
+
+        Raises:
+            ApiError: If the request is refused.
         """
         loop = asyncio.get_running_loop()
         limit = self.settings.request_timeout_s
         try:
-            async with asyncio.timeout(max(0.0, arrival.time + limit - time.monotonic())):
-                prompt = await loop.run_in_executor(self._threads, self._prompts.make, request)
+            async with asyncio.timeout(max(0.0, context.arrival_time + limit - time.monotonic())):
+                ask = await loop.run_in_executor(
+                    self._threads, self.prompts.build, request, context.caller.name
+                )
         except TimeoutError:
-            raise ApiError(408, f"no answer within {limit:g} s", code="request_timeout") from None
-        request.messages.clear()  # megabytes of base64 that nobody reads again
-        arrival.release()
+            raise _request_timeout(limit) from None
+        request.messages.clear()  # megabytes of base64 that are not needed any more
+        context.release()
+        generation = Generation(self, ask, context.arrival_time)
         try:
-            ask = Ask(
-                id=f"chatcmpl-{secrets.token_hex(12)}",
-                caller=arrival.caller.name,
-                inputs=prompt.inputs,
-                image_key=prompt.image_key,
-                sampling=Sampling(
-                    max_new_tokens=prompt.max_new_tokens,
-                    temperature=request.temperature,
-                    top_p=request.top_p,
-                    seed=secrets.randbits(31) if request.seed is None else request.seed,
-                    stop=tuple(request.stop or ()),
-                ),
-                budget=request.budget,
-                deadline_ms=request.deadline_ms,
-                deadline_of=_deadline_of(request),
-                strict=request.strict,
-            )
-        except ValueError as error:
-            raise ApiError(400, str(error), code="invalid_value") from None
-        live = Live(self, ask, prompt, arrival.time)
-        try:
-            yield live
+            yield generation
         finally:
-            live.close()
+            generation.close()
 
-    async def check(self) -> None:
-        """Whether the model answers: a real question through the engine, or steps just made.
+    async def check_health(self) -> None:
+        """Check that the model answers, by a real question or by the steps of other requests.
 
-        Raises RuntimeError, after which Ray Serve replaces the replica.
+        Raises:
+            RuntimeError: If it does not; Ray Serve then replaces the replica.
         """
         limit = self.settings.health_timeout_s
-        async with self._checking:
+        async with self._health_lock:
             health = self.worker.health()
             if not health.alive or health.error is not None:
                 raise RuntimeError("the engine's thread has ended")
             if health.draining:
                 return
-            if health.busy and self.answered_at is not None:
+            # A busy engine is healthy while it makes steps: a question would only wait in line.
+            if health.busy and self._last_health_answer is not None:
                 if health.idle_seconds > limit:
                     raise RuntimeError(f"the engine made no step for {limit:g} s")
-                return  # it is at work for others, and a question would only wait behind them
+                return
             try:
                 async with asyncio.timeout(0.9 * limit):
-                    await self._ask_question()
+                    await self._ask_health_question()
             except (ApiError, TimeoutError) as error:
-                busy = isinstance(error, ApiError) and error.status == 429
-                if busy and self.worker.health().idle_seconds <= limit:
+                overloaded = isinstance(error, ApiError) and error.status == 429
+                if overloaded and self.worker.health().idle_seconds <= limit:
                     return
                 reason = str(error) or f"no answer within {0.9 * limit:g} s"
                 raise RuntimeError(f"the model does not answer: {reason}") from None
 
-    async def _ask_question(self) -> None:
-        ask = Ask(
-            id=f"health-{secrets.token_hex(8)}",
-            caller=HEALTH_CALLER,
-            inputs=self._question.inputs,
-            image_key=None,  # computed, not looked up
-            sampling=Sampling(max_new_tokens=1),
-            budget="1",
-        )
-        live = Live(self, ask, self._question, time.monotonic())
+    async def _ask_health_question(self) -> None:
+        # Without an image key the features are computed, not read from the cache.
+        ask = replace(self._health_ask, id=f"health-{secrets.token_hex(8)}", image_key=None)
+        generation = Generation(self, ask, time.monotonic())
         try:
-            while live.ended is None:
-                await live.next()
+            while generation.ended is None:
+                await generation.next()
         finally:
-            live.close()
-        self.answered_at = time.monotonic()
+            generation.close()
+        self._last_health_answer = time.monotonic()
 
     async def ready(self) -> bool:
-        """Workers ready and the model answering; a recent answer or step is proof enough."""
+        """Return whether the worker accepts requests and the model answers.
+
+        An answer within the last health period counts; otherwise the model is asked.
+        """
         health = self.worker.health()
         if not health.alive or health.error is not None or health.draining:
             return False
-        fresh = self.settings.health_period_s
-        if self.answered_at is not None and time.monotonic() - self.answered_at < fresh:
+        period, last = self.settings.health_period_s, self._last_health_answer
+        if last is not None and time.monotonic() - last < period:
             return True
         try:
-            await self.check()
+            await self.check_health()
         except RuntimeError as error:
             _logger.warning("not ready: %s", error)
             return False
         return True
 
     def close(self) -> None:
-        """Let running answers finish for `drain_s`, then stop."""
+        """Let running answers finish for up to `drain_s`, then stop the worker."""
         self.worker.drain(self.settings.drain_s)
         self.worker.close()
         self._threads.shutdown(wait=False, cancel_futures=True)
 
 
-def open_answerer(settings: ServeConfig, directory: Path) -> Answerer:
-    """Load a model directory, measure the machine, and start the engine's worker.
+def load_chat_model(settings: ServeConfig, directory: Path) -> ChatModel:
+    """Load a model directory, calibrate the cost model and start the engine's worker.
 
-    Raises ValueError for a directory that holds no adaptive model with a processor, or where keys
-    are required and there are none.
+    Raises:
+        ValueError: If the directory holds no adaptive model with a processor, or keys are required
+            and there are none.
     """
     from fmray.engine.calibration import calibrated
     from fmray.engine.engine import Engine
@@ -290,9 +293,11 @@ def open_answerer(settings: ServeConfig, directory: Path) -> Answerer:
     keys = load_keys(settings.keys_file)
     if settings.require_keys and keys.open:
         raise ValueError(
-            "keys are required, and this replica finds none; give keys_file (a path that every "
-            "node sees)"
+            "keys are required, but this replica has none; set keys_file to a path that every "
+            "node can read"
         )
+
+    # Model and engine
     if settings.threads is not None:
         torch.set_num_threads(settings.threads)
     device = settings.device or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -307,10 +312,14 @@ def open_answerer(settings: ServeConfig, directory: Path) -> Answerer:
         vision_bytes=settings.vision_mib * 2**20,
         prefix_bytes=settings.prefix_mib * 2**20,
     )
-    picture = PromptMaker(processor, settings, context_of(model)).make(_question(settings)).inputs
+
+    # Calibration, with an image like those of requests
+    prompts = PromptBuilder(processor, settings, context_length(model))
+    inputs = prompts.build(_health_request(settings), HEALTH_CALLER).inputs
     cost = calibrated(
-        engine, model, settings.calibration, seconds=settings.calibration_s, picture=picture
+        engine, model, settings.calibration, seconds=settings.calibration_s, picture=inputs
     )
+
     worker = EngineWorker(
         engine,
         cost,
@@ -324,38 +333,32 @@ def open_answerer(settings: ServeConfig, directory: Path) -> Answerer:
         ),
         limits={caller.name: caller.limits for caller in keys.callers},
     )
-    return Answerer(settings, model, processor, worker, keys)
+    return ChatModel(settings, model, processor, worker, keys)
 
 
-def context_of(model: AdaptiveVLM) -> int:
-    """Tokens of prompt and answer that the decoder has positions for."""
+def context_length(model: AdaptiveVLM) -> int:
+    """Return how many tokens of prompt and answer the decoder has positions for."""
     positions = getattr(model.backbone.config, "max_position_embeddings", None) or 2**31
     return positions - (model.latency_token == "inline")
 
 
-def refusal(error: Refused) -> ApiError:
-    """What the policy refuses, as an answer."""
+def api_error(error: Refused) -> ApiError:
+    """Return a refusal of the engine's policy as an error response."""
     headers = {}
     if error.retry_after is not None:
         headers["retry-after"] = str(max(1, int(error.retry_after + 0.999)))
     message = str(error)
-    if isinstance(error, Unavailable):  # its message may hold what a library said
-        message = "this replica takes no requests now; ask again"
+    if isinstance(error, Unavailable):  # its message may contain the text of a library's error
+        message = "this replica is not accepting requests; retry"
     return ApiError(error.status, message, code=error.code, headers=headers)
 
 
-def _deadline_of(request: ChatRequest) -> str:
-    if request.deadline_of is not None:
-        return request.deadline_of
-    whole = request.deadline_ms is not None and request.asked_tokens is not None
-    return "answer" if whole else "first_token"
+def _request_timeout(limit: float) -> ApiError:
+    return ApiError(408, f"no answer within {limit:g} s", code="request_timeout")
 
 
-def _question(settings: ServeConfig) -> ChatRequest:
-    """A question about a grey picture, which goes through every part of the model."""
-    import base64
-    import io
-
+def _health_request(settings: ServeConfig) -> ChatRequest:
+    """Return a question about a grey image at full budget: it runs every part of the model."""
     buffer = io.BytesIO()
     Image.new("RGB", (64, 64), (128, 128, 128)).save(buffer, format="PNG")
     url = "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
@@ -363,4 +366,4 @@ def _question(settings: ServeConfig) -> ChatRequest:
     if settings.max_images:
         content.append({"type": "image_url", "image_url": {"url": url}})
     message = Message.model_validate({"role": "user", "content": content})
-    return ChatRequest(model=settings.public_name, messages=[message], max_tokens=1)
+    return ChatRequest(model=settings.public_name, messages=[message], max_tokens=1, budget="1")

@@ -1,7 +1,7 @@
-"""The web side of an `Answerer`: routes, streams, the page, and the OpenAPI document.
+"""The web application around a `ChatModel`: routes, streams, the page and the OpenAPI document.
 
-In: an `Answerer`. Out: an ASGI application, which runs in a Ray Serve replica, in uvicorn, or in a
-test. Bodies are parsed off the event loop; a client that leaves frees its row.
+`create_app` returns an ASGI application, which runs in a Ray Serve replica, in uvicorn or in a
+test. Large bodies are parsed off the event loop, and a client that disconnects frees its row.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import hashlib
 import re
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import AsyncExitStack
+from contextlib import AbstractAsyncContextManager, AsyncExitStack
 from importlib.resources import files
 from typing import Any
 
@@ -25,7 +25,13 @@ from starlette.types import ASGIApp
 from fmray import __version__
 from fmray.engine.policy import Decision
 from fmray.engine.requests import Result
-from fmray.serve.guards import Arrival, Guard, gone, log_failure
+from fmray.serve.guards import (
+    Guard,
+    RequestContext,
+    internal_error,
+    log_failure,
+    wait_for_disconnect,
+)
 from fmray.serve.metrics import Metrics
 from fmray.serve.openai import (
     AnswerMessage,
@@ -43,60 +49,83 @@ from fmray.serve.openai import (
     Usage,
     parse_request,
 )
-from fmray.serve.replica import Answerer, Live
+from fmray.serve.replica import ChatModel, Generation
 
-_SMALL = 64 * 1024  # bytes of a body that is parsed where it stands
+_SMALL_BODY = 64 * 1024  # bytes; larger bodies are parsed in a thread
 _ERRORS: dict[int | str, dict[str, Any]] = {
     status: {"model": ErrorBody}
     for status in (400, 401, 403, 404, 405, 408, 413, 415, 429, 500, 503)
 }
+_HTTP_ERRORS = {404: "no such path", 405: "this path does not support this method"}
 _DONE = b"[DONE]"  # ends a stream
-_CLIENT_LEFT = 499  # never seen by anybody but the log
+_CLIENT_DISCONNECTED = 499  # seen by nobody but the log
 
 Exposition = Callable[[], Awaitable[bytes]]
 
 
-def create_app(answerer: Answerer, metrics: Metrics, exposition: Exposition) -> ASGIApp:
-    """The whole application, guards outside. exposition: what `/metrics` answers."""
-    settings = answerer.settings
+def create_app(model: ChatModel, metrics: Metrics, exposition: Exposition) -> ASGIApp:
+    """Return the application with its guard; `exposition` returns the content of `/metrics`."""
     app = FastAPI(title="fmray", version=__version__, docs_url=None, redoc_url=None)
+    _add_page(app)
+    _add_status_routes(app, model, metrics, exposition)
+    _add_model_routes(app, model)
+    _add_chat_route(app, model, metrics)
+    _add_error_handlers(app, metrics)
+    app.openapi = functools.partial(_openapi, app, app.openapi)
+    return Guard(app, model.settings, model.keys, metrics.record_error)
+
+
+# --- Routes ---
+
+
+def _add_page(app: FastAPI) -> None:
     page, policy = _page()
 
     @app.get("/", include_in_schema=False)
     async def show_page() -> HTMLResponse:
         return HTMLResponse(page, headers={"content-security-policy": policy})
 
+
+def _add_status_routes(
+    app: FastAPI, model: ChatModel, metrics: Metrics, exposition: Exposition
+) -> None:
     @app.get("/healthz", responses={503: {"model": ErrorBody}})
     async def healthz() -> dict[str, str]:
-        """Whether the process and its engine's thread live."""
-        health = answerer.worker.health()
+        """Whether the process and its engine's thread are alive."""
+        health = model.worker.health()
         if not health.alive or health.error is not None:
             raise ApiError(503, "the engine has stopped", code="unavailable")
         return {"status": "ok"}
 
     @app.get("/readyz", responses={503: {"model": ErrorBody}})
     async def readyz() -> dict[str, str]:
-        """Whether workers are ready and the model has just answered a real question."""
-        if not await answerer.ready():
+        """Whether the worker accepts requests and the model has answered a question just now."""
+        if not await model.ready():
             raise ApiError(503, "not ready", code="unavailable")
         return {"status": "ready"}
 
-    @app.get("/metrics", response_class=Response, responses=_some(401, 403))
+    @app.get("/metrics", response_class=Response, responses=_errors(401, 403))
     async def show_metrics() -> Response:
-        """Prometheus' text format."""
+        """Metrics in Prometheus' text format."""
         return Response(await exposition(), media_type=metrics.content_type)
 
-    @app.get("/v1/models", responses=_some(401, 403))
-    async def models() -> ModelList:
-        """The one model that is served."""
-        return ModelList(data=[_card(answerer)])
 
-    @app.get("/v1/models/{name:path}", responses=_some(401, 403, 404))
-    async def model(name: str) -> ModelCard:
-        """That model."""
-        _check_name(name, answerer)
-        return _card(answerer)
+def _add_model_routes(app: FastAPI, model: ChatModel) -> None:
+    card = ModelCard(id=model.settings.public_name, created=model.created)
 
+    @app.get("/v1/models", responses=_errors(401, 403))
+    async def list_models() -> ModelList:
+        """The one served model."""
+        return ModelList(data=[card])
+
+    @app.get("/v1/models/{name:path}", responses=_errors(401, 403, 404))
+    async def get_model(name: str) -> ModelCard:
+        """The served model, if this is its name."""
+        _check_name(name, model)
+        return card
+
+
+def _add_chat_route(app: FastAPI, model: ChatModel, metrics: Metrics) -> None:
     @app.post(
         "/v1/chat/completions",
         response_model=ChatCompletion,
@@ -112,150 +141,158 @@ def create_app(answerer: Answerer, metrics: Metrics, exposition: Exposition) -> 
         },
     )
     async def chat(request: Request) -> Response:
-        """Answer a conversation, with pictures, under a budget, a deadline, or as the load lets."""
-        arrival: Arrival = request.scope["fmray"]
-        if len(arrival.body) <= _SMALL:
-            asked = parse_request(arrival.body)
+        """Answer a conversation with images, under a budget, a deadline or the current load."""
+        context: RequestContext = request.scope["fmray"]
+        if len(context.body) <= _SMALL_BODY:
+            chat_request = parse_request(context.body)
         else:
-            asked = await asyncio.to_thread(parse_request, arrival.body)
-        _check_name(asked.model, answerer)
-        chunks = _Chat(answerer, metrics, asked, arrival)
-        if asked.stream:
-            return await chunks.stream()
-        answer = asyncio.ensure_future(chunks.whole())
-        leaving = asyncio.ensure_future(gone(request.receive))
+            chat_request = await asyncio.to_thread(parse_request, context.body)
+        _check_name(chat_request.model, model)
+        response = _ChatResponse(model, metrics, chat_request, context)
+        if chat_request.stream:
+            return await response.stream()
+
+        # Wait for the answer or the disconnect, whichever comes first.
+        answer = asyncio.ensure_future(response.complete())
+        disconnect = asyncio.ensure_future(wait_for_disconnect(request.receive))
         try:
-            await asyncio.wait({answer, leaving}, return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait({answer, disconnect}, return_when=asyncio.FIRST_COMPLETED)
             if not answer.done():
-                return Response(status_code=_CLIENT_LEFT)
+                return Response(status_code=_CLIENT_DISCONNECTED)
             return JSONResponse(answer.result().model_dump(exclude_none=False))
         finally:
             answer.cancel()
-            leaving.cancel()
-            await asyncio.gather(answer, leaving, return_exceptions=True)
+            disconnect.cancel()
+            await asyncio.gather(answer, disconnect, return_exceptions=True)
 
+
+def _add_error_handlers(app: FastAPI, metrics: Metrics) -> None:
     @app.exception_handler(ApiError)
-    async def api_error(request: Request, error: ApiError) -> JSONResponse:
-        metrics.refused(error)
+    async def handle_api_error(request: Request, error: ApiError) -> JSONResponse:
+        metrics.record_error(error)
         return JSONResponse(error.body, status_code=error.status, headers=error.headers)
 
     @app.exception_handler(HTTPException)
-    async def http_error(request: Request, error: HTTPException) -> JSONResponse:
-        text = {404: "there is no such path", 405: "this path does not take this method"}
-        found = ApiError(error.status_code, text.get(error.status_code, "the request is wrong"))
-        return JSONResponse(found.body, status_code=found.status, headers=error.headers)
+    async def handle_http_error(request: Request, error: HTTPException) -> JSONResponse:
+        text = _HTTP_ERRORS.get(error.status_code, "invalid request")
+        body = ApiError(error.status_code, text).body
+        return JSONResponse(body, status_code=error.status_code, headers=error.headers)
 
     @app.exception_handler(Exception)
-    async def bug(request: Request, error: Exception) -> JSONResponse:
-        # Starlette raises it again after this answer, and the guard logs it.
-        found = ApiError(500, "the server failed; it is logged", code="internal_error")
-        metrics.refused(found)
-        return JSONResponse(found.body, status_code=500)
-
-    app.openapi = functools.partial(_openapi, app, app.openapi)
-    return Guard(app, settings, answerer.keys, metrics.refused)
+    async def handle_bug(request: Request, error: Exception) -> JSONResponse:
+        # Starlette re-raises the error after this response, and the guard logs it.
+        response = internal_error()
+        metrics.record_error(response)
+        return JSONResponse(response.body, status_code=response.status)
 
 
-class _Chat:
-    """One chat completion on its way out."""
+# --- Chat completions ---
+
+
+class _ChatResponse:
+    """The response to one chat completion request."""
 
     def __init__(
-        self, answerer: Answerer, metrics: Metrics, asked: ChatRequest, arrival: Arrival
+        self, model: ChatModel, metrics: Metrics, request: ChatRequest, context: RequestContext
     ) -> None:
-        self._answerer, self._metrics, self._asked = answerer, metrics, asked
-        self._arrival, self._created = arrival, int(time.time())
+        self._model, self._metrics, self._request = model, metrics, request
+        self._context, self._created = context, int(time.time())
 
-    def _start(self) -> Any:
-        return self._answerer.answer(self._asked, self._arrival)
+    def _generate(self) -> AbstractAsyncContextManager[Generation]:
+        return self._model.generate(self._request, self._context)
 
-    async def whole(self) -> ChatCompletion:
-        """The answer in one piece."""
+    async def complete(self) -> ChatCompletion:
+        """Return the complete answer."""
         text: list[str] = []
-        async with self._start() as live:
+        async with self._generate() as generation:
             while True:
-                item = await live.next()
+                item = await generation.next()
                 if isinstance(item, Decision):
                     continue
                 text.append(item.text)
                 if item.finished is not None:
                     break
             assert item.result is not None, "the last event has the result"
-            usage, cost = self._account(live, item.result)
+            usage, cost = self._account(generation, item.result)
+            message = AnswerMessage(content="".join(text))
             return ChatCompletion(
-                id=live.ask.id,
+                id=generation.ask.id,
                 created=self._created,
-                model=self._answerer.settings.public_name,
-                choices=[
-                    Choice(
-                        message=AnswerMessage(content="".join(text)),
-                        finish_reason=item.finished,
-                    )
-                ],
+                model=self._model.settings.public_name,
+                choices=[Choice(message=message, finish_reason=item.finished)],
                 usage=usage,
                 fmray=cost,
             )
 
     async def stream(self) -> StreamingResponse:
-        """The answer as server-sent events; refusals come before the first, with their status."""
+        """Return the answer as server-sent events.
+
+        Waits for the engine's decision first, so that a refusal still has its HTTP status.
+        """
         async with AsyncExitStack() as stack:
-            live = await stack.enter_async_context(self._start())
-            await live.next()  # the decision
-            row = stack.pop_all()  # from here on the stream's to let go
+            generation = await stack.enter_async_context(self._generate())
+            await generation.next()  # the decision
+            row = stack.pop_all()  # from here on the stream frees the row
 
         async def events() -> AsyncIterator[bytes]:
             async with row:
                 try:
-                    async for chunks in self._chunks(live):
+                    async for chunks in self._chunks(generation):
                         yield _sse(*chunks)
                 except ApiError as error:
-                    self._metrics.refused(error)
+                    self._metrics.record_error(error)
                     yield _sse(JSONResponse(error.body).body, _DONE)
-                except Exception as error:  # noqa: BLE001 - the status is sent: say it in the stream
+                except Exception as error:  # noqa: BLE001 - the status is sent: report in the stream
                     log_failure(error)
-                    failed = ApiError(500, "the server failed; it is logged", code="internal_error")
-                    yield _sse(JSONResponse(failed.body).body, _DONE)
+                    yield _sse(JSONResponse(internal_error().body).body, _DONE)
 
         return _Stream(
             events(),
-            live,
+            generation,
             media_type="text/event-stream",
             headers={"x-accel-buffering": "no"},
         )
 
-    async def _chunks(self, live: Live) -> AsyncIterator[list[bytes]]:
-        """The chunks, those together that are there together: each message on its way through Ray
-        costs milliseconds of this process and of the proxy."""
+    async def _chunks(self, generation: Generation) -> AsyncIterator[list[bytes]]:
+        """Yield the chunks of the stream, with those that are ready at the same time together.
+
+        Each message through Ray costs milliseconds of this process and of the proxy.
+        """
         chunk = functools.partial(
             ChatChunk,
-            id=live.ask.id,
+            id=generation.ask.id,
             created=self._created,
-            model=self._answerer.settings.public_name,
+            model=self._model.settings.public_name,
         )
-        options = self._asked.stream_options
+        options = self._request.stream_options
         with_usage = options is not None and options.include_usage
+
+        # Role, then text as it comes
         delta = Delta(role="assistant", content="")
-        together = [_dump(chunk(choices=[ChunkChoice(delta=delta)]))]
+        ready = [_dump(chunk(choices=[ChunkChoice(delta=delta)]))]
         while True:
-            item = await live.next()
+            item = await generation.next()
             assert not isinstance(item, Decision), "there is one decision"
             if item.text:
-                together.append(_dump(chunk(choices=[ChunkChoice(delta=Delta(content=item.text))])))
+                ready.append(_dump(chunk(choices=[ChunkChoice(delta=Delta(content=item.text))])))
             if item.finished is not None:
                 break
-            if together and not live.waiting:
-                yield together
-                together = []
-        assert item.result is not None, "the last event has the result"
-        usage, cost = self._account(live, item.result)
-        last = ChunkChoice(delta=Delta(), finish_reason=item.finished)
-        together.append(_dump(chunk(choices=[last], fmray=None if with_usage else cost)))
-        if with_usage:
-            together.append(_dump(chunk(choices=[], usage=usage, fmray=cost)))
-        yield [*together, _DONE]
+            if ready and not generation.waiting:
+                yield ready
+                ready = []
 
-    def _account(self, live: Live, result: Result) -> tuple[Usage, Fmray]:
-        cost = live.cost(self._asked, result)
-        self._metrics.answered(cost, result)
+        # Reason, cost and, if requested, token counts
+        assert item.result is not None, "the last event has the result"
+        usage, cost = self._account(generation, item.result)
+        last = ChunkChoice(delta=Delta(), finish_reason=item.finished)
+        ready.append(_dump(chunk(choices=[last], fmray=None if with_usage else cost)))
+        if with_usage:
+            ready.append(_dump(chunk(choices=[], usage=usage, fmray=cost)))
+        yield [*ready, _DONE]
+
+    def _account(self, generation: Generation, result: Result) -> tuple[Usage, Fmray]:
+        cost = generation.cost(result, with_plan=self._request.plan)
+        self._metrics.record_answer(cost, result)
         usage = Usage(
             prompt_tokens=result.prompt_tokens,
             completion_tokens=result.completion_tokens,
@@ -266,54 +303,59 @@ class _Chat:
 
 
 class _Stream(StreamingResponse):
-    """A stream that frees its row even where it was never iterated."""
+    """A streaming response that frees its row even if its content is never iterated."""
 
-    def __init__(self, content: AsyncIterator[bytes], live: Live, **options: Any) -> None:
+    def __init__(
+        self, content: AsyncIterator[bytes], generation: Generation, **options: Any
+    ) -> None:
         super().__init__(content, **options)
-        self._live = live
+        self._generation = generation
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
-        """Send it; whatever ends it, the row is free after."""
+        """Send the stream, then free the row however the stream ended."""
         try:
             await super().__call__(scope, receive, send)
         finally:
-            self._live.close()
+            self._generation.close()
 
 
 def _sse(*chunks: bytes) -> bytes:
-    """Server-sent events."""
+    """Return chunks as server-sent events."""
     return b"".join(b"data: " + chunk + b"\n\n" for chunk in chunks)
 
 
 def _dump(chunk: ChatChunk) -> bytes:
-    """A chunk's JSON: absent rather than null, but for what OpenAI always writes."""
+    """Return a chunk's JSON, without null fields except those that OpenAI always writes."""
     plain = chunk.model_dump(exclude_none=True)
     for choice in plain["choices"]:
         choice.setdefault("finish_reason", None)
     return JSONResponse(plain).body
 
 
-def _card(answerer: Answerer) -> ModelCard:
-    return ModelCard(id=answerer.settings.public_name, created=answerer.created)
-
-
-def _check_name(name: str, answerer: Answerer) -> None:
-    if name != answerer.settings.public_name:
+def _check_name(name: str, model: ChatModel) -> None:
+    if name != model.settings.public_name:
         raise ApiError(
             404,
-            f"there is no such model here; GET /v1/models names {answerer.settings.public_name!r}",
+            f"no such model; this server serves {model.settings.public_name!r}",
             code="model_not_found",
             param="model",
         )
 
 
-def _some(*statuses: int) -> dict[int | str, dict[str, Any]]:
+def _errors(*statuses: int) -> dict[int | str, dict[str, Any]]:
+    """Return the OpenAPI descriptions of these error statuses."""
     return {status: _ERRORS[status] for status in statuses}
 
 
-def _openapi(app: FastAPI, made: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    """The document with the request's schema, which FastAPI does not see (we read the body)."""
-    document = made()
+# --- OpenAPI document and page ---
+
+
+def _openapi(app: FastAPI, make_document: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """Return the document with the request's schema.
+
+    FastAPI does not know it, because the guard reads the body.
+    """
+    document = make_document()
     schemas = document["components"]["schemas"]
     if "ChatRequest" not in schemas:
         schema = ChatRequest.model_json_schema(ref_template="#/components/schemas/{model}")
@@ -329,7 +371,7 @@ def _openapi(app: FastAPI, made: Callable[[], dict[str, Any]]) -> dict[str, Any]
 
 @functools.cache
 def _page() -> tuple[str, str]:
-    """The page, and the content security policy that lets nothing run but what is in it."""
+    """Return the page and a content security policy that runs only the page's own code."""
     html = files("fmray.serve").joinpath("page.html").read_text("utf-8")
 
     def hashes(tag: str) -> str:

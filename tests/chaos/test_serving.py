@@ -12,10 +12,10 @@ import httpx
 import pytest
 import yaml
 from support.machines import Machine, Machines, until
-from support.serving import Load, chat, data_url, make_model_directory, picture
+from support.serving import Load, chat, data_url, encoded_image, make_model_directory
 
 from fmray.config.serve import ServeConfig
-from fmray.serve.replica import open_answerer
+from fmray.serve.replica import load_chat_model
 
 KEY = "sk-0123456789abcdef"
 PORT = 8000
@@ -27,7 +27,7 @@ CLIENT_SECONDS = 10.0  # how long a client waits for an answer
 
 def ask(machine: Machine, color: str) -> httpx.Response:
     """A question through the proxy of a machine; the answer depends on the picture alone."""
-    body = chat(data_url(picture(color=color)), max_tokens=TOKENS, budget="1")
+    body = chat(data_url(encoded_image(color=color)), max_tokens=TOKENS, budget="1")
     return httpx.post(
         f"http://{machine.address}:{PORT}/v1/chat/completions",
         json=body,
@@ -75,7 +75,7 @@ def endpoint(folder: Path, machines: Machines) -> Iterator[Machines]:
         "health_timeout_s": 20,
     }
     # measured once, here, so that replicas start at once
-    open_answerer(ServeConfig.model_validate(arguments), model).close()
+    load_chat_model(ServeConfig.model_validate(arguments), model).close()
     config = {
         "proxy_location": "EveryNode",
         "http_options": {"host": "0.0.0.0", "port": PORT},

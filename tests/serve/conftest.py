@@ -1,4 +1,4 @@
-"""Fixtures of the endpoint's tests: a tiny model directory, and an application in this process."""
+"""Fixtures of the endpoint's tests: a tiny model directory and web applications around it."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support.serving import ScriptedWorker, make_answerer, make_app, make_model_directory
+from support.serving import ScriptedWorker, make_app, make_chat_model, make_model_directory
 
-from fmray.serve.replica import Answerer
+from fmray.serve.replica import ChatModel
 
 
 @pytest.fixture(scope="session")
 def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model of four layers, three of them switchable."""
+    """A model of four layers, three of which are units."""
     return make_model_directory(tmp_path_factory.mktemp("serve") / "tiny")
 
 
@@ -24,20 +24,20 @@ def worker() -> ScriptedWorker:
 
 
 @pytest.fixture
-def answerer(directory: Path, worker: ScriptedWorker) -> Answerer:
-    return make_answerer(directory, worker)
+def chat_model(directory: Path, worker: ScriptedWorker) -> ChatModel:
+    return make_chat_model(directory, worker)
 
 
 @pytest.fixture
-def app(answerer: Answerer) -> Any:
-    return make_app(answerer)
+def app(chat_model: ChatModel) -> Any:
+    return make_app(chat_model)
 
 
 @pytest.fixture
 def build_app(directory: Path) -> Callable[..., Any]:
-    """Makes applications with other settings."""
+    """Return a function that makes applications with other workers, keys and settings."""
 
     def build(worker: ScriptedWorker, keys: Any = None, **settings: Any) -> Any:
-        return make_app(make_answerer(directory, worker, keys, **settings))
+        return make_app(make_chat_model(directory, worker, keys, **settings))
 
     return build

@@ -1,4 +1,4 @@
-"""The application on the real engine, over a socket, with the official client: no Ray yet."""
+"""The application on the real engine, over a socket, with the official client, without Ray."""
 
 from __future__ import annotations
 
@@ -15,12 +15,20 @@ import openai
 import pytest
 import torch
 from PIL import Image
-from support.serving import chat, data_url, make_app, make_model_directory, picture, serving
+from support.serving import (
+    chat,
+    data_url,
+    encoded_image,
+    make_app,
+    make_model_directory,
+    serving,
+    wait_until,
+)
 
 from fmray.adallava import AdaptiveVLM
 from fmray.config.serve import ServeConfig
 from fmray.data.processor import load_processor
-from fmray.serve.replica import Answerer, open_answerer
+from fmray.serve.replica import ChatModel, load_chat_model
 
 
 @pytest.fixture(scope="module", params=["layers", "heads"])
@@ -36,7 +44,7 @@ def folder(design: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def answerer(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Answerer]:
+def chat_model(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ChatModel]:
     settings = ServeConfig(
         model=str(folder),
         name="tiny",
@@ -46,15 +54,15 @@ def answerer(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator
         max_rows=4,
         drain_s=5.0,
     )
-    opened = open_answerer(settings, folder)
+    opened = load_chat_model(settings, folder)
     yield opened
     opened.close()
     assert not opened.worker.health().alive
 
 
 @pytest.fixture(scope="module")
-def url(answerer: Answerer) -> Iterator[str]:
-    with serving(make_app(answerer)) as address:
+def url(chat_model: ChatModel) -> Iterator[str]:
+    with serving(make_app(chat_model)) as address:
         yield address
 
 
@@ -65,7 +73,7 @@ def client(url: str) -> Iterator[openai.OpenAI]:
 
 
 def expected(folder: Path, encoded: bytes, question: str, budget: str, tokens: int) -> str:
-    """What `generate` answers, one by one."""
+    """Return the answer of `generate` for a single request: the oracle."""
     model, processor = AdaptiveVLM.from_pretrained(folder).eval(), load_processor(folder)
     content = [{"type": "image"}, {"type": "text", "text": question}]
     text = processor.apply_chat_template(
@@ -85,8 +93,8 @@ def messages(encoded: bytes, text: str = "what is in the picture ?") -> list[Any
 
 
 @pytest.mark.parametrize("budget", ["0.55", "0.8", "1"])
-def test_answers_are_those_of_generate(client: openai.OpenAI, folder: Path, budget: str) -> None:
-    encoded = picture((40, 32), "blue")
+def test_answers_equal_those_of_generate(client: openai.OpenAI, folder: Path, budget: str) -> None:
+    encoded = encoded_image((40, 32), "blue")
     answer = client.chat.completions.create(
         model="tiny",
         messages=messages(encoded),
@@ -102,8 +110,8 @@ def test_answers_are_those_of_generate(client: openai.OpenAI, folder: Path, budg
     assert answer.usage.completion_tokens <= 6
 
 
-def test_a_stream_is_the_same_answer(client: openai.OpenAI) -> None:
-    ask = {"model": "tiny", "messages": messages(picture()), "max_tokens": 12}
+def test_stream_has_the_same_answer(client: openai.OpenAI) -> None:
+    ask = {"model": "tiny", "messages": messages(encoded_image()), "max_tokens": 12}
     whole = client.chat.completions.create(**ask, extra_body={"budget": 1})
     stream = client.chat.completions.create(
         **ask,
@@ -119,8 +127,8 @@ def test_a_stream_is_the_same_answer(client: openai.OpenAI) -> None:
     assert chunks[-2].choices[0].finish_reason == whole.choices[0].finish_reason
 
 
-def test_the_client_s_errors(client: openai.OpenAI) -> None:
-    ask = {"model": "tiny", "messages": messages(picture()), "max_tokens": 2}
+def test_official_client_maps_errors(client: openai.OpenAI) -> None:
+    ask = {"model": "tiny", "messages": messages(encoded_image()), "max_tokens": 2}
     with pytest.raises(openai.BadRequestError, match="logprobs is not supported") as raised:
         client.chat.completions.create(**ask, logprobs=True)
     assert raised.value.code == "unsupported_field" and raised.value.param == "logprobs"
@@ -132,16 +140,16 @@ def test_the_client_s_errors(client: openai.OpenAI) -> None:
     assert [model.id for model in client.models.list()] == ["tiny"]
 
 
-def test_an_async_client(url: str) -> None:
+def test_async_client_with_concurrent_streams(url: str) -> None:
     import asyncio
 
     async def run() -> list[str]:
         async with openai.AsyncOpenAI(base_url=f"{url}/v1", api_key="none") as client:
 
-            async def one(number: int) -> str:
+            async def stream_answer(number: int) -> str:
                 stream = await client.chat.completions.create(
                     model="tiny",
-                    messages=messages(picture(color=number)),
+                    messages=messages(encoded_image(color=number)),
                     max_tokens=4 + number % 3,
                     stream=True,
                     extra_body={"budget": "0.8" if number % 2 else "1"},
@@ -149,13 +157,13 @@ def test_an_async_client(url: str) -> None:
                 parts = [chunk async for chunk in stream]
                 return "".join(chunk.choices[0].delta.content or "" for chunk in parts)
 
-            return await asyncio.gather(*(one(number) for number in range(10)))
+            return await asyncio.gather(*(stream_answer(number) for number in range(10)))
 
     assert len(asyncio.run(run())) == 10
 
 
-def test_the_same_picture_again_is_at_hand(client: openai.OpenAI) -> None:
-    ask = {"model": "tiny", "messages": messages(picture((50, 50), "green")), "max_tokens": 2}
+def test_repeated_image_comes_from_the_cache(client: openai.OpenAI) -> None:
+    ask = {"model": "tiny", "messages": messages(encoded_image((50, 50), "green")), "max_tokens": 2}
     costs = [
         client.chat.completions.create(**ask, extra_body={"budget": budget}).model_extra["fmray"]
         for budget in ("1", "0.8")
@@ -164,8 +172,8 @@ def test_the_same_picture_again_is_at_hand(client: openai.OpenAI) -> None:
     assert costs[1]["units_on"] < costs[0]["units_on"]
 
 
-def test_a_deadline_that_cannot_be_made(client: openai.OpenAI) -> None:
-    ask = {"model": "tiny", "messages": messages(picture()), "max_tokens": 8}
+def test_impossible_and_easy_deadlines(client: openai.OpenAI) -> None:
+    ask = {"model": "tiny", "messages": messages(encoded_image()), "max_tokens": 8}
     answer = client.chat.completions.create(**ask, extra_body={"deadline_ms": 0.001})
     assert answer.model_extra["fmray"]["deadline_met"] is False
     with pytest.raises(openai.InternalServerError) as raised:
@@ -177,29 +185,35 @@ def test_a_deadline_that_cannot_be_made(client: openai.OpenAI) -> None:
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_a_client_that_leaves_frees_its_row(url: str, answerer: Answerer, stream: bool) -> None:
-    """Every row is taken by clients that leave; within a second the engine is empty."""
-    body = chat(data_url(picture()), max_tokens=1000, stream=stream)
+def test_disconnected_clients_free_their_rows(
+    url: str, chat_model: ChatModel, stream: bool
+) -> None:
+    """Clients that occupy every row disconnect; within a second the engine is empty."""
+    body = chat(data_url(encoded_image()), max_tokens=1000, stream=stream)
 
-    def leave() -> None:
+    def disconnect() -> None:
         with contextlib.suppress(httpx.TimeoutException):
             httpx.post(f"{url}/v1/chat/completions", json=body, timeout=0.3)
 
     with ThreadPoolExecutor(4) as pool:
-        list(pool.map(lambda _: leave(), range(4)))
-    end = time.monotonic() + 1
-    while answerer.worker.stats().active or answerer.worker.stats().queued:
-        assert time.monotonic() < end, answerer.worker.stats()
-        time.sleep(0.02)
+        list(pool.map(lambda _: disconnect(), range(4)))
+    start = time.monotonic()
+
+    def idle() -> bool:
+        stats = chat_model.worker.stats()
+        return not stats.active and not stats.queued
+
+    wait_until(idle, 10, "an empty engine")
+    assert time.monotonic() - start < 1.1
     assert httpx.get(f"{url}/readyz").status_code == 200
 
 
-def test_the_calibration_is_kept(answerer: Answerer) -> None:
-    assert answerer.settings.calibration.is_file()
+def test_calibration_is_stored(chat_model: ChatModel) -> None:
+    assert chat_model.settings.calibration.is_file()
 
 
-def test_metrics_of_the_engine(url: str, client: openai.OpenAI) -> None:
-    client.chat.completions.create(model="tiny", messages=messages(picture()), max_tokens=2)
+def test_metrics_include_the_engine(url: str, client: openai.OpenAI) -> None:
+    client.chat.completions.create(model="tiny", messages=messages(encoded_image()), max_tokens=2)
     text = httpx.get(f"{url}/metrics").text
     for name in (
         "fmray_kv_bound_bytes",

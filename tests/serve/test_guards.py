@@ -1,4 +1,4 @@
-"""What stands before a request: keys, sizes, times, headers, and the shape of errors."""
+"""The guard before every request: keys, body size, timeouts, headers, error responses."""
 
 from __future__ import annotations
 
@@ -49,18 +49,16 @@ def ring(tmp_path: Path) -> KeyRing:
 # -- keys --------------------------------------------------------------------------------------
 
 
-def test_keys_of_a_file_and_their_limits(ring: KeyRing) -> None:
+def test_keys_file_with_limits(ring: KeyRing) -> None:
     alice = ring.find(b"Bearer " + KEY.encode())
     assert alice == Caller("alice", CallerLimits(requests_per_second=2, max_budget="0.8"))
     assert ring.find(b"bearer " + OTHER.encode()) == Caller("bob")
     for wrong in (None, b"", b"Bearer", KEY.encode(), b"Basic " + KEY.encode(), b"Bearer \xff\x00"):
         assert ring.find(wrong) is None
-    assert KEY not in repr(vars(ring)), "only hashes are kept"
+    assert KEY not in repr(vars(ring)), "a key is in memory, not only its hash"
 
 
-def test_all_keys_are_compared_whatever_is_asked(
-    ring: KeyRing, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_every_key_is_compared(ring: KeyRing, monkeypatch: pytest.MonkeyPatch) -> None:
     import hmac
 
     compared = []
@@ -75,7 +73,7 @@ def test_all_keys_are_compared_whatever_is_asked(
     assert compared == [(32, 32)] * 6
 
 
-def test_keys_of_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_keys_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv(VARIABLE, raising=False)
     assert load_keys(None).open
     monkeypatch.setenv(VARIABLE, f" {KEY}, {OTHER} ,")
@@ -102,7 +100,7 @@ def test_keys_of_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
         f"- {{name: a, key: [{KEY}}}",
     ],
 )
-def test_a_wrong_keys_file_is_an_error_without_the_key(tmp_path: Path, text: str) -> None:
+def test_invalid_keys_file_is_an_error_without_the_key(tmp_path: Path, text: str) -> None:
     path = tmp_path / "keys.yaml"
     path.write_text(text)
     with pytest.raises(ValueError) as raised:
@@ -110,7 +108,7 @@ def test_a_wrong_keys_file_is_an_error_without_the_key(tmp_path: Path, text: str
     assert KEY not in str(raised.value) and "\n" not in str(raised.value)
 
 
-def test_without_the_key_nothing_but_the_page_and_health(
+def test_only_page_and_health_work_without_a_key(
     build_app: Callable[..., Any], worker: ScriptedWorker, ring: KeyRing
 ) -> None:
     app = build_app(worker, ring)
@@ -126,7 +124,7 @@ def test_without_the_key_nothing_but_the_page_and_health(
     assert worker.asks[-1].caller == "alice"
 
 
-def test_without_the_key_the_body_is_not_read(
+def test_body_is_not_read_without_a_key(
     build_app: Callable[..., Any], worker: ScriptedWorker, ring: KeyRing
 ) -> None:
     read = 0
@@ -155,12 +153,12 @@ def post(app: Any, content: Any, **headers: str) -> httpx.Response:
     return send(app, "POST", "/v1/chat/completions", content=content, headers=headers)
 
 
-def test_a_long_body_is_refused_by_its_length(app: Any) -> None:
+def test_large_body_is_rejected_by_its_declared_length(app: Any) -> None:
     response = post(app, b"x", **{"content-length": str(300 * 2**20)})
     assert response.status_code == 413 and code(response) == "body_too_large"
 
 
-def test_a_long_body_without_a_length_is_refused_while_it_is_read(app: Any) -> None:
+def test_large_body_without_length_is_rejected_while_reading(app: Any) -> None:
     read = 0
 
     async def body() -> AsyncIterator[bytes]:
@@ -171,10 +169,10 @@ def test_a_long_body_without_a_length_is_refused_while_it_is_read(app: Any) -> N
 
     response = post(app, body())
     assert response.status_code == 413
-    assert read <= 18 * 2**20, "not 300 MiB"
+    assert read <= 18 * 2**20, "more was read than the limit of 16 MiB"
 
 
-def test_a_body_of_exactly_the_limit_is_read(
+def test_body_of_exactly_the_limit_is_accepted(
     build_app: Callable[..., Any], worker: ScriptedWorker
 ) -> None:
     app = build_app(worker, max_body_mib=1)
@@ -183,7 +181,7 @@ def test_a_body_of_exactly_the_limit_is_read(
     assert post(app, body + b" " * (2**20 + 1 - len(body))).status_code == 413
 
 
-def test_a_slow_body_is_refused(build_app: Callable[..., Any], worker: ScriptedWorker) -> None:
+def test_slow_body_times_out(build_app: Callable[..., Any], worker: ScriptedWorker) -> None:
     async def body() -> AsyncIterator[bytes]:
         while True:
             yield b" "
@@ -195,10 +193,10 @@ def test_a_slow_body_is_refused(build_app: Callable[..., Any], worker: ScriptedW
     assert time.monotonic() - start < 5
 
 
-def test_bodies_that_wait_are_bounded_together(
+def test_memory_of_all_bodies_is_bounded(
     build_app: Callable[..., Any], worker: ScriptedWorker
 ) -> None:
-    """Three slow bodies of 0.9 MiB where two fit: one is turned away, and all is free after."""
+    """Of three slow bodies of 0.9 MiB two fit: one is rejected, and all memory is freed."""
     app = build_app(worker, max_body_mib=1, max_bodies_mib=2)
     whole = json.dumps(chat()).encode()
 
@@ -215,7 +213,7 @@ def test_bodies_that_wait_are_bounded_together(
             return [*sorted(answer.status_code for answer in answers), again.status_code]
 
     assert asyncio.run(run()) == [200, 200, 503, 200]
-    assert app._held.size == 0
+    assert app._memory.size == 0
 
 
 @pytest.mark.parametrize(
@@ -236,7 +234,7 @@ def test_bodies_that_wait_are_bounded_together(
         ({"x-request-id": "\\r\\nset-cookie: a=b"}, 200),
     ],
 )
-def test_headers(app: Any, headers: dict[str, str], status: int) -> None:
+def test_header_checks(app: Any, headers: dict[str, str], status: int) -> None:
     response = post(app, json.dumps(chat()).encode(), **headers)
     assert response.status_code == status, response.text
     if status != 200:
@@ -247,7 +245,7 @@ def test_headers(app: Any, headers: dict[str, str], status: int) -> None:
 # -- everything else ---------------------------------------------------------------------------
 
 
-def test_paths_and_methods_that_are_not_there(app: Any) -> None:
+def test_unknown_paths_methods_and_models(app: Any) -> None:
     assert send(app, "GET", "/v1/nothing").status_code == 404
     response = send(app, "GET", "/v1/chat/completions")
     assert response.status_code == 405
@@ -258,7 +256,7 @@ def test_paths_and_methods_that_are_not_there(app: Any) -> None:
     assert send(app, "GET", "/v1/models/tiny").json()["id"] == "tiny"
 
 
-def test_a_bug_answers_in_json_and_its_log_quotes_nothing(
+def test_bug_is_a_json_error_and_its_log_has_no_prompt(
     app: Any, worker: ScriptedWorker, caplog: pytest.LogCaptureFixture
 ) -> None:
     worker.refuse = RuntimeError("the prompt was: secret")
@@ -266,10 +264,10 @@ def test_a_bug_answers_in_json_and_its_log_quotes_nothing(
         response = post(app, json.dumps(chat(text="secret words")).encode())
     assert response.status_code == 500 and code(response) == "internal_error"
     assert "secret" not in response.text + caplog.text
-    assert "RuntimeError at" in caplog.text and "serving.py" in caplog.text, "type and place are"
+    assert "RuntimeError at" in caplog.text and "serving.py" in caplog.text
 
 
-def test_answers_forbid_sniffing_and_storing(app: Any) -> None:
+def test_responses_forbid_sniffing_and_caching(app: Any) -> None:
     for path in ("/", "/v1/models", "/nothing"):
         headers = send(app, "GET", path).headers
         assert headers["x-content-type-options"] == "nosniff"
@@ -280,10 +278,10 @@ def test_health_and_readiness(app: Any, worker: ScriptedWorker) -> None:
     assert send(app, "GET", "/healthz").json() == {"status": "ok"}
     assert not worker.asks
     assert send(app, "GET", "/readyz").json() == {"status": "ready"}
-    assert len(worker.asks) == 1, "a real question"
+    assert len(worker.asks) == 1, "the model was not asked"
     assert "pixel_values" in worker.asks[0].inputs
     assert send(app, "GET", "/readyz").status_code == 200
-    assert len(worker.asks) == 1, "a recent answer is proof enough"
+    assert len(worker.asks) == 1, "a recent answer should count"
     worker.draining = True
     assert send(app, "GET", "/readyz").status_code == 503
     worker.draining, worker.alive = False, False
@@ -292,7 +290,7 @@ def test_health_and_readiness(app: Any, worker: ScriptedWorker) -> None:
         assert response.status_code == 503 and code(response) == "unavailable"
 
 
-def test_not_ready_while_the_model_does_not_answer(
+def test_not_ready_if_the_model_does_not_answer(
     build_app: Callable[..., Any], worker: ScriptedWorker
 ) -> None:
     worker.last = "error"
@@ -302,7 +300,7 @@ def test_not_ready_while_the_model_does_not_answer(
 
     worker.hold = threading.Event()
     assert send(build_app(worker, health_timeout_s=0.3), "GET", "/readyz").status_code == 503
-    assert worker.cancelled, "its row is freed"
+    assert worker.cancelled, "the row was not freed"
 
 
 def test_metrics(app: Any, worker: ScriptedWorker) -> None:
@@ -334,17 +332,30 @@ def test_metrics(app: Any, worker: ScriptedWorker) -> None:
         assert all(sample.labels["replica"] == "test" for sample in family.samples)
 
 
-def test_several_replicas_on_one_page(
+def test_metrics_of_several_replicas_are_merged(
     build_app: Callable[..., Any], directory: Path, worker: ScriptedWorker
 ) -> None:
     from prometheus_client.parser import text_string_to_metric_families
 
-    from fmray.serve.metrics import Board, Metrics, render
+    from fmray.serve.metrics import Metrics, MetricsBoard, render
 
-    board = Board()
+    board = MetricsBoard()
     board.publish("a", Metrics(worker, "a", 3).families())
     text = render(board.publish("b", Metrics(worker, "b", 3).families())).decode()
     assert text.count("# TYPE fmray_budget histogram") == 1
     families = {family.name: family for family in text_string_to_metric_families(text)}
     replicas = {sample.labels["replica"] for sample in families["fmray_active_rows"].samples}
     assert replicas == {"a", "b"}
+
+
+def test_metrics_of_a_silent_replica_are_dropped(
+    worker: ScriptedWorker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from fmray.serve import metrics
+
+    board = metrics.MetricsBoard()
+    board.publish("a", metrics.Metrics(worker, "a", 3).families())
+    later = time.monotonic() + metrics.STALE_SECONDS + 1
+    monkeypatch.setattr(metrics.time, "monotonic", lambda: later)
+    text = metrics.render(board.publish("b", metrics.Metrics(worker, "b", 3).families()))
+    assert b'replica="b"' in text and b'replica="a"' not in text

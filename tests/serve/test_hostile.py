@@ -1,5 +1,4 @@
-"""Hostile inputs: each is a 4xx in OpenAI's shape that quotes nothing, and the server is well
-after."""
+"""Hostile inputs: each is a 4xx in OpenAI's shape that repeats none of it, and does no harm."""
 
 from __future__ import annotations
 
@@ -15,14 +14,14 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
-from support.serving import ScriptedWorker, chat, client_of, data_url, picture
+from support.serving import ScriptedWorker, chat, client_of, data_url, encoded_image
 
 from fmray.serve.openai import ApiError, parse_request
 from fmray.serve.prompts import decode, read_data_url
 
 
 def png_header(width: int, height: int) -> bytes:
-    """A PNG that claims a size and has next to no data."""
+    """Return a PNG that declares a size and has almost no data."""
 
     def chunk(kind: bytes, data: bytes) -> bytes:
         return (
@@ -35,13 +34,13 @@ def png_header(width: int, height: int) -> bytes:
 
 
 def zeros_png(side: int) -> bytes:
-    """A bomb that is whole: kilobytes of file, side^2 pixels."""
+    """Return a decompression bomb: kilobytes of file, side^2 pixels."""
     buffer = io.BytesIO()
     Image.new("1", (side, side)).save(buffer, format="PNG")
     return buffer.getvalue()
 
 
-def moving(kind: str) -> bytes:
+def animated(kind: str) -> bytes:
     buffer = io.BytesIO()
     frames = [Image.new("RGB", (8, 8), color) for color in ("red", "blue", "green")]
     frames[0].save(buffer, format=kind, save_all=True, append_images=frames[1:])
@@ -49,10 +48,10 @@ def moving(kind: str) -> bytes:
 
 
 def gif() -> bytes:
-    return picture(kind="GIF", mode="P", color=1)
+    return encoded_image(kind="GIF", mode="P", color=1)
 
 
-GOOD = data_url(picture())
+GOOD = data_url(encoded_image())
 SVG = b"<svg xmlns='http://www.w3.org/2000/svg'><image href='http://169.254.169.254/'/></svg>"
 
 URLS = {
@@ -73,7 +72,7 @@ URLS = {
     "empty payload": "data:image/png;base64,",
     "not base64": "data:image/png,abc",
     "truncated base64": GOOD[:-3],
-    "truncated picture": data_url(picture((64, 64))[:-40]),
+    "truncated image": data_url(encoded_image((64, 64))[:-40]),
     "characters outside base64": GOOD.replace("A", "*"),
     "unicode in base64": GOOD + "é",
     "line breaks": GOOD[:60] + "\n" + GOOD[60:],
@@ -82,17 +81,17 @@ URLS = {
     "html": data_url(b"<script>", "text/html"),
     "gif": data_url(gif(), "image/gif"),
     "gif as png": data_url(gif()),
-    "tiff": data_url(picture(kind="TIFF"), "image/tiff"),
-    "bmp as jpeg": data_url(picture(kind="BMP"), "image/jpeg"),
-    "png as jpeg": data_url(picture(), "image/jpeg"),
+    "tiff": data_url(encoded_image(kind="TIFF"), "image/tiff"),
+    "bmp as jpeg": data_url(encoded_image(kind="BMP"), "image/jpeg"),
+    "png as jpeg": data_url(encoded_image(), "image/jpeg"),
     "eps": data_url(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "image/png"),
-    "moving png": data_url(moving("PNG")),
-    "moving webp": data_url(moving("WEBP"), "image/webp"),
+    "animated png": data_url(animated("PNG")),
+    "animated webp": data_url(animated("WEBP"), "image/webp"),
     "claims 65535 x 65535": data_url(png_header(65535, 65535)),
     "claims 2^31 pixels wide": data_url(png_header(2**31 - 1, 1)),
     "no pixels": data_url(png_header(0, 0)),
-    "whole bomb": data_url(zeros_png(12_000)),
-    "very long": data_url(picture((4000, 10))),
+    "decompression bomb": data_url(zeros_png(12_000)),
+    "very long": data_url(encoded_image((4000, 10))),
     "random bytes": data_url(bytes(range(256)) * 8),
     "zeros": data_url(b"\0" * 4096, "image/webp"),
     "huge media type": "data:" + "a" * 100_000 + ";base64,AAAA",
@@ -164,7 +163,7 @@ BODIES: dict[str, Any] = {
         "model": "tiny",
         "messages": [{"role": "user", "content": [{"type": "input_audio", "input_audio": {}}]}],
     },
-    "picture of the assistant": {
+    "image of the assistant": {
         "model": "tiny",
         "messages": [
             {"role": "assistant", "content": [{"type": "image_url", "image_url": {"url": GOOD}}]},
@@ -183,17 +182,17 @@ BODIES: dict[str, Any] = {
     "more text than positions": chat(text="a " * 3000),
     "image token in text": chat(text="<image>" * 50),
     "end token in text": chat(text="a</s>b"),
-    "nine pictures": chat(*[GOOD] * 9),
-    "pixels together": chat(*[data_url(picture((3000, 3000)))] * 2),
-    "picture url of wrong kind": chat()
+    "nine images": chat(*[GOOD] * 9),
+    "pixels together": chat(*[data_url(encoded_image((3000, 3000)))] * 2),
+    "image url of wrong type": chat()
     | {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": 5}}]}]},
-    "picture without url": chat()
+    "image without url": chat()
     | {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}]},
 }
-ALL = {f"picture: {name}": chat(url) for name, url in URLS.items()} | BODIES
+ALL = {f"image: {name}": chat(url) for name, url in URLS.items()} | BODIES
 
 
-def test_there_are_enough() -> None:
+def test_number_of_cases() -> None:
     assert len(ALL) >= 60
 
 
@@ -202,7 +201,7 @@ def body_of(value: Any) -> bytes:
 
 
 @pytest.mark.parametrize("name", ALL)
-def test_hostile_inputs_are_4xx_and_leave_the_server_well(
+def test_hostile_input_is_a_4xx_and_the_next_request_works(
     app: Any, worker: ScriptedWorker, name: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     async def run() -> None:
@@ -212,11 +211,11 @@ def test_hostile_inputs_are_4xx_and_leave_the_server_well(
             assert 400 <= response.status_code < 500, (response.status_code, response.text)
             error = response.json()["error"]
             assert set(error) == {"message", "type", "param", "code"}
-            assert len(response.content) < 1000, "nothing is echoed"
+            assert len(response.content) < 1000, "the input is repeated"
             assert "<script>" not in response.text and "passwd" not in response.text
-            assert not worker.asks, "it never reached the engine"
+            assert not worker.asks, "it reached the engine"
             response = await client.post(path, content=body_of(chat(GOOD)))
-            assert response.status_code == 200, "the server is well"
+            assert response.status_code == 200, "the next request fails"
 
     asyncio.run(run())
     assert "request failed" not in caplog.text
@@ -224,17 +223,17 @@ def test_hostile_inputs_are_4xx_and_leave_the_server_well(
 
 @settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck))
 @given(st.binary(max_size=400), st.integers(0, 300))
-def test_broken_pictures_are_value_errors(noise: bytes, place: int) -> None:
-    """Bytes put into whole files of each format, anywhere."""
+def test_corrupt_images_are_value_errors(noise: bytes, place: int) -> None:
+    """Random bytes at random places of files of each format."""
     for kind in ("PNG", "JPEG", "WEBP"):
-        whole = picture((24, 16), kind=kind)
+        whole = encoded_image((24, 16), kind=kind)
         broken = whole[:place] + noise + whole[place + len(noise) // 2 :]
-        message = "the picture was read"
+        message = "the image was read"
         try:
             decode(kind, broken, 10_000)
         except ValueError as error:
             message = str(error)
-        assert message.startswith("the picture")
+        assert message.startswith("the image")
 
 
 @settings(max_examples=200, deadline=None)
@@ -261,19 +260,19 @@ FIELDS = st.sampled_from(
 
 @settings(max_examples=300, deadline=None)
 @given(st.dictionaries(FIELDS, json_values, max_size=4))
-def test_any_values_are_parsed_or_an_api_error(fields: dict[str, Any]) -> None:
+def test_any_body_is_parsed_or_an_api_error(fields: dict[str, Any]) -> None:
     body = json.dumps(chat() | fields, ensure_ascii=True).encode()
-    refused: ApiError | None = None
+    raised: ApiError | None = None
     try:
         parse_request(body)
     except ApiError as error:
-        refused = error
-    assert refused is None or (refused.status == 400 and len(json.dumps(refused.body)) < 1000)
+        raised = error
+    assert raised is None or (raised.status == 400 and len(json.dumps(raised.body)) < 1000)
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
-def test_pictures_stand_upright(orientation: int) -> None:
-    """Against Pillow's own transposition."""
+def test_exif_orientation_is_applied(orientation: int) -> None:
+    """Compared with Pillow's `exif_transpose`."""
     from PIL import ImageOps
 
     image = Image.linear_gradient("L").resize((24, 16)).convert("RGB")
@@ -288,15 +287,15 @@ def test_pictures_stand_upright(orientation: int) -> None:
 
 
 @pytest.mark.parametrize("mode", ["RGB", "RGBA", "L", "LA", "P", "1", "I;16", "CMYK"])
-def test_pictures_of_all_modes_are_taken(mode: str) -> None:
+def test_images_of_all_modes_are_accepted(mode: str) -> None:
     kind = "JPEG" if mode == "CMYK" else "PNG"
-    encoded = picture((9, 7), 0, kind, mode)
+    encoded = encoded_image((9, 7), 0, kind, mode)
     assert decode(kind, encoded, 63).image.mode == "RGB"
     with pytest.raises(ValueError, match="more than 62 pixels"):
         decode(kind, encoded, 62)
 
 
-def test_base64_of_a_data_url_is_read() -> None:
+def test_data_url_is_decoded() -> None:
     assert read_data_url("data:image/PNG;base64," + base64.b64encode(b"abc").decode()) == (
         "PNG",
         b"abc",

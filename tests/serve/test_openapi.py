@@ -1,4 +1,4 @@
-"""The application against its own OpenAPI document, with schemathesis."""
+"""The application is tested against its own OpenAPI document, with schemathesis."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 import jsonschema
 import pytest
 from hypothesis import HealthCheck, given, settings
-from support.serving import ScriptedWorker, chat, client_of, make_answerer, make_app
+from support.serving import ScriptedWorker, chat, client_of, make_app, make_chat_model
 
 schemathesis = pytest.importorskip("schemathesis", reason="schemathesis is not installed")
 
@@ -25,26 +25,27 @@ OPERATIONS = [
 
 @pytest.fixture(scope="module")
 def document(directory: Path) -> Any:
-    """The document, loaded from the application itself."""
-    app = make_app(make_answerer(directory, ScriptedWorker(tokens=("red",))))
+    """The document, loaded from the application."""
+    app = make_app(make_chat_model(directory, ScriptedWorker(tokens=("red",))))
     return schemathesis.openapi.from_asgi("/openapi.json", app)
 
 
-def test_these_are_all_operations(document: Any) -> None:
-    found = {(one.ok().method.upper(), one.ok().path) for one in document.get_all_operations()}
-    assert found == set(OPERATIONS)
+def test_operations_are_complete(document: Any) -> None:
+    results = [result.ok() for result in document.get_all_operations()]
+    assert {(result.method.upper(), result.path) for result in results} == set(OPERATIONS)
 
 
 @pytest.mark.parametrize(
     ("method", "path", "mode"),
-    [(*one, "positive") for one in OPERATIONS] + [("POST", "/v1/chat/completions", "negative")],
+    [(*operation, "positive") for operation in OPERATIONS]
+    + [("POST", "/v1/chat/completions", "negative")],
 )
-def test_every_operation_keeps_to_its_description(
+def test_operation_conforms_to_the_document(
     document: Any, method: str, path: str, mode: str
 ) -> None:
-    """No 5xx, only described statuses, answers of the described shape; good input and bad.
+    """No 5xx, documented statuses and bodies only, for valid and for invalid input.
 
-    By its strategies, not its pytest plugin, which does not work with every pytest.
+    Uses the strategies of schemathesis, not its pytest plugin, which needs certain pytest versions.
     """
     operation = document[path][method]
     kind = schemathesis.GenerationMode(mode)
@@ -61,11 +62,11 @@ def test_every_operation_keeps_to_its_description(
         case.validate_response(
             response,
             excluded_checks=[
-                # Keys are asked for only where some are set.
+                # Keys are needed only if some are configured.
                 schemathesis.checks.ignored_auth,
-                # Valid by its schema, refused for what it says: a model that is not here.
+                # Valid by the schema, but rejected: a model that is not served.
                 schemathesis.checks.positive_data_acceptance,
-                # `null` fields are as if they were not there.
+                # Null fields are treated as absent.
                 schemathesis.checks.negative_data_rejection,
             ],
         )
@@ -74,7 +75,7 @@ def test_every_operation_keeps_to_its_description(
     assert seen
 
 
-def test_the_document_describes_the_request(app: Any) -> None:
+def test_document_has_the_request_schema(app: Any) -> None:
     import asyncio
 
     async def run() -> dict[str, Any]:
@@ -84,8 +85,8 @@ def test_the_document_describes_the_request(app: Any) -> None:
     document = asyncio.run(run())
     request = document["components"]["schemas"]["ChatRequest"]
     assert {"budget", "deadline_ms", "strict", "plan"} <= set(request["properties"])
-    whole = {"$ref": "#/components/schemas/ChatRequest", "components": document["components"]}
-    jsonschema.validate(chat("data:image/png;base64,AA", budget=0.5), whole)
-    jsonschema.validate(chat(budget="0.5"), whole)
+    schema = {"$ref": "#/components/schemas/ChatRequest", "components": document["components"]}
+    jsonschema.validate(chat("data:image/png;base64,AA", budget=0.5), schema)
+    jsonschema.validate(chat(budget="0.5"), schema)
     with pytest.raises(jsonschema.ValidationError):
-        jsonschema.validate(chat(speed=1), whole)
+        jsonschema.validate(chat(speed=1), schema)

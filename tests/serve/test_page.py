@@ -1,27 +1,23 @@
-"""The page in headless Chromium: upload, ask, drag the budget; and nothing from anywhere else."""
+"""The page in headless Chromium: upload, ask, drag the budget; nothing is loaded from elsewhere."""
 
 from __future__ import annotations
 
 import re
 import shutil
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
-from support.serving import ScriptedWorker, picture, serving
+from support.serving import ScriptedWorker, encoded_image, serving, wait_until
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 
 
-def until(true: Callable[[], object], seconds: float = 20.0) -> None:
-    """Playwright's own waiting evaluates text, which the page's policy forbids."""
-    end = time.monotonic() + seconds
-    while not true():
-        assert time.monotonic() < end, "it did not happen"
-        time.sleep(0.05)
+def until(condition: Callable[[], object]) -> None:
+    """Wait for the page. Playwright's own waits evaluate code, which the page's policy forbids."""
+    wait_until(condition, 20, "the page")
 
 
 @pytest.fixture
@@ -43,19 +39,17 @@ def browser() -> Iterator[Any]:
         opened.close()
 
 
-def test_the_policy_lets_only_the_page_itself_run(url: str) -> None:
+def test_policy_allows_only_code_of_the_page(url: str) -> None:
     response = httpx.get(url)
     policy = response.headers["content-security-policy"]
     assert policy.startswith("default-src 'none'")
     assert "unsafe" not in policy and "*" not in policy and "http" not in policy
     html = response.text
-    assert not re.search(r"(src|href)=|https?://|@import|\son\w+=", html), "no external resource"
+    assert not re.search(r"(src|href)=|https?://|@import|\son\w+=", html), "an external resource"
     assert html.count("<script>") == html.count("<style>") == 1
 
 
-def test_a_person_asks_a_picture(
-    url: str, browser: Any, worker: ScriptedWorker, tmp_path: Path
-) -> None:
+def test_ask_about_an_image(url: str, browser: Any, worker: ScriptedWorker, tmp_path: Path) -> None:
     page = browser.new_page()
     problems: list[str] = []
     page.on("pageerror", lambda error: problems.append(str(error)))
@@ -65,10 +59,10 @@ def test_a_person_asks_a_picture(
 
     page.goto(url)
     path = tmp_path / "red.png"
-    path.write_bytes(picture((40, 30)))
-    page.set_input_files("#picture", path)
+    path.write_bytes(encoded_image((40, 30)))
+    page.set_input_files("#image", path)
     until(lambda: page.is_visible("#shown"))
-    assert page.evaluate("document.getElementById('shown').naturalWidth") == 40, "it is shown"
+    assert page.evaluate("document.getElementById('shown').naturalWidth") == 40
     page.fill("#question", "what is in the picture ?")
     page.click("#ask")
     until(lambda: page.is_visible("#cost"))
@@ -77,12 +71,12 @@ def test_a_person_asks_a_picture(
     assert ask.budget == "1" and ask.image_key
     assert page.locator("#layers span").count() == 4
     assert page.locator("#layers .always").count() == 1
-    assert page.locator("#layers i.on").count() == 2, "of the plan (on, off, on)"
+    assert page.locator("#layers i.on").count() == 2, "the plan is on, off, on"
     assert "3 of 4 ran" in page.inner_text("#ran")
-    assert "2 of 3 switches on" in page.inner_text("#ran")
+    assert "2 of 3 units on" in page.inner_text("#ran")
     assert " ms" in page.inner_text("#whole") and " ms" in page.inner_text("#first")
 
-    # Dragging the budget asks again.
+    # Dragging the budget sends the request again.
     page.focus("#budget")
     for _ in range(8):
         page.keyboard.press("ArrowLeft")
@@ -93,20 +87,20 @@ def test_a_person_asks_a_picture(
     page.check("#auto")
     page.click("#ask")
     until(lambda: page.inner_text("#used").startswith("0.75"))
-    assert worker.asks[-1].budget is None, "the load decides"
+    assert worker.asks[-1].budget is None, "the budget is chosen by the load"
 
-    assert all(one.startswith((url, "blob:")) for one in requested)
+    assert all(address.startswith((url, "blob:")) for address in requested)
     assert problems == []
 
 
-def test_the_page_shows_errors_as_text(url: str, browser: Any, worker: ScriptedWorker) -> None:
-    worker.refuse = ValueError("<img src=x onerror=alert(1)> is no budget")
+def test_errors_are_shown_as_text(url: str, browser: Any, worker: ScriptedWorker) -> None:
+    worker.refuse = ValueError("<img src=x onerror=alert(1)> is not a budget")
     page = browser.new_page()
     page.goto(url)
     page.fill("#question", "left ?")
     page.keyboard.press("Enter")
     until(lambda: page.inner_text("#problem"))
-    assert page.inner_text("#problem") == "<img src=x onerror=alert(1)> is no budget"
+    assert page.inner_text("#problem") == "<img src=x onerror=alert(1)> is not a budget"
     worker.refuse, worker.tokens = None, ("<b>", "bold</b>")
     page.click("#ask")
     until(lambda: page.is_visible("#cost"))
@@ -114,7 +108,7 @@ def test_the_page_shows_errors_as_text(url: str, browser: Any, worker: ScriptedW
     assert page.inner_text("#problem") == ""
 
 
-def test_stop_frees_the_row(url: str, browser: Any, worker: ScriptedWorker) -> None:
+def test_stop_button_frees_the_row(url: str, browser: Any, worker: ScriptedWorker) -> None:
     worker.pause, worker.tokens = 0.1, ("a ",) * 100
     page = browser.new_page()
     page.goto(url)

@@ -55,7 +55,7 @@ def test_wrong_settings_are_errors(values: dict[str, Any], text: str) -> None:
         ServeConfig.model_validate({"model": "m"} | values)
 
 
-def test_the_serve_config_fits_ray_s_schema_and_its_args_fit_ours() -> None:
+def test_config_file_is_valid_for_ray_and_for_the_application() -> None:
     written = yaml.safe_load((Path(__file__).parents[2] / "cluster" / "serve.yaml").read_text())
     deployed = ServeDeploySchema.model_validate(written)
     [application] = deployed.applications
@@ -91,11 +91,11 @@ def test_the_application_requires_keys_if_the_builder_found_some(
 def test_a_replica_without_the_required_keys_does_not_start(
     directory: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from fmray.serve.replica import open_answerer
+    from fmray.serve.replica import load_chat_model
 
     monkeypatch.delenv(VARIABLE, raising=False)
-    with pytest.raises(ValueError, match="finds none"):
-        open_answerer(ServeConfig(model=str(directory), require_keys=True), directory)
+    with pytest.raises(ValueError, match="this replica has none"):
+        load_chat_model(ServeConfig(model=str(directory), require_keys=True), directory)
 
 
 def test_the_settings_become_limits_of_the_deployment(directory: Path) -> None:
@@ -199,7 +199,7 @@ def test_a_missing_model_is_an_error_of_one_line(
     assert "no production version" in error and error.count("\n") == 1
 
 
-def test_serving_needs_no_deepspeed() -> None:
+def test_serving_does_not_import_deepspeed() -> None:
     import subprocess
     import sys
 

@@ -1,4 +1,4 @@
-"""A tiny model directory, a worker that answers by script, and the application around them."""
+"""A tiny model directory, a scripted worker, the web application around them, and clients."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from fmray.engine.requests import Event, Result
 from fmray.engine.stats import Histogram, WorkerStats
 from fmray.serve.keys import KeyRing
 from fmray.serve.metrics import Metrics
-from fmray.serve.replica import Answerer
+from fmray.serve.replica import ChatModel
 from fmray.serve.routes import create_app
 from fmray.train.adallava.model import scratch_model
 
@@ -49,10 +49,18 @@ SCRATCH = ScratchConfig(
 WORDS = "what is in the picture ? color topleft red green blue one two three left right a b c d e"
 
 
+def wait_until(condition: Callable[[], object], seconds: float, what: str) -> None:
+    """Poll a condition; AssertionError if it does not hold within `seconds`."""
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, f"waited {seconds:g} s for {what}"
+        time.sleep(0.05)
+
+
 def make_model_directory(
     folder: Path, *, design: str = "layers", token: str = "probe", seed: int = 0
 ) -> Path:
-    """An adaptive LLaVA of random weights with its processor, saved; the scheduler has opinions."""
+    """Save an adaptive LLaVA with random weights and its processor."""
     processor = scratch_processor([WORDS], SCRATCH)
     torch.manual_seed(seed)
     base = scratch_model(SCRATCH, processor, torch.float32, "sdpa")
@@ -62,54 +70,53 @@ def make_model_directory(
     return folder
 
 
-def picture(
+def encoded_image(
     size: tuple[int, int] = (32, 32), color: str | int = "red", kind: str = "PNG", mode: str = "RGB"
 ) -> bytes:
-    """An encoded picture."""
+    """Return the bytes of an image file of one color."""
     buffer = io.BytesIO()
     Image.new(mode, size, color).save(buffer, format=kind)
     return buffer.getvalue()
 
 
 def data_url(encoded: bytes, media: str = "image/png") -> str:
-    """As clients send it."""
+    """Return an image file as clients send it."""
     return f"data:{media};base64,{base64.b64encode(encoded).decode()}"
 
 
 def chat(*urls: str, text: str = "what is in the picture ?", **fields: Any) -> dict[str, Any]:
-    """The body of a chat completion about pictures."""
+    """Return the body of a chat completion request about images."""
     content: list[dict[str, Any]] = [{"type": "text", "text": text}]
     content += [{"type": "image_url", "image_url": {"url": url}} for url in urls]
     return {"model": "tiny", "messages": [{"role": "user", "content": content}], **fields}
 
 
 class Answer(NamedTuple):
-    """One question. client: by number; status: 0 where no answer came, then text names the
-    error."""
+    """The response to one request of a `Load`."""
 
     client: int
-    number: int
-    start: float
+    number: int  # of the request, per client
+    start: float  # time.monotonic()
     end: float
-    status: int
-    text: str
+    status: int  # 0 without a response
+    text: str  # the body, or the type of the transport error
 
 
 class Load:
-    """Clients that ask one question after the other until the context ends.
+    """Clients that each send one request after the other until the context manager ends.
 
-    ask: (client, number of its question) -> the response.
+    `ask` takes the number of the client and of its request and returns the response.
     """
 
     def __init__(self, clients: int, ask: Callable[[int, int], httpx.Response]) -> None:
         self.answers: list[Answer] = []
-        self._ask, self._over = ask, threading.Event()
+        self._ask, self._stop = ask, threading.Event()
         self._pool = ThreadPoolExecutor(clients)
         self._runs = [self._pool.submit(self._run, client) for client in range(clients)]
 
     def _run(self, client: int) -> None:
         number = 0
-        while not self._over.is_set():
+        while not self._stop.is_set():
             start = time.monotonic()
             try:
                 response = self._ask(client, number)
@@ -124,31 +131,27 @@ class Load:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._over.set()
+        self._stop.set()
         for run in self._runs:
             run.result()
         self._pool.shutdown()
 
     @property
     def failures(self) -> list[Answer]:
-        """Those that were not answered with 200."""
+        """All responses other than 200."""
         return [answer for answer in self.answers if answer.status != 200]
 
 
 @dataclass
 class ScriptedWorker:
-    """Behaves as an `EngineWorker` that gives every ask the same tokens.
-
-    refuse: raised by `submit`. hold: tokens wait for it. last: how answers end. pause: seconds
-    between tokens.
-    """
+    """Stands in for an `EngineWorker` and answers every request with the same tokens."""
 
     tokens: tuple[str, ...] = ("red ", "and ", "blue")
-    refuse: Exception | None = None
-    refuse_queued: Refused | None = None
-    hold: threading.Event | None = None
-    last: str = "stop"
-    pause: float = 0.0
+    refuse: Exception | None = None  # raised by `submit`
+    refuse_queued: Refused | None = None  # sent instead of a decision
+    hold: threading.Event | None = None  # tokens wait for it
+    last: str = "stop"  # reason that ends the answer
+    pause: float = 0.0  # seconds between tokens
     alive: bool = True
     draining: bool = False
     asks: list[Ask] = field(default_factory=list)
@@ -231,42 +234,41 @@ class ScriptedWorker:
         )
 
 
-def make_answerer(
+def make_chat_model(
     directory: Path, worker: Any, keys: KeyRing | None = None, **settings: Any
-) -> Answerer:
-    """An `Answerer` of a directory's model around any worker."""
+) -> ChatModel:
+    """Return a directory's model with the given worker."""
     config = ServeConfig(model=str(directory), name="tiny", **settings)
     model = AdaptiveVLM.from_pretrained(directory).eval()
-    return Answerer(config, model, load_processor(directory), worker, keys or KeyRing())
+    return ChatModel(config, model, load_processor(directory), worker, keys or KeyRing())
 
 
-def make_app(answerer: Answerer) -> Any:
-    """The ASGI application around it."""
-    metrics = Metrics(answerer.worker, "test", answerer.model.layout.num_units)
+def make_app(chat_model: ChatModel) -> Any:
+    """Return the web application around a model."""
+    metrics = Metrics(chat_model.worker, "test", chat_model.model.layout.num_units)
 
     async def exposition() -> bytes:
         return metrics.exposition()
 
-    return create_app(answerer, metrics, exposition)
+    return create_app(chat_model, metrics, exposition)
 
 
 def client_of(app: Any, **options: Any) -> httpx.AsyncClient:
-    """A client that calls the application in this process."""
+    """Return a client that calls the application in this process."""
     transport = httpx.ASGITransport(app, raise_app_exceptions=True)
     return httpx.AsyncClient(transport=transport, base_url="http://127.0.0.1:8000", **options)
 
 
 @contextlib.contextmanager
 def serving(app: Any) -> Iterator[str]:
-    """The application on a free port of this machine."""
+    """Serve the application on a free port of the loopback interface."""
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         server = uvicorn.Server(uvicorn.Config(app, log_level="warning", access_log=False))
         thread = threading.Thread(target=server.run, args=([listener],))
         thread.start()
         try:
-            while not server.started:
-                time.sleep(0.01)
+            wait_until(lambda: server.started, 30, "uvicorn to start")
             yield f"http://127.0.0.1:{listener.getsockname()[1]}"
         finally:
             server.should_exit = True
