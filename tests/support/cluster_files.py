@@ -1,8 +1,7 @@
-"""The files of `cluster/`, and what an API server and a network plugin would make of them.
+"""The Kubernetes objects of cluster/, checked as an API server and a network plugin would.
 
-In: YAML of the checkout and KubeRay's CustomResourceDefinitions. Out: the objects, the mistakes
-that an API server would refuse (unknown fields too, which it drops in silence), and whether
-NetworkPolicies let one pod speak to another.
+Loads the objects, validates them against KubeRay's CustomResourceDefinitions (unknown fields are
+errors too, which an API server drops silently), and evaluates NetworkPolicies between two pods.
 """
 
 from __future__ import annotations
@@ -26,24 +25,25 @@ Object = dict[str, Any]
 
 @functools.cache
 def documents(path: Path) -> tuple[Object, ...]:
-    """The objects of a file, shared by all who ask: copy one before you change it."""
+    """Return the objects of a file; they are cached, so copy one before changing it."""
     return tuple(yaml.safe_load_all(path.read_text()))
 
 
 def objects(kind: str, paths: list[Path] = KUBERAY) -> list[Object]:
-    """All objects of one kind; at least one, so that no test passes for want of them."""
-    found = [item for path in paths for item in documents(path) if item["kind"] == kind]
-    assert found, f"no {kind} in cluster/kuberay"
-    return found
+    """Return all objects of a kind; an error if there is none."""
+    items = [item for path in paths for item in documents(path) if item["kind"] == kind]
+    assert items, f"no {kind} in cluster/kuberay"
+    return items
 
 
-def one(kind: str) -> Object:
-    [found] = objects(kind)
-    return found
+def the(kind: str) -> Object:
+    """Return the only object of a kind."""
+    [item] = objects(kind)
+    return item
 
 
 def pod_templates(item: Object) -> Iterator[tuple[str, Object]]:
-    """(role, template) of every pod that an object makes: head, worker, submitter or pod."""
+    """Yield (role, template) of each pod of an object: head, worker, submitter or pod."""
     spec = item.get("spec", {})
     if item["kind"] in ("Deployment", "StatefulSet"):
         yield "pod", spec["template"]
@@ -57,19 +57,19 @@ def pod_templates(item: Object) -> Iterator[tuple[str, Object]]:
 
 
 def ray_cluster(item: Object) -> Object | None:
-    """The RayClusterSpec in a RayCluster, RayJob or RayService; None in other kinds."""
+    """Return the RayClusterSpec of a RayCluster, RayJob or RayService, else None."""
     keys = {"RayJob": "rayClusterSpec", "RayService": "rayClusterConfig"}
     if item["kind"] == "RayCluster":
         return item["spec"]
     return item["spec"][keys[item["kind"]]] if item["kind"] in keys else None
 
 
-# -- CustomResourceDefinitions ---------------------------------------------------------------------
+# --- CustomResourceDefinitions ---
 
 
 @functools.cache
 def custom_resource(folder: Path, kind: str) -> Object:
-    """The strict JSON Schema of `ray.io/v1` KIND."""
+    """Return the JSON Schema of a kind of `ray.io/v1`, without unknown fields."""
     path = folder / f"ray.io_{kind.lower()}s.yaml"
     definition = yaml.load(path.read_text(), Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
     [version] = [v for v in definition["spec"]["versions"] if v["name"] == "v1"]
@@ -78,7 +78,7 @@ def custom_resource(folder: Path, kind: str) -> Object:
 
 
 def _strict(schema: Any, top: bool = True) -> Any:
-    """A structural schema as JSON Schema that refuses what the API server would prune."""
+    """Return a structural schema as JSON Schema that rejects what an API server would prune."""
     if not isinstance(schema, dict):
         return schema
     made = dict(schema)
@@ -89,7 +89,7 @@ def _strict(schema: Any, top: bool = True) -> Any:
                 if key == "properties"
                 else _strict(schema[key], False)
             )
-    if top:  # the API server knows an object's own metadata without being told
+    if top:  # metadata is not in the definition: the API server knows it
         made["properties"]["metadata"] = {"type": "object", "required": ["name", "namespace"]}
         made["required"] = ["apiVersion", "kind", "metadata", "spec"]
     open_ended = schema.get("x-kubernetes-preserve-unknown-fields")
@@ -101,14 +101,14 @@ def _strict(schema: Any, top: bool = True) -> Any:
 
 
 def refusals(item: Object, schema: Object) -> list[str]:
-    """What an API server with field validation would say, one line a mistake."""
+    """Return the errors of an API server with field validation, one line each."""
     errors = jsonschema.Draft202012Validator(schema).iter_errors(item)
-    said = [f"{error.json_path}: {error.message}" for error in errors]
-    return said + list(_repeated_keys(item, schema, "$"))
+    lines = [f"{error.json_path}: {error.message}" for error in errors]
+    return lines + list(_repeated_keys(item, schema, "$"))
 
 
 def _repeated_keys(value: Any, schema: Object, path: str) -> Iterator[str]:
-    """Lists of type map: no two items with the same key, such as containers of one name."""
+    """Yield repeated items of lists of type map, such as two containers of one name."""
     if isinstance(value, dict):
         for name, child in value.items():
             if name in schema.get("properties", {}):
@@ -126,22 +126,22 @@ def _repeated_keys(value: Any, schema: Object, path: str) -> Iterator[str]:
             yield from _repeated_keys(child, schema["items"], f"{path}[{index}]")
 
 
-# -- NetworkPolicies -------------------------------------------------------------------------------
+# --- NetworkPolicies ---
 
 
 @dataclass(frozen=True)
 class Peer:
-    """A pod: its namespace's name and its labels; or an address outside, without labels."""
+    """A pod with its namespace and labels, or an address outside the cluster, without labels."""
 
     namespace: str
     labels: Mapping[str, str] = field(default_factory=dict)
 
 
 def allowed(policies: list[Object], source: Peer, target: Peer, port: int) -> bool:
-    """Whether policies let `source` open a TCP connection to `port` of `target`.
+    """Return whether policies let `source` open a TCP connection to `port` of `target`.
 
-    As Kubernetes says it: a pod that no policy selects for a direction is open in it; else some
-    rule of some policy that selects it has to match. Both directions have to agree. No named ports.
+    A pod that no policy selects for a direction is open in it; otherwise a rule of a policy that
+    selects it has to match. Both directions have to allow the connection. No named ports.
     """
     return all(
         _direction(policies, own, other, port, way)
@@ -173,7 +173,7 @@ def _names(peers: list[Object] | None, own: Peer, other: Peer) -> bool:
         return True
     for peer in peers:
         if "ipBlock" in peer:
-            continue  # of pods, policies speak by label
+            continue  # pods are selected by labels
         namespace = {"kubernetes.io/metadata.name": other.namespace}
         if "namespaceSelector" in peer:
             near = _selects(peer["namespaceSelector"], namespace)
