@@ -12,6 +12,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields
 
+import torch
+from torch import Tensor, nn
+
 from fmray.config import AdaLlavaRecipe
 
 GIB = 1 << 30
@@ -129,3 +132,24 @@ def layer_activations(sizes: Sizes, width: int, length: int, eager: bool) -> int
     saved = (6 * width + 8) * sizes.hidden + 2 * width * sizes.kv_width
     saved += 4 * width * sizes.intermediate
     return saved + ((4 + width) * sizes.heads * length if eager else 0)
+
+
+def saved_bytes(module: nn.Module, inputs: Tensor) -> int:
+    """Return the bytes that a forward pass saves for its backward pass, parameters excluded.
+
+    Args:
+        module: on any device; on `meta` nothing is computed.
+        inputs: on the same device.
+    """
+    parameters = {p.untyped_storage()._cdata for p in module.parameters()}
+    saved: dict[int, torch.UntypedStorage] = {}  # holding a storage keeps its identity unique
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage._cdata not in parameters:
+            saved[storage._cdata] = storage
+        return tensor
+
+    with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        module(inputs)
+    return sum(storage.nbytes() for storage in saved.values())

@@ -1,4 +1,4 @@
-"""`fmray doctor` without a cluster: what it says, and its exit code."""
+"""`fmray doctor` without a cluster: findings and exit code."""
 
 from __future__ import annotations
 
@@ -13,11 +13,12 @@ import yaml
 
 from fmray.cli import main
 from fmray.commands import doctor
+from fmray.config.arguments import job_path
 
 
 @pytest.fixture
 def job(tmp_path: Path) -> dict[str, Any]:
-    """A small recipe that can run anywhere; `address: local` keeps running clusters out of it."""
+    """A small recipe that runs anywhere; `address: local` ignores running clusters."""
     return {
         "name": "a",
         "data": {"store": str(tmp_path / "store"), "shapes": {}, "max_length": 128},
@@ -26,7 +27,7 @@ def job(tmp_path: Path) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def ask(
+def check(
     job: dict[str, Any], folder: Path, capsys: pytest.CaptureFixture[str], *overrides: str
 ) -> tuple[int, str]:
     recipe = folder / "recipe.yaml"
@@ -39,16 +40,16 @@ def ask(
 def test_a_small_job_fits(
     job: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    code, said = ask(job, tmp_path, capsys)
-    assert code == 0, said
-    assert all(line[:5] in ("ok   ", "note ", "FAIL ") for line in said.splitlines())
-    assert "note no Ray cluster is running" in said
-    assert "run jobs/prepare_data.py first" in said
-    assert "memory per worker:" in said
-    assert not (tmp_path / "runs").exists(), "doctor looks and makes nothing"
+    code, output = check(job, tmp_path, capsys)
+    assert code == 0, output
+    assert all(line[:5] in ("ok   ", "note ", "FAIL ") for line in output.splitlines())
+    assert "note no Ray cluster is running" in output
+    assert "run jobs/prepare_data.py first" in output
+    assert "memory per worker:" in output
+    assert not (tmp_path / "runs").exists(), "doctor creates nothing"
     (tmp_path / "store").mkdir()
     (tmp_path / "store" / "manifest.json").write_text("{}")
-    assert "holds prepared data" in ask(job, tmp_path, capsys)[1]
+    assert "contains prepared data" in check(job, tmp_path, capsys)[1]
 
 
 @pytest.mark.parametrize(
@@ -56,13 +57,13 @@ def test_a_small_job_fits(
     [
         ("cluster.workers=4096", "FAIL 4096 workers of 0.5 CPU cannot be placed"),
         ("cluster.data_cpus=4096", "CPUs for Ray Data and cluster.data_cpus is 4096"),
-        ("data={train: none.json, shapes: null}", "FAIL data.train: none.json is not there"),
+        ("data={train: none.json, shapes: null}", "FAIL data.train: none.json is missing"),
         ("data.shapes=null", "is empty; set data.train or data.shapes"),
         ("data.max_length=100000000", "FAIL memory per worker:"),
         ("model={attention: flash_attention_2, dtype: bfloat16}", "needs the package flash-attn"),
     ],
 )
-def test_what_cannot_run_exits_with_2(
+def test_a_job_that_cannot_run_exits_with_2(
     override: str,
     words: str,
     job: dict[str, Any],
@@ -70,25 +71,25 @@ def test_what_cannot_run_exits_with_2(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     extra = ["train.global_batch=65536"] if "workers" in override else []
-    code, said = ask(job, tmp_path, capsys, override, *extra)
+    code, output = check(job, tmp_path, capsys, override, *extra)
     assert code == 2
-    assert any(words in line for line in said.splitlines() if line.startswith("FAIL")), said
+    assert any(words in line for line in output.splitlines() if line.startswith("FAIL")), output
 
 
-def test_a_gpu_that_is_too_small_gets_a_remedy(
+def test_a_job_too_large_for_the_gpu_gets_a_remedy(
     job: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     large = ["model={source: llava-hf/llava-1.5-7b-hf, dtype: bfloat16}", "data.max_length=2048",
              "cluster.gpus_per_worker=1", "cluster.workers=8", "train.micro_batch=4"]  # fmt: skip
-    said = ask(job, tmp_path, capsys, *large, "cluster.gpu_memory_gib=48")[1]
-    assert "of 48; train.gradient_checkpointing: true would fit" in said
-    said = ask(job, tmp_path, capsys, *large, "cluster.gpu_memory_gib=12")[1]
-    assert "of 12; more workers, a shorter data.max_length or model.lora: {} use less" in said
-    said = ask(job, tmp_path, capsys, *large, "cluster.gpu_memory_gib=80", "zero.stage=3")[1]
-    assert any(line.startswith("ok   memory per GPU") for line in said.splitlines()), said
+    output = check(job, tmp_path, capsys, *large, "cluster.gpu_memory_gib=48")[1]
+    assert "of 48; train.gradient_checkpointing: true would fit" in output
+    output = check(job, tmp_path, capsys, *large, "cluster.gpu_memory_gib=12")[1]
+    assert "of 12; more workers, a shorter data.max_length or model.lora: {} use less" in output
+    output = check(job, tmp_path, capsys, *large, "cluster.gpu_memory_gib=80", "zero.stage=3")[1]
+    assert any(line.startswith("ok   memory per GPU") for line in output.splitlines()), output
 
 
-def test_a_full_or_read_only_disk(
+def test_a_full_or_read_only_disk_is_a_failure(
     job: dict[str, Any],
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
@@ -96,22 +97,113 @@ def test_a_full_or_read_only_disk(
 ) -> None:
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(doctor.shutil, "disk_usage", lambda _: usage._replace(free=1000))
-    code, said = ask(job, tmp_path, capsys)
+    code, output = check(job, tmp_path, capsys)
     assert code == 2
-    assert "FAIL checkpoints: 3 of" in said
+    assert "FAIL checkpoints: 3 of" in output
     monkeypatch.setattr(doctor.os, "access", lambda path, mode: mode != os.W_OK)
-    assert "FAIL cluster.storage:" in ask(job, tmp_path, capsys)[1]
+    assert "FAIL cluster.storage:" in check(job, tmp_path, capsys)[1]
 
 
 def test_an_unknown_model_is_a_note(
     job: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    code, said = ask(job, tmp_path, capsys, f"model.source={tmp_path / 'none' / 'model'}")
+    code, output = check(job, tmp_path, capsys, f"model.source={tmp_path / 'none' / 'model'}")
     assert code == 0
-    assert "so the memory is not estimated" in said
+    assert "the memory is not estimated" in output
 
 
-def test_versions_that_do_not_fit(
+def shipped(
+    name: str, capsys: pytest.CaptureFixture[str], *overrides: str
+) -> tuple[int, list[str]]:
+    """Check a shipped recipe; return the exit code and the lines below the machine's."""
+    recipe = str(job_path("recipes") / name)
+    words = [word for text in ("cluster.address=local", *overrides) for word in ("--set", text)]
+    code = main(["doctor", "--config", recipe, *words])
+    lines = capsys.readouterr().out.splitlines()
+    start = next(i for i, line in enumerate(lines) if line.startswith("ok   this machine"))
+    return code, lines[start + 1 :]
+
+
+ROOM = ("cluster.cpus_per_worker=0.25", "cluster.data_cpus=0.25")
+
+
+def test_a_shipped_adallava_recipe(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    code, lines = shipped("shapes_base.yaml", capsys, *ROOM)
+    assert code == 0, lines
+    assert "note data.store: runs/shapes-store is empty; run jobs/prepare_data.py first" in lines
+    assert any(line.startswith("ok   memory per worker: ") for line in lines)
+
+
+def test_a_shipped_fewshot_recipe(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    code, lines = shipped("fewshot_small.yaml", capsys, *ROOM)
+    assert code == 2
+    assert "FAIL images.collections.mnist: images/mnist.parquet is missing" in lines
+    (tmp_path / "images").mkdir()
+    for line in lines:
+        if line.startswith("FAIL images.collections."):
+            (tmp_path / line.split()[2]).touch()
+    code, lines = shipped("fewshot_small.yaml", capsys, *ROOM)
+    assert code == 0, lines
+    assert "note images.store: runs/images is empty; run jobs/prepare_data.py first" in lines
+    assert "ok   small/conv: 886,432 parameters, all train" in lines
+    assert any("activations of 90 images" in line for line in lines)
+    code, lines = shipped("fewshot_small.yaml", capsys, *ROOM, "episodes.ways=1000000")
+    assert any(line.startswith("FAIL memory per worker") for line in lines), lines
+    code, lines = shipped("fewshot_small.yaml", capsys, *ROOM, "train.method=maml")
+    assert code == 0, lines
+    assert "note the memory of train.method: maml is not estimated" in lines
+
+
+@pytest.mark.parametrize("recipe", ["search_budgets.yaml", "search_fewshot.yaml"])
+def test_a_shipped_search_recipe_checks_its_base_recipe(
+    recipe: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    code, lines = shipped(recipe, capsys)
+    output = "\n".join(lines)
+    if recipe == "search_budgets.yaml":
+        assert code == 0, output
+        assert "shapes_tiny.yaml is a recipe of kind adallava that trials can run" in output
+        assert "ok   space: budgets varies adaptive.design, adaptive.first," in output
+    else:
+        assert code == 2
+        assert "space: task_subsets varies tasks; the search checks it at start" in output
+        assert "FAIL base: images.collections.mnist: images/mnist.parquet is missing" in output
+        assert f"FAIL base: encoder.checkpoint: {tmp_path}/runs/pretraining/model is" in output
+    assert "trials at once" in output
+    code, lines = shipped(recipe, capsys, "base_set=[cluster.workers=0]")
+    assert code == 2 and "FAIL base: " in lines[-1] and "cluster.workers: 0 trains" in lines[-1]
+    code, lines = shipped(recipe, capsys, "space=none")
+    assert code == 2 and any(line.startswith("FAIL space: tune_spaces/ has no") for line in lines)
+
+
+def test_a_shipped_plans_recipe(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    code, lines = shipped("search_plans.yaml", capsys)
+    assert code == 2
+    assert "FAIL model: fmray-quickstart/adaptive/model is missing" in lines
+    model, store = Path("fmray-quickstart/adaptive/model"), Path("fmray-quickstart/store")
+    for path in (model, store):
+        path.mkdir(parents=True)
+    assert any("is no adaptive model" in line for line in shipped("search_plans.yaml", capsys)[1])
+    (model / "adaptive.json").write_text("{}")
+    (store / "manifest.json").write_text("{}")
+    code, lines = shipped("search_plans.yaml", capsys)
+    assert code == 0, lines
+
+
+def test_wrong_versions_are_failures(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(
@@ -124,14 +216,14 @@ def test_versions_that_do_not_fit(
     assert all("ruff" not in text for text in texts)
 
 
-def test_set_without_a_recipe(capsys: pytest.CaptureFixture[str]) -> None:
+def test_set_without_a_recipe_is_an_error(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["doctor", "--set", "seed=1"]) == 2
     assert (
         capsys.readouterr().err == "fmray: doctor: --set changes a recipe; name one with --config\n"
     )
 
 
-def test_a_cluster_that_does_not_answer_is_given_up(
+def test_a_cluster_that_does_not_answer_is_an_error(
     job: dict[str, Any],
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
@@ -144,5 +236,5 @@ def test_a_cluster_that_does_not_answer_is_given_up(
         recipe.write_text(yaml.safe_dump(job | {"cluster": {"address": address}}))
         code = main(["doctor", "--config", str(recipe)])
     assert code == 2
-    wanted = f"fmray: the Ray cluster at {address} could not be joined within 10 s"
-    assert wanted in capsys.readouterr().err
+    message = f"fmray: the Ray cluster at {address} could not be joined within 10 s"
+    assert message in capsys.readouterr().err

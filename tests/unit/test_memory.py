@@ -11,7 +11,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from fmray.config import AdaLlavaRecipe, ScratchConfig
 from fmray.data.processor import scratch_processor
-from fmray.runtime.gpu_memory import Sizes, estimate, layer_activations
+from fmray.fewshot import create_encoder
+from fmray.runtime.gpu_memory import Sizes, estimate, layer_activations, saved_bytes
 from fmray.train.adallava.model import build_model, sizes_of
 
 PARAMETERS, LARGEST = 7_000_000_000, 130_000_000
@@ -106,6 +107,24 @@ def test_activations_of_a_layer_are_what_pytorch_saves(
     assert layer_activations(sizes, dtype.itemsize, 128, eager=False) == pytest.approx(
         saved(3) - saved(2), rel=0.02
     )
+
+
+@pytest.mark.parametrize("name", ["small/conv", "small/vit", "timm/resnet10t.c3_in1k"])
+def test_the_bytes_saved_on_meta_are_those_of_a_real_pass(name: str) -> None:
+    encoder = create_encoder(name, pretrained=False, image_size=32).train()
+    parameters = {p.untyped_storage().data_ptr() for p in encoder.parameters()}
+    saved: dict[int, torch.Tensor] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        if tensor.untyped_storage().data_ptr() not in parameters:
+            saved[tensor.untyped_storage().data_ptr()] = tensor
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        encoder(torch.rand(4, 3, 32, 32))
+    expected = sum(tensor.untyped_storage().nbytes() for tensor in saved.values())
+    images = torch.empty(4, 3, 32, 32, device="meta")
+    assert saved_bytes(encoder.to("meta"), images) == pytest.approx(expected, rel=0.05)
 
 
 def test_checkpointing_saves_one_vector_per_layer() -> None:
