@@ -1,4 +1,4 @@
-"""Three machines for all tests of faults, storage that fills up or hangs, and what faults cost."""
+"""Three machines for all fault tests, storage that fills up or hangs, and the cost of faults."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ SMALL_BYTES = 48 * 2**20
 
 @pytest.fixture(scope="session")
 def folder() -> Iterator[Path]:
-    """Short: Ray's sockets lie below it. Its name tells a later run whose it was."""
+    """A folder with a short path, for Ray's sockets; its name contains its owner."""
     path = Path(tempfile.mkdtemp(prefix=f"{PREFIX}{os.getpid()}-"))
     yield path
     shutil.rmtree(path)
@@ -29,13 +29,13 @@ def folder() -> Iterator[Path]:
 
 @pytest.fixture(scope="session")
 def small_storage(folder: Path) -> Iterator[Path]:
-    """A file system of its own, in memory."""
+    """A separate file system in memory."""
     yield from _mounted(folder / "small", "-t", "tmpfs", "-o", f"size={SMALL_BYTES}", "tmpfs")
 
 
 @pytest.fixture(scope="session")
 def slow_storage(folder: Path) -> Iterator[Path]:
-    """A file system of its own, which can be frozen (`fsfreeze`): writes wait until it thaws."""
+    """A separate file system that can be frozen (`fsfreeze`): writes wait until it thaws."""
     image = folder / "slow.img"
     image.touch()
     with image.open("r+b") as file:
@@ -55,7 +55,7 @@ def _mounted(path: Path, *arguments: str) -> Iterator[Path]:
 
 @pytest.fixture(scope="session")
 def cluster(folder: Path, small_storage: Path, slow_storage: Path) -> Iterator[Machines]:
-    """Up once; the file systems are there before, or the machines would not see them."""
+    """Machines for the session; created after the file systems, to see them."""
     with made(folder / "m") as machines:
         machines.cap(MEGABITS)
         yield machines
@@ -65,7 +65,7 @@ def cluster(folder: Path, small_storage: Path, slow_storage: Path) -> Iterator[M
 
 @pytest.fixture
 def machines(cluster: Machines) -> Machines:
-    """The same, mended."""
+    """The machines, with all faults repaired."""
     cluster.mend()
     cluster.cap(MEGABITS)
     return cluster
@@ -104,7 +104,7 @@ def submitter(folder: Path, store: Path, machines: Machines) -> Callable[..., Tr
 
 @pytest.fixture
 def figure(request: pytest.FixtureRequest) -> Callable[[str], None]:
-    """Keeps a line for the end of the tests' output."""
+    """Record a line for the end of the tests' output."""
     lines = request.config.stash.setdefault(FIGURES, [])
     return lambda text: lines.append(f"{request.node.name}: {text}")
 
@@ -114,6 +114,6 @@ def pytest_terminal_summary(
 ) -> None:
     lines = config.stash.get(FIGURES, [])
     if lines:
-        terminalreporter.section("what faults cost")
+        terminalreporter.section("cost of faults")
         for line in lines:
             terminalreporter.write_line(line)

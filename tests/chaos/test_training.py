@@ -1,8 +1,7 @@
-"""A training on three machines, two of which train, and what may happen to it.
+"""Faults of a training on three machines, two of which train.
 
-After each: it has finished, its losses are those of the training that nothing disturbed, it has
-repeated no more than the steps since the last checkpoint, it is one MLflow run, and nothing is
-left of it.
+After each fault: the job has succeeded, its losses are those of an undisturbed training, it has
+repeated at most the steps since the last checkpoint, it is one MLflow run, and no process is left.
 """
 
 from __future__ import annotations
@@ -22,10 +21,10 @@ Figure = Callable[[str], None]
 def survived(
     training: Training, calm: list[float], figure: Figure, restarts: int = 1, most: int = INTERVAL
 ) -> None:
-    """What holds after every fault. most: steps repeated by one restart."""
+    """Assert what holds after every fault; `most`: steps repeated by a restart."""
     same(training.finish(), calm)
     training.leaves_nothing()
-    assert training.starts() > 1, "the fault has changed nothing"
+    assert training.starts() > 1, "the fault had no effect"
     watch = training.watch
     assert len(watch.repeated) <= restarts and max(watch.repeated, default=0) <= most
     figure(f"recovered in {watch.recovered(training.fault):.1f} s, repeated {watch.repeated}")
@@ -49,10 +48,10 @@ def test_a_raylet_is_killed(
     survived(training, calm, figure)
 
 
-def test_a_node_is_cut_off_and_comes_back(
+def test_a_node_is_disconnected_and_returns(
     machines: Machines, train: Train, calm: list[float], figure: Figure
 ) -> None:
-    """The worker on it lives on for a while, and must do no harm."""
+    """The worker on it keeps running for a while, and must do no harm."""
     training = train("cut")
     training.until_step(INTERVAL + 2)
     away = training.far_machine()
@@ -65,7 +64,7 @@ def test_a_node_is_cut_off_and_comes_back(
 def test_a_node_is_drained(
     machines: Machines, train: Train, calm: list[float], figure: Figure
 ) -> None:
-    """A checkpoint at once: nothing is repeated."""
+    """The workers save a checkpoint at once, so that no step is repeated."""
     training = train("drained")
     training.until_step(INTERVAL + 2)
     machines.drain(training.far_machine(), seconds=300)
@@ -88,7 +87,7 @@ def test_a_node_is_added(
 ) -> None:
     late = machines.machines[-1]
     late.kill_all()
-    until(lambda: len(machines.nodes()) == 2, 180, "the node to be missed")
+    until(lambda: len(machines.nodes()) == 2, 180, "Ray to notice that the node is missing")
     training = train("added", cluster={"workers": [2, 3]})
     training.until_step(INTERVAL + 2)
     machines.cap(1)  # Ray looks for new nodes once a minute
@@ -98,14 +97,14 @@ def test_a_node_is_added(
     survived(training, calm, figure)
 
 
-def test_the_head_is_lost_and_the_job_submitted_again(
+def test_the_head_is_lost_and_the_job_is_submitted_again(
     machines: Machines, train: Train, calm: list[float], figure: Figure
 ) -> None:
     training = train("head")
     training.until_step(INTERVAL + 2)
     machines.head.lose_power()
     others = machines.machines[1:]
-    # Ray needs minutes to find out that a machine is silent
+    # Ray needs minutes to notice that a machine does not answer
     orphans = until(lambda: not any(m.find("ray::") for m in others), 400, "the orphans to end")
     machines.mend()
     training.submit()
@@ -113,10 +112,10 @@ def test_the_head_is_lost_and_the_job_submitted_again(
     figure(f"workers without a head ended after {orphans:.1f} s")
 
 
-def test_a_checkpoint_is_cut_off(
+def test_a_checkpoint_is_truncated(
     machines: Machines, train: Train, calm: list[float], figure: Figure
 ) -> None:
-    """The one before it is used, and the interval between them is repeated as well."""
+    """The previous checkpoint is used, so the interval between them is repeated too."""
     training = train("truncated")
     training.until_step(2 * INTERVAL + 2)
     os.kill(training.trainers()[-1][1], signal.SIGKILL)

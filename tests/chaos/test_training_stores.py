@@ -1,4 +1,4 @@
-"""A training whose storage fills up or hangs, and whose MLflow server goes away."""
+"""A training whose storage fills up or hangs, and whose MLflow server is killed."""
 
 from __future__ import annotations
 
@@ -23,17 +23,18 @@ MLFLOW_PORT = 5000
 def test_the_storage_is_full_for_a_while(
     machines: Machines, train: Train, calm: list[float], figure: Figure, small_storage: Path
 ) -> None:
-    """It says why it fails, tries again, and goes on when there is room."""
+    """The job logs the reason, retries, and resumes once there is space."""
     ballast = small_storage / "ballast"
     training = train("full", storage=small_storage)
     training.until_step(INTERVAL + 2)
-    subprocess.run(["dd", "if=/dev/zero", f"of={ballast}", "bs=4096"], check=False)  # to the end
+    # fill it
+    subprocess.run(["dd", "if=/dev/zero", f"of={ballast}", "bs=4096"], check=False)
     training.until_said("; resuming from step")
-    said = training.job.text()
+    output = training.job.text()
     ballast.unlink()
     same(training.finish(), calm)
     training.leaves_nothing()
-    assert "with 0.0 MiB free" in said or "No space left on device" in said
+    assert "with 0.0 MiB free" in output or "No space left on device" in output
     assert max(training.watch.repeated) <= INTERVAL
     figure(
         f"recovered in {training.watch.recovered(training.fault):.1f} s,"
@@ -41,30 +42,30 @@ def test_the_storage_is_full_for_a_while(
     )
 
 
-def test_the_storage_hangs_for_longer_than_workers_wait_for_one_another(
+def test_the_storage_hangs_longer_than_the_timeout_between_workers(
     machines: Machines, train: Train, calm: list[float], figure: Figure, slow_storage: Path
 ) -> None:
-    """A frozen file system, while a checkpoint is written: no write returns before it thaws."""
-    patience = 30
-    training = train("slow", storage=slow_storage, cluster={"timeout_s": patience})
+    """The file system is frozen while a checkpoint is written: no write returns before it thaws."""
+    timeout = 30
+    training = train("slow", storage=slow_storage, cluster={"timeout_s": timeout})
     folder = training.storage / "slow"
     until(lambda: any(folder.glob(".checkpoint-*.partial")), 600, "a checkpoint to be written")
     training.fault = time.monotonic()
     subprocess.run(["fsfreeze", "--freeze", slow_storage], check=True)
     try:
-        time.sleep(patience + 5)
+        time.sleep(timeout + 5)
     finally:
         subprocess.run(["fsfreeze", "--unfreeze", slow_storage], check=True)
     same(training.finish(), calm)
     training.leaves_nothing()
     assert training.watch.repeated == []
-    figure(f"went on {training.watch.recovered(training.fault) - patience - 5:.1f} s after it")
+    figure(f"continued {training.watch.recovered(training.fault) - timeout - 5:.1f} s after it")
 
 
-def test_the_mlflow_server_goes_and_comes_back(
+def test_the_mlflow_server_stops_and_returns(
     machines: Machines, train: Train, calm: list[float], figure: Figure, folder: Path
 ) -> None:
-    """Training does not wait for it, and nothing is missing in it at the end."""
+    """Training does not wait for it, and at the end no metric is missing."""
     uri = f"http://{machines.head.address}:{MLFLOW_PORT}"
 
     def listens() -> bool:
@@ -90,12 +91,13 @@ def test_the_mlflow_server_goes_and_comes_back(
         training = train("tracked", tracking={"uri": uri, "experiment": "served"})
         training.until_step(INTERVAL + 2)
         kill()
-        until(lambda: not listens(), 30, "the MLflow server to be gone")
+        until(lambda: not listens(), 30, "the MLflow server to stop")
         training.until_step(INTERVAL + 6)
         machines.cap(1)  # it is slow to start
         serve(2)
         until(listens, 600, "the MLflow server")
-        figure(f"away for {time.monotonic() - training.fault:.1f} s, {training.watch.step} steps")
+        seconds = time.monotonic() - training.fault
+        figure(f"unreachable for {seconds:.1f} s, {training.watch.step} steps")
         machines.cap(MEGABITS)
         same(training.finish(), calm)
     finally:

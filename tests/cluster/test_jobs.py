@@ -41,7 +41,7 @@ def script(tmp_path: Path) -> Path:
     return path
 
 
-def test_jobs_run_in_this_folder_and_their_exit_codes_come_back(
+def test_jobs_run_in_this_folder_and_return_their_exit_codes(
     session: Session, script: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert session.on_head_node
@@ -70,7 +70,7 @@ def test_interrupting_stops_the_job(session: Session, script: Path) -> None:
     program = (
         "import signal\nfrom pathlib import Path\n"
         "from fmray.runtime.cluster import Session, submit\n"
-        # a shell's background jobs, and so a CI started as one, ignore the signal otherwise
+        # otherwise the background jobs of a shell, such as a CI, ignore the signal
         "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
         f"session = Session({session.address!r}, {session.dashboard!r}, True)\n"
         f"submit(session, Path({str(script)!r}), ['0', '600'], 'interrupted')\n"
@@ -86,7 +86,7 @@ def test_interrupting_stops_the_job(session: Session, script: Path) -> None:
     client = JobSubmissionClient(session.dashboard)
     deadline = time.monotonic() + 30
     while client.get_job_status("interrupted") == JobStatus.RUNNING:
-        assert time.monotonic() < deadline, "the job went on"
+        assert time.monotonic() < deadline, "the job kept running"
         time.sleep(0.2)
     assert client.get_job_status("interrupted") == JobStatus.STOPPED
 
@@ -101,10 +101,10 @@ def test_doctor_sees_the_cluster(
     )
     assert main(["doctor", "--config", str(recipe)]) == 0
     assert "ok   a Ray cluster is running" in capsys.readouterr().out
-    assert ray.is_initialized(), "doctor leaves a connection that was there"
+    assert ray.is_initialized(), "doctor keeps an existing connection"
 
 
-def test_no_dashboard_no_jobs(script: Path) -> None:
+def test_a_cluster_without_dashboard_accepts_no_jobs(script: Path) -> None:
     with pytest.raises(ValueError, match="has no dashboard and so accepts no jobs"):
         submit(Session("127.0.0.1:1", None, on_head_node=False), script, [], "none")
 
@@ -118,7 +118,7 @@ def test_no_dashboard_no_jobs(script: Path) -> None:
         ("somewhere", "should be HOST:PORT"),
     ],
 )
-def test_an_address_where_nothing_answers(address: str, words: str) -> None:
+def test_an_address_without_a_cluster_is_an_error(address: str, words: str) -> None:
     with pytest.raises(ValueError, match=words):
         check_answers(address)
 

@@ -1,8 +1,7 @@
-"""A training on machines that break: it is submitted, watched, and compared with one at rest.
+"""A training on machines that fail: submitted, watched, and compared with an undisturbed one.
 
-In: `Machines`, a store, a storage folder. Out: a `Training`: where it is, who trains, and, when it
-is over, what the fault has cost. `Watch` reads `log.jsonl` as it grows: what a restart takes back
-is seen as a step number that falls.
+`Training` tells the current step and the workers' processes and, at the end, the cost of the fault.
+`Watch` reads `log.jsonl` while it grows: a step number that decreases shows a restart.
 """
 
 from __future__ import annotations
@@ -27,22 +26,21 @@ from fmray.runtime.registry import RUN_ID_TAG
 from fmray.runtime.run_log import read_log
 
 STEPS, INTERVAL = 24, 4
-TOLERANCE = 1e-4  # relative: two workers or three, resumed or not, sum in another order
+TOLERANCE = 1e-4  # relative: the order of sums depends on workers and restarts
 OF_RAY = r"::(\w+Agent|_AutoscalingCoordinatorActor|IDLE)\b"
-MEGABITS = 16  # of a link: a step takes a fraction of a second, and faults have time to happen
+MEGABITS = 16  # of a link: a step takes a fraction of a second, long enough for faults
 WORKER = "ray::RayTrainWorker"
 FINISH_SECONDS = 900
 
 
 class Watch:
-    """The steps of a run's log, as they come.
-
-    repeated: how many steps each restart took back. marks: (time, step) at each change.
-    """
+    """Follows the steps in the log of a run."""
 
     def __init__(self, log: Path) -> None:
         self._log = log
+        #: (time, step) at each change.
         self.marks: list[tuple[float, int]] = [(time.monotonic(), 0)]
+        #: Number of steps that each restart repeats.
         self.repeated: list[int] = []
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._look, daemon=True)
@@ -50,16 +48,18 @@ class Watch:
 
     @property
     def step(self) -> int:
-        """The last one in the log."""
+        """The last step in the log."""
         return self.marks[-1][1]
 
     def _look(self) -> None:
-        seen = None
+        last_state = None
         while not self._over.wait(0.02):
             with contextlib.suppress(FileNotFoundError):
                 status = self._log.stat()
-                if seen == (seen := (status.st_ino, status.st_size, status.st_mtime_ns)):
+                state = (status.st_ino, status.st_size, status.st_mtime_ns)
+                if state == last_state:
                     continue
+                last_state = state
             step = max((int(line["step"]) for line in read_log(self._log)), default=0)
             if step != self.step:
                 if step < self.step:
@@ -72,8 +72,10 @@ class Watch:
         return max(step for _, step in self.marks)
 
     def recovered(self, fault: float) -> float:
-        """Seconds from the fault to the end of the longest time without a step that had not been
-        done before: some more may be done before a fault is felt."""
+        """Return the seconds from the fault to the end of the longest time without a new step.
+
+        Some more steps may be completed before a fault has an effect.
+        """
         furthest, moments = 0, [fault]
         for at, step in self.marks:
             if step > furthest and at > fault:
@@ -83,14 +85,14 @@ class Watch:
         return end - fault
 
     def close(self) -> None:
-        """Read no more."""
+        """Stop reading."""
         self._over.set()
         self._thread.join()
 
 
 @dataclass
 class Training:
-    """One run id; submitted once, or again after a head node was lost."""
+    """A run, submitted once, and again after a head node was lost."""
 
     machines: Machines
     run_id: str
@@ -107,7 +109,7 @@ class Training:
 
     @property
     def log(self) -> Path:
-        """Of its steps."""
+        """The log of its steps."""
         return self.storage / self.run_id / "log.jsonl"
 
     @property
@@ -122,21 +124,21 @@ class Training:
         self.jobs.append(self.machines.run(command, f"{self.run_id}-{len(self.jobs)}"))
 
     def until_step(self, step: int, seconds: float = 600) -> None:
-        """Wait for it; what follows, the first time, is the fault."""
+        """Wait for a step; the first call marks the time of the fault."""
         until(lambda: self.watch.step >= step or self._ended(), seconds, f"step {step}")
         assert self.watch.step < self.steps, "too late for a fault"
         self.fault = self.fault or time.monotonic()
 
     def said(self) -> str:
-        """What all submissions have printed."""
+        """Return the output of all submissions."""
         return "".join(job.text() for job in self.jobs)
 
     def starts(self) -> int:
-        """How often workers began, or did not come that far."""
+        """Return how often workers have started, or failed to start."""
         return self.said().count(" ranks, each ") + self.said().count("the workers did not start")
 
     def until_restarted(self, starts: int, seconds: float) -> None:
-        """Wait for more than so many `starts`, and then for a step that is new, or the end."""
+        """Wait for more than `starts` starts, and then for a new step or the end."""
         until(lambda: self.starts() > starts or self._over(), seconds, "a restart")
         furthest = self.watch.furthest
         until(lambda: self.watch.step > furthest or self._over(), seconds, f"step {furthest + 1}")
@@ -145,18 +147,18 @@ class Training:
         return self.job.process.poll() is not None
 
     def until_said(self, text: str, seconds: float = 600) -> None:
-        """Wait for a line of the job."""
+        """Wait for a text in the job's output."""
         until(lambda: text in self.job.text() or self._ended(), seconds, repr(text))
 
     def _ended(self) -> bool:
         code = self.job.process.poll()
-        assert code is None, f"it ended with {code}: ...{self.job.text()[-6000:]}"
+        assert code is None, f"the job ended with {code}: ...{self.job.text()[-6000:]}"
         return False
 
     def trainers(self) -> list[tuple[Machine, int]]:
-        """Where the workers are, and their process ids; rank 0, which writes the log, is first."""
-        found = [(m, pid) for m in self.machines.machines for pid in m.find(WORKER)]
-        return sorted(found, key=lambda place: not self._writes(place[1]))
+        """Return (machine, process id) of the workers; rank 0, which writes the log, is first."""
+        workers = [(m, pid) for m in self.machines.machines for pid in m.find(WORKER)]
+        return sorted(workers, key=lambda worker: not self._writes(worker[1]))
 
     def _writes(self, pid: int) -> bool:
         with contextlib.suppress(OSError):
@@ -164,27 +166,27 @@ class Training:
         return False
 
     def far_machine(self) -> Machine:
-        """One that trains and is not the head."""
+        """Return a machine that trains and is not the head."""
         return next(m for m, _ in self.trainers() if m is not self.machines.head)
 
     def finish(self, seconds: float = FINISH_SECONDS) -> list[float]:
-        """Wait for a good end; the losses, one a step."""
+        """Wait until the job succeeds; return the loss of each step."""
         code = self.job.wait(seconds)
-        assert code == 0, f"it ended with {code}: ...{self.job.text()[-6000:]}"
+        assert code == 0, f"the job ended with {code}: ...{self.job.text()[-6000:]}"
         self.watch.close()
         lines = [line for line in read_log(self.log) if "loss" in line]
         assert [line["step"] for line in lines] == list(range(1, self.steps + 1))
         return [line["loss"] for line in lines]
 
     def leaves_nothing(self) -> None:
-        """No placement group, no process of the job, on any machine; one MLflow run, ended."""
+        """Assert that no placement group or process remains, and one finished MLflow run."""
 
         def busy() -> list[str]:
             titles = [t for m in self.machines.machines for t in m.pids().values()]
-            # a node's agents, Ray Data's one actor, and what Ray keeps for the next job
+            # except a node's agents, Ray Data's actor, and idle workers
             return [t for t in titles if t.startswith("ray::") and not re.search(OF_RAY, t)]
 
-        until(lambda: not self.machines.placement_groups(), 120, "placement groups to go")
+        until(lambda: not self.machines.placement_groups(), 120, "the removal of placement groups")
         with contextlib.suppress(AssertionError):
             until(lambda: not busy(), 120, "the job's processes to end")
         assert busy() == []
@@ -199,7 +201,7 @@ class Training:
 def write_recipe(
     path: Path, store: Path, storage: Path, database: Path, steps: int = STEPS, **changes: Any
 ) -> Path:
-    """A YAML file of a tiny training on two workers, with a checkpoint every four steps."""
+    """Write the recipe of a tiny training on two workers, with a checkpoint every four steps."""
     cluster = {"workers": 2, "cpus_per_worker": 1, "timeout_s": 60} | changes.pop("cluster", {})
     tracking = {"enabled": True, "uri": f"sqlite:///{database}"} | changes.pop("tracking", {})
     train = {
@@ -225,5 +227,5 @@ def write_recipe(
 
 
 def same(losses: list[float], wanted: list[float]) -> None:
-    """Equal within the tolerance, step by step."""
+    """Assert that the losses are equal within the tolerance, step by step."""
     assert losses == pytest.approx(wanted, rel=TOLERANCE)

@@ -1,7 +1,7 @@
-"""A process that asks Ray's GCS: it needs the cluster's token in its environment from the start.
+"""A process that queries Ray's GCS; it needs the cluster's token in its environment from the start.
 
-In: lines `nodes`, `groups` or `drain NODE_ID SECONDS`; RAY_ADDRESS. Out: a line of JSON for each.
-Ended by the end of its input, or by a GCS that is gone.
+Reads lines `nodes`, `groups` or `drain NODE_ID SECONDS`, and answers each with a line of JSON.
+Needs RAY_ADDRESS. Ends with its input, or when the GCS is unreachable.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ from ray.core.generated.autoscaler_pb2 import DRAIN_NODE_REASON_PREEMPTION
 
 
 def living_nodes(state: GlobalState) -> list[dict[str, Any]]:
-    """id, address and whether it is drained."""
-    drained = state.get_draining_nodes()
+    """Return id, address and whether it is draining, of each living node."""
+    draining = state.get_draining_nodes()
     return [
         {
             "id": node["NodeID"],
             "address": node["NodeManagerAddress"],
-            "draining": node["NodeID"] in drained,
+            "draining": node["NodeID"] in draining,
         }
         for node in state.node_table()
         if node["Alive"]
@@ -32,7 +32,7 @@ def living_nodes(state: GlobalState) -> list[dict[str, Any]]:
 
 
 def placement_groups(state: GlobalState) -> list[dict[str, Any]]:
-    """id and state of those that were not removed."""
+    """Return id and state of the placement groups that are not removed."""
     return [
         {"id": name, "state": group["state"]}
         for name, group in state.placement_group_table().items()
@@ -41,17 +41,17 @@ def placement_groups(state: GlobalState) -> list[dict[str, Any]]:
 
 
 def drain(node: str, seconds: str) -> list[str]:
-    """As `ray drain-node` does it; why it was refused, or nothing."""
+    """Drain a node as `ray drain-node` does; return the reason of a rejection, or nothing."""
     deadline = int((time.time() + float(seconds)) * 1000)
     client = GcsClient(address=os.environ["RAY_ADDRESS"])
-    accepted, why = client.drain_node(
+    accepted, reason = client.drain_node(
         node, DRAIN_NODE_REASON_PREEMPTION, "the machine is taken back", deadline
     )
-    return [] if accepted else [why]
+    return [] if accepted else [reason]
 
 
 def main() -> None:
-    """Answer until the input ends."""
+    """Answer requests until the input ends."""
     state = GlobalState()
     options = GcsClientOptions.create(os.environ["RAY_ADDRESS"], None, True, False)
     state._initialize_global_state(options)
@@ -64,7 +64,7 @@ def main() -> None:
             case ["drain", node, seconds]:
                 answer = drain(node, seconds)
             case _:
-                raise ValueError(f"{line!r} is none of nodes, groups and drain NODE_ID SECONDS")
+                raise ValueError(f"{line!r} is not nodes, groups or drain NODE_ID SECONDS")
         print(json.dumps(answer), flush=True)
 
 

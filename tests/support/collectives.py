@@ -1,8 +1,7 @@
-"""What goes through torch.distributed: counted and timed where it is called.
+"""Count and time the calls of torch.distributed's collectives.
 
-`Collectives()` puts itself in the place of torch.distributed's functions, for the rest of the
-process; it is to be made before DeepSpeed starts, which keeps two of them. Out: bytes by
-collective, and seconds in which the caller was held up.
+`Collectives()` replaces the functions for the rest of the process. Create it before DeepSpeed
+starts, which keeps references to two of them.
 """
 
 from __future__ import annotations
@@ -29,14 +28,13 @@ NAMES = {
 
 
 class Collectives:
-    """bytes: of whole tensors (the larger one of input and output), by collective.
-
-    seconds: in calls, and in waiting for what was started before. Communication that computation
-    hides is not in it; waiting for slower ranks is.
-    """
+    """Bytes by collective, and the seconds in which callers were blocked."""
 
     def __init__(self) -> None:
+        #: Bytes of the larger one of input and output, by collective.
         self.bytes: Counter[str] = Counter()
+        #: Seconds in calls and in waiting for asynchronous calls. Includes waiting for slower
+        #: ranks, not communication that overlaps with computation.
         self.seconds = 0.0
         for name, kind in NAMES.items():
             setattr(dist, name, self._counted(getattr(dist, name), kind))
@@ -52,7 +50,7 @@ class Collectives:
 
     @contextmanager
     def timed(self) -> Iterator[None]:
-        """Count the seconds of a block."""
+        """Add the seconds of a block."""
         begun = time.perf_counter()
         try:
             yield
@@ -61,7 +59,7 @@ class Collectives:
 
 
 class _Work:
-    """What an asynchronous call returns; waiting for it is timed."""
+    """The handle of an asynchronous call, with a timed `wait`."""
 
     def __init__(self, work: Any, collectives: Collectives) -> None:
         self._work, self._collectives = work, collectives

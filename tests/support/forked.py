@@ -1,7 +1,7 @@
-"""Processes that begin in moments: forked from a server that has imported what ranks need.
+"""Processes that start fast: forked from a server that has imported what ranks need.
 
-multiprocessing's server looks for what it shall import on the interpreter's own path, where this
-folder is not, and says nothing when it finds nothing: each process then takes nine seconds.
+multiprocessing's fork server imports the preload modules from the interpreter's path, which does
+not contain this folder, and ignores failures silently; each process would then take nine seconds.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ TESTS = str(Path(__file__).parents[1])
 
 @cache
 def forked() -> ForkServerContext:
-    """The context of such processes; starts the server, which ends with this process."""
+    """Return the multiprocessing context, and start its server, which ends with this process."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["support.ranks", "support.deepspeed_calls"])
     with pytest.MonkeyPatch.context() as patch:

@@ -1,12 +1,11 @@
-"""Machines made of network namespaces on this one, a Ray cluster on them, and what breaks them.
+"""Machines simulated by network namespaces, a Ray cluster on them, and faults.
 
-In: a folder for logs and sockets; root. Out: `Machines`: a bridge, and on it machines with an
-address, a link and a raylet each (the first is the head, and runs the jobs). All of them see this
-machine's files: storage is shared.
+Needs root. `Machines` is a bridge with machines that have an address, a link and a raylet each; the
+first one is the head and runs the jobs. All see the files of this machine, so storage is shared.
 
-Whatever runs on a machine is found by its namespace (`ip netns pids`), so that nothing can be left
-when it is taken down. Names hold the process id of their maker: what an earlier, killed run has
-left behind is taken down too.
+The processes of a machine are found by its namespace (`ip netns pids`), so that none is left when
+it is removed. Names contain the process id of their creator, so that leftovers of a killed run can
+be removed too.
 """
 
 from __future__ import annotations
@@ -30,10 +29,10 @@ PREFIX = "fmray"
 PORT = 6379
 RAYLET = "/raylet/raylet "
 ROOT = Path(__file__).parents[2]
-START_SECONDS = 300  # of processes that share two cores with whatever else runs
+START_SECONDS = 300  # for processes that share two cores with others
 OBJECT_STORE_BYTES = 80 * 2**20
 
-# Ray's own patience is for machines that are slow to answer, 15 to 60 seconds
+# Ray's default timeouts, for slow machines, are 15 to 60 seconds
 ENVIRONMENT = {
     "RAY_AUTH_MODE": "token",
     "RAY_health_check_initial_delay_ms": "2000",
@@ -41,10 +40,10 @@ ENVIRONMENT = {
     "RAY_health_check_timeout_ms": "4000",
     "RAY_health_check_failure_threshold": "3",
     "RAY_gcs_rpc_server_reconnect_timeout_s": "8",
-    "RAY_memory_monitor_refresh_ms": "0",  # one memory, which is not theirs alone
+    "RAY_memory_monitor_refresh_ms": "0",  # all machines share one memory
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",
     "RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S": "1",
-    "GLOO_SOCKET_IFNAME": "eth0",  # all have the host name of this machine, which is not theirs
+    "GLOO_SOCKET_IFNAME": "eth0",  # their host name is that of this machine
     "OMP_NUM_THREADS": "1",
     "DS_ACCELERATOR": "cpu",
 }
@@ -52,21 +51,21 @@ ENVIRONMENT = {
 
 @dataclass
 class Machine:
-    """A namespace. number: from 1, the head's; owner: the process that has made it."""
+    """A network namespace."""
 
-    number: int
+    number: int  # from 1, the head
     address: str
     cpus: int
-    owner: int = field(default_factory=os.getpid)
+    owner: int = field(default_factory=os.getpid)  # process that has created it
 
     @property
     def name(self) -> str:
-        """Of the namespace, and of its link on this machine."""
+        """Name of the namespace, and of its link on this machine."""
         return f"{PREFIX}{self.owner}-{self.number}"
 
     def pids(self) -> dict[int, str]:
-        """What runs on it: titles by process id, zombies left out."""
-        found = {}
+        """Return the titles of its processes by id, without zombies."""
+        titles = {}
         listed = subprocess.run(
             ["ip", "netns", "pids", self.name], capture_output=True, text=True, check=False
         )
@@ -74,20 +73,20 @@ class Machine:
             with contextlib.suppress(OSError):
                 title = Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode()
                 if title.strip():
-                    found[pid] = title.strip()
-        return found
+                    titles[pid] = title.strip()
+        return titles
 
     def find(self, title: str) -> list[int]:
-        """Processes by a part of their title."""
-        return sorted(pid for pid, found in self.pids().items() if title in found)
+        """Return the processes whose title contains `title`."""
+        return sorted(pid for pid, text in self.pids().items() if title in text)
 
     def kill_raylet(self) -> None:
-        """As if the machine's Ray had crashed; its workers end by themselves."""
+        """Kill the raylet, as in a crash of Ray; its workers end by themselves."""
         [raylet] = self.find(RAYLET)
         os.kill(raylet, signal.SIGKILL)
 
     def kill_all(self) -> None:
-        """Everything that runs on it, jobs included; who is connected to it is told."""
+        """Kill all its processes, jobs included; their connections are closed."""
         while running := self.pids():
             for pid in running:
                 with contextlib.suppress(ProcessLookupError):
@@ -95,16 +94,16 @@ class Machine:
             time.sleep(0.05)
 
     def lose_power(self) -> None:
-        """It falls silent, and nothing on it lives on. Its link stays down until it is mended."""
+        """Take the link down and kill all processes; the link stays down until `mend`."""
         self.link(up=False)
         self.kill_all()
 
     def link(self, up: bool) -> None:
-        """Plug the network cable in, or out."""
+        """Take the network link up or down."""
         _run("ip", "link", "set", self.name, "up" if up else "down")
 
     def cap(self, megabits: float) -> None:
-        """Limit what the machine sends and what it receives, each."""
+        """Limit the rate of sending and of receiving, each."""
         limit = ["tbf", "rate", f"{megabits}mbit", "burst", "64kb", "latency", "400ms"]
         _run("tc", "qdisc", "replace", "dev", self.name, "root", *limit)
         inside = ["ip", "netns", "exec", self.name]
@@ -113,28 +112,28 @@ class Machine:
 
 @dataclass
 class Job:
-    """A command on a machine, its output in a file."""
+    """A command on a machine, with its output in a file."""
 
     process: subprocess.Popen[bytes]
     output: Path
 
     def text(self) -> str:
-        """What it has printed."""
+        """Return the output so far."""
         return self.output.read_text(encoding="utf-8", errors="replace")
 
     def wait(self, seconds: float) -> int:
-        """Its exit code."""
+        """Wait for the end; return the exit code."""
         try:
             return self.process.wait(seconds)
         except subprocess.TimeoutExpired:
             raise AssertionError(
-                f"it still runs after {seconds:.0f} s: ...{self.text()[-6000:]}"
+                f"still running after {seconds:.0f} s: ...{self.text()[-6000:]}"
             ) from None
 
 
 @dataclass
 class Machines:
-    """Three machines with Ray on them. `made` is the way to one."""
+    """Machines with Ray on them; created by `made`."""
 
     folder: Path
     machines: list[Machine]
@@ -142,23 +141,23 @@ class Machines:
 
     @property
     def head(self) -> Machine:
-        """Where Ray's GCS and the jobs run."""
+        """The machine of Ray's GCS and the jobs."""
         return self.machines[0]
 
     @property
     def address(self) -> str:
-        """For RAY_ADDRESS."""
+        """The value of RAY_ADDRESS."""
         return f"{self.head.address}:{PORT}"
 
     def environment(self) -> dict[str, str]:
-        """Of everything that runs on the machines."""
-        kept = {
+        """Return the environment of processes on the machines."""
+        inherited = {
             name: value
             for name, value in os.environ.items()
             if not name.startswith(("RAY_", "PYTEST_"))
         }
         return (
-            kept
+            inherited
             | ENVIRONMENT
             | {
                 "RAY_AUTH_TOKEN_PATH": str(self.folder / "token"),
@@ -182,9 +181,9 @@ class Machines:
         return Job(process, path)
 
     def start_ray(self, *machines: Machine) -> None:
-        """Start a raylet on each of them, GCS too on the head; returns when all have joined."""
+        """Start a raylet on each machine, and the GCS on the head; return when all have joined."""
         if self.head in machines:
-            self._close_observer()  # what it knows is of the head before
+            self._close_observer()  # it is connected to the previous head
             head = self._start(self.head)
             until(lambda: self._listens() or head.process.poll(), START_SECONDS, "Ray's GCS")
         jobs = {
@@ -193,7 +192,7 @@ class Machines:
         if self.head in machines:
             assert head.wait(START_SECONDS) == 0, head.text()
         for machine in machines:
-            # Ray gives a node half a minute, which is little where three share two cores
+            # retry: Ray's limit is half a minute, which is short if three nodes share two cores
             if machine is not self.head and jobs[machine.number].wait(START_SECONDS) != 0:
                 again = self._start(machine)
                 assert again.wait(START_SECONDS) == 0, again.text()
@@ -212,7 +211,7 @@ class Machines:
             *("--temp-dir", str(self.folder / str(machine.number))),
         ]
         if machine is self.head:
-            # with its dashboard, which Ray's cleaner of placement groups asks
+            # with the dashboard, which Ray's cleaner of placement groups queries
             command += ["--head", "--port", str(PORT)]
         else:
             command += ["--address", self.address]
@@ -225,7 +224,7 @@ class Machines:
             machine.cap(megabits)
 
     def mend(self) -> None:
-        """All links up and all machines with Ray, whatever a test has done to them."""
+        """Restore all links and raylets after a test."""
         for machine in self.machines:
             machine.link(up=True)
         if not self.head.find("gcs_server "):
@@ -244,10 +243,10 @@ class Machines:
         self.start_ray(*broken)
 
     def drain(self, machine: Machine, seconds: int) -> None:
-        """Announce that the machine is taken away in so many seconds, as for a spot machine."""
+        """Announce that the machine is preempted in `seconds`, like a spot machine."""
         [node] = [node["id"] for node in self.nodes() if node["address"] == machine.address]
-        refused = self._ask(f"drain {node} {seconds}")
-        assert not refused, refused
+        rejected = self._ask(f"drain {node} {seconds}")
+        assert not rejected, rejected
 
     def _listens(self) -> bool:
         with contextlib.suppress(OSError):
@@ -256,11 +255,11 @@ class Machines:
         return False
 
     def nodes(self) -> list[dict[str, Any]]:
-        """Ray's living nodes: id, address, draining."""
+        """Return id, address and draining of Ray's living nodes."""
         return self._ask("nodes")
 
     def placement_groups(self) -> list[dict[str, Any]]:
-        """Those that hold resources or wait for some: id, state."""
+        """Return id and state of the placement groups that hold resources or wait for them."""
         return self._ask("groups")
 
     def _ask(self, what: str) -> list[dict[str, Any]]:
@@ -286,14 +285,14 @@ class Machines:
             self._observer = None
 
     def close(self) -> None:
-        """Everything on the machines ends, and they are gone."""
+        """End all processes on the machines, and remove the machines."""
         self._close_observer()
         _take_down(lambda owner: owner == os.getpid())
 
 
 @contextlib.contextmanager
 def made(folder: Path, cpus: Sequence[int] = (1, 1, 1)) -> Iterator[Machines]:
-    """`linked`, with Ray up on all of them."""
+    """Yield `linked` machines with Ray running on all of them."""
     with linked(folder, cpus) as cluster:
         cluster.start_ray(*cluster.machines)
         yield cluster
@@ -301,13 +300,14 @@ def made(folder: Path, cpus: Sequence[int] = (1, 1, 1)) -> Iterator[Machines]:
 
 @contextlib.contextmanager
 def linked(folder: Path, cpus: Sequence[int] = (1, 1, 1)) -> Iterator[Machines]:
-    """Machines with so many CPUs each for Ray, nothing on them; gone afterwards, with all
-    processes.
+    """Yield machines without processes; afterwards remove them with all processes.
 
-    folder: short, for Ray's sockets lie below it (107 bytes); file systems below one that is called
-    `PREFIX`, process id, `-...` are unmounted too when a killed run has left them.
+    Args:
+        folder: with a short path, for Ray's sockets (107 bytes). If its name is `PREFIX`, process
+            id, `-...`, file systems below it that a killed run has left are unmounted too.
+        cpus: of each machine, for Ray.
     """
-    _remove_left()
+    _remove_leftovers()
     network = _free_network()
     hosts = [str(address) for address in network.hosts()]
     bridge = f"{PREFIX}{os.getpid()}"
@@ -326,8 +326,8 @@ def linked(folder: Path, cpus: Sequence[int] = (1, 1, 1)) -> Iterator[Machines]:
             peer = ["peer", "name", "eth0", "netns", machine.name]
             _run("ip", "link", "add", machine.name, "type", "veth", *peer)
             _run("ip", "link", "set", machine.name, "master", bridge, "up")
-            own = f"{machine.address}/{network.prefixlen}"
-            _run(*inside, "address", "add", own, "dev", "eth0")
+            address = f"{machine.address}/{network.prefixlen}"
+            _run(*inside, "address", "add", address, "dev", "eth0")
             _run(*inside, "link", "set", "eth0", "up")
             _run(*inside, "link", "set", "lo", "up")
         yield cluster
@@ -336,7 +336,7 @@ def linked(folder: Path, cpus: Sequence[int] = (1, 1, 1)) -> Iterator[Machines]:
 
 
 def until(condition: Callable[[], Any], seconds: float, what: str) -> float:
-    """Wait until the condition holds; returns the seconds that it took."""
+    """Wait until the condition holds; return the seconds that it took."""
     start = time.monotonic()
     while not condition():
         assert time.monotonic() - start < seconds, f"waited {seconds:.0f} s for {what}"
@@ -344,8 +344,8 @@ def until(condition: Callable[[], Any], seconds: float, what: str) -> float:
     return time.monotonic() - start
 
 
-def _remove_left() -> None:
-    """Take down what killed runs have left behind."""
+def _remove_leftovers() -> None:
+    """Remove the leftovers of killed runs."""
 
     def gone(owner: int) -> bool:
         return not Path(f"/proc/{owner}").exists()
@@ -359,18 +359,18 @@ def _remove_left() -> None:
 
 
 def _take_down(whose: Callable[[int], bool]) -> None:
-    """End what runs in the namespaces of these owners, and remove them and their links."""
+    """End the processes in the namespaces of these owners, and remove namespaces and links."""
     listed = subprocess.run(["ip", "netns", "list"], capture_output=True, text=True, check=True)
     for line in listed.stdout.splitlines():
         owner = re.match(rf"{PREFIX}(\d+)-(\d+)\b", line)
         if owner and whose(int(owner[1])):
-            left = Machine(int(owner[2]), "", 0, int(owner[1]))
-            left.kill_all()
-            _run("ip", "netns", "del", left.name)
+            machine = Machine(int(owner[2]), "", 0, int(owner[1]))
+            machine.kill_all()
+            _run("ip", "netns", "del", machine.name)
     for path in Path("/sys/class/net").iterdir():
         owner = re.fullmatch(rf"{PREFIX}(\d+)(-\d+)?", path.name)
         if owner and whose(int(owner[1])):
-            # a link whose namespace goes may go first
+            # it may already be removed with its namespace
             subprocess.run(["ip", "link", "del", path.name], capture_output=True, check=False)
 
 

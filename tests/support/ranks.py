@@ -1,7 +1,7 @@
-"""The training loop on several ranks without Ray: one process a rank, gloo between them.
+"""The training loop on several ranks without Ray: one process per rank, connected by gloo.
 
-Processes are `forked`, so that a run takes seconds. Ray is replaced by what the loop asks it: rank,
-world size, and no notice.
+The processes are `forked`, so a run takes seconds. A substitute for Ray's context returns rank and
+world size; there is no preemption notice.
 """
 
 from __future__ import annotations
@@ -36,11 +36,14 @@ def train_on(
     before: Callable[[int], None] | None = None,
     seconds: float = SECONDS,
 ) -> dict[str, Any]:
-    """`fmray.train.loop.train_worker` on so many ranks; what rank 0 returned.
+    """Run `fmray.train.loop.train_worker` on `world_size` ranks; return the result of rank 0.
 
-    before: called on each rank at the start, with its number. seconds: that it may take.
+    Args:
+        before: called on each rank at the start, with its number.
+        seconds: timeout.
 
-    Raises RuntimeError with the traceback of a rank that failed.
+    Raises:
+        RuntimeError: a rank failed; contains its traceback.
     """
     config = {"job": TrainJob(loaded.recipe, loaded.dump(), run_id)}
     context = forked()
@@ -57,18 +60,18 @@ def train_on(
         for process in ranks:
             process.start()
         try:
-            answers = []
+            results = []
             for rank, (pipe, _) in enumerate(pipes):
                 if not pipe.poll(seconds):
-                    raise RuntimeError(f"rank {rank} of {world_size} does not answer")
-                answers.append(pipe.recv())
-                if isinstance(answers[-1], str):
-                    raise RuntimeError(f"rank {rank} of {world_size}: {answers[-1]}")
+                    raise RuntimeError(f"rank {rank} of {world_size} does not finish")
+                results.append(pipe.recv())
+                if isinstance(results[-1], str):
+                    raise RuntimeError(f"rank {rank} of {world_size}: {results[-1]}")
         finally:
             for process in ranks:
                 process.kill()
                 process.join()
-    return answers[0]
+    return results[0]
 
 
 def _rank(
@@ -80,21 +83,22 @@ def _rank(
     environment: dict[str, str],
     before: Callable[[int], None] | None,
 ) -> None:
-    os.environ.update(environment)  # the server may be older than what a test has set
+    os.environ.update(environment)  # the fork server may be older than a change by the test
     if before is not None:
         before(rank)
     try:
         answer.send(run_rank(rank, world_size, folder, config))
-    except Exception:  # noqa: BLE001 -- a rank's failure is for the test to see
+    except Exception:  # noqa: BLE001 -- the test reports it
         answer.send(traceback.format_exc())
 
 
 def run_rank(
     rank: int, world_size: int, folder: Path, config: dict[str, Any]
 ) -> dict[str, Any] | None:
-    """`train_worker` as one rank, in this process, which is good for nothing else afterwards.
+    """Run `train_worker` as one rank in this process, which cannot be reused afterwards.
 
-    folder: an empty one that all ranks see, where they find each other.
+    Args:
+        folder: empty and visible to all ranks, for the rendezvous.
     """
     os.environ["LOCAL_RANK"] = str(rank)
     context = SimpleNamespace(get_world_rank=lambda: rank, get_world_size=lambda: world_size)

@@ -1,4 +1,4 @@
-"""A Ray of the test's own on two CPUs, whose workers find fmray and the tests' modules."""
+"""A local Ray session with two CPUs, whose workers can import fmray and the tests' modules."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""An S3 server on loopback (moto's), in a process of its own; skips where moto is not installed."""
+"""An S3 server on the loopback (moto's) in its own process; skips if moto is not installed."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ server._thread.join()
 
 
 class S3:
-    """A server with an empty bucket. address: HOST:PORT."""
+    """A client of a server at `address` (HOST:PORT), with an empty bucket."""
 
     def __init__(self, address: str) -> None:
         self.address = address
@@ -42,14 +42,14 @@ class S3:
         self.store.create_dir(BUCKET)
 
     def uri(self, prefix: str, bucket: str = BUCKET) -> str:
-        """For `cluster.mirror`."""
+        """Return a value for `cluster.mirror`."""
         return f"s3://{bucket}/{prefix}?scheme=http&endpoint_override={self.address}"
 
     def names(self, prefix: str) -> set[str]:
-        """The objects below a prefix."""
-        found = self.store.get_file_info(fs.FileSelector(f"{BUCKET}/{prefix}", recursive=True))
+        """Return the names of the objects below a prefix."""
+        infos = self.store.get_file_info(fs.FileSelector(f"{BUCKET}/{prefix}", recursive=True))
         start = len(f"{BUCKET}/{prefix}/")
-        return {info.path[start:] for info in found if info.type == fs.FileType.File}
+        return {info.path[start:] for info in infos if info.type == fs.FileType.File}
 
     def write(self, name: str, data: bytes) -> None:
         with self.store.open_output_stream(f"{BUCKET}/{name}") as stream:
@@ -62,7 +62,7 @@ class S3:
 
 @contextmanager
 def s3_server() -> Iterator[S3]:
-    """Started, with credentials in the environment."""
+    """Start the server, with credentials in the environment."""
     pytest.importorskip("moto.server", reason="moto is not installed: no S3 server to test against")
     keys = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_REGION")
     before = {name: os.environ.get(name) for name in keys}
@@ -82,20 +82,20 @@ def s3_server() -> Iterator[S3]:
 
 
 def own_folder(folder: Path, rank: int) -> None:
-    """Give this process a `folder` of its own, as on a machine of its own: a mount that others do
-    not see, of `<folder>-<rank>`. Needs root."""
-    own = folder.with_name(f"{folder.name}-{rank}")
-    for path in (folder, own):
+    """Give this process its own `folder`, as on its own machine: a private mount of
+    `<folder>-<rank>`. Needs root."""
+    private = folder.with_name(f"{folder.name}-{rank}")
+    for path in (folder, private):
         path.mkdir(parents=True, exist_ok=True)
     libc = ctypes.CDLL(None, use_errno=True)
     if libc.unshare(CLONE_NEWNS) != 0:
         raise OSError(ctypes.get_errno(), "unshare")
     subprocess.run(["mount", "--make-rprivate", "/"], check=True)
-    subprocess.run(["mount", "--bind", own, folder], check=True)
+    subprocess.run(["mount", "--bind", private, folder], check=True)
 
 
 def die_while_copying(name: str, rank: int) -> None:
-    """Rank 1 is killed when it has begun to copy its files of the checkpoint `name`."""
+    """Kill rank 1 once it has started to copy its files of the checkpoint `name`."""
     put = Mirror.put
 
     def put_and_die(mirror: Mirror, names: Iterable[str]) -> None:

@@ -1,4 +1,4 @@
-"""A small store of generated shapes and recipes on it, for tests of training and evaluation."""
+"""A small store of generated shapes, and recipes on it, for tests of training and evaluation."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ ADAPTIVE = {"first": 1}
 
 
 def load_recipe(store: Path, storage: Path, **sections: Any) -> LoadedRecipe:
-    """A recipe of a tiny model on `store`: eight steps of 16 samples, in this process."""
+    """Return the recipe of a tiny model on `store`: eight steps of 16 samples, in this process."""
     values: dict[str, Any] = {
         "name": "tiny",
         "seed": 3,
@@ -50,7 +50,7 @@ def load_recipe(store: Path, storage: Path, **sections: Any) -> LoadedRecipe:
 
 
 def make_store(folder: Path, recipe: AdaLlavaRecipe | None = None) -> Path:
-    """Prepare `<folder>/store` in this process, without Ray; by default `load_recipe`'s shapes."""
+    """Prepare `<folder>/store` in this process, without Ray; default: `load_recipe`'s shapes."""
     store = folder / "store"
 
     with pytest.MonkeyPatch.context() as patch:

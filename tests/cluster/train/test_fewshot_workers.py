@@ -34,10 +34,10 @@ def start(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize(
     ("method", "strategy"), [("multitask", "ddp"), ("maml", "ddp"), ("lp_ft", "zero")]
 )
-def test_two_workers_learn_what_one_does_and_one_can_go_on(
+def test_two_workers_learn_the_same_as_one_and_one_can_resume(
     store, start: Path, tmp_path: Path, method: str, strategy: str
 ) -> None:
-    """Three episodes a step, which two workers cannot share evenly."""
+    """Three episodes per step, which two workers cannot divide evenly."""
     steps = TRAIN | {"method": method, "checkpoint_every": 2, "keep_checkpoints": 9}
     steps |= {"episodes_per_step": 3}
     if strategy == "zero":
@@ -53,13 +53,13 @@ def test_two_workers_learn_what_one_does_and_one_can_go_on(
     wanted = weights(alone.model_dir)
     for name, tensor in weights(together.model_dir).items():
         torch.testing.assert_close(tensor, wanted[name], rtol=1e-3, atol=1e-5)
-    # one worker goes on from the two's checkpoint, momentum included
+    # one worker resumes from the checkpoint of two, momentum included
     forget_after(together.run_dir, step=2)
     resumed = train(fewshot_recipe(store, tmp_path, **sections), "run")
     assert losses(resumed.run_dir) == pytest.approx(losses(alone.run_dir), rel=1e-4)
 
 
-def test_ray_tasks_fill_the_table_that_one_process_does(store, start: Path, tmp_path: Path) -> None:
+def test_ray_tasks_compute_the_table_of_one_process(store, start: Path, tmp_path: Path) -> None:
     sections = {
         "encoder": {"checkpoint": start},
         "train": TRAIN | {"steps": 2},

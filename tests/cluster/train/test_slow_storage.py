@@ -1,4 +1,4 @@
-"""Ranks wait for files longer than for one another: a slow disk of one rank ends no training."""
+"""Ranks wait for files longer than for each other: a slow disk does not end training."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ TIMEOUT, SLOW = 10, 15  # seconds
 
 
 def slow_file(name: str, slow: int, rank: int) -> None:
-    """On one rank the first call of `torch.save` or `torch.load` takes longer than others wait."""
+    """Make the first `torch.save` or `torch.load` of one rank take longer than the timeout."""
     work, seconds = getattr(torch, name), [SLOW] if rank == slow else []
 
     def slowly(*arguments: Any, **options: Any) -> Any:

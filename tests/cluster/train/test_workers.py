@@ -54,7 +54,7 @@ def losses(result: Result) -> list[float]:
 
 
 def forget_after(result: Result, step: int) -> None:
-    """As if the run had died after the checkpoint of `step`."""
+    """Restore the folder to its state after the checkpoint of `step`."""
     for path in result.run_dir.glob("checkpoint-*"):
         if read_state(path).step > step:
             shutil.rmtree(path)
@@ -69,7 +69,7 @@ def alone(store: Path, tmp_path_factory: pytest.TempPathFactory) -> Result:
 
 
 @pytest.mark.parametrize("stage", [1, 2, 3])
-def test_two_workers_compute_what_one_does_and_one_can_go_on(
+def test_two_workers_compute_the_same_as_one_and_one_can_resume(
     store: Path, tmp_path: Path, alone: Result, stage: int
 ) -> None:
     sections = recipe_sections(stage)
@@ -77,7 +77,7 @@ def test_two_workers_compute_what_one_does_and_one_can_go_on(
     assert losses(together) == pytest.approx(losses(alone), rel=1e-4)
     for name in ("accuracy/0.5", "loss/0.5", "loss/1", "budget"):
         assert together.metrics[name] == pytest.approx(alone.metrics[name], rel=1e-3)
-    # resumed by one worker, optimizer state included: five steps tell
+    # one worker resumes with the optimizer state, which shows over five steps
     forget_after(together, step=3)
     assert read_state(find_checkpoint(together.run_dir)).world_size == 2
     resumed = train(load_recipe(store, tmp_path, **sections), "run")
@@ -87,8 +87,8 @@ def test_two_workers_compute_what_one_does_and_one_can_go_on(
 def test_a_killed_worker_resumes_in_the_same_mlflow_run(
     store: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Kill -9 of one worker once five steps are done; the group goes on from the last checkpoint,
-    at most an interval of four steps before."""
+    """After SIGKILL of a worker at step 5, the group resumes from the last checkpoint, which is at
+    most an interval of four steps old."""
     log = tmp_path / "killed" / "log.jsonl"
     killed: list[int] = []
     done: list[int] = []

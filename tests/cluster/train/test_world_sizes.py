@@ -1,8 +1,8 @@
-"""A run saved by N ranks goes on with M: the next four losses are those of the run that went on.
+"""A run saved by N ranks resumes with M: the next four losses are those of the continued run.
 
 Real ranks with gloo, without Ray (`support.ranks`). Tolerances: in float32 only the order of sums
-differs, 1e-5 (found: 1e-7); in bfloat16 the share of each rank is rounded to 8 bits. A resumed
-run without its optimizer's state is off by more than ten times that.
+differs, 1e-5 (measured: 1e-7); in bfloat16 the share of each rank is rounded to 8 bits. A run
+resumed without its optimizer state differs by more than ten times that.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from fmray.runtime.run_log import read_log
 
 TOLERANCE = {"float32": 1e-5, "bfloat16": 1e-2}
 MOVES = [(2, 1), (1, 2), (2, 3)]
-CORE = [  # each stage in both dtypes, each move with and without division of the weights
+CORE = [  # each stage in both dtypes, each move with and without partitioned weights
     ("float32", 0, 2, 1),
     ("float32", 1, 2, 3),
     ("float32", 2, 1, 2),
@@ -40,7 +40,7 @@ REST = [
 ]
 SAVED = 3
 
-Whole = Callable[[str, int, int], tuple[Path, list[float]]]
+Reference = Callable[[str, int, int], tuple[Path, list[float]]]
 
 
 def losses(run_dir: Path) -> list[float]:
@@ -53,8 +53,8 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def recipe(store: Path, storage: Path, dtype: str, stage: int) -> LoadedRecipe:
-    """Seven steps of 25 samples, which no number of ranks shares evenly, and two parameter groups
-    with their own learning rates."""
+    """Return a recipe of seven steps of 25 samples, which no number of ranks divides evenly, and
+    two parameter groups with their own learning rates."""
     return load_recipe(
         store,
         storage,
@@ -77,13 +77,13 @@ def recipe(store: Path, storage: Path, dtype: str, stage: int) -> LoadedRecipe:
 
 
 @pytest.fixture(scope="module")
-def whole(store: Path, tmp_path_factory: pytest.TempPathFactory) -> Whole:
-    """Folder and losses of the run that nothing interrupts, cut back to its first checkpoint."""
+def reference(store: Path, tmp_path_factory: pytest.TempPathFactory) -> Reference:
+    """Folder and losses of the uninterrupted run; of its checkpoints only the first is kept."""
     runs: dict[tuple[str, int, int], tuple[Path, list[float]]] = {}
 
     def find(dtype: str, stage: int, ranks: int) -> tuple[Path, list[float]]:
         if (dtype, stage, ranks) not in runs:
-            folder = tmp_path_factory.mktemp("whole")
+            folder = tmp_path_factory.mktemp("uninterrupted")
             train_on(ranks, recipe(store, folder, dtype, stage), "run")
             runs[dtype, stage, ranks] = folder, losses(folder / "run")
             for path in (folder / "run").glob("checkpoint-*"):
@@ -95,15 +95,21 @@ def whole(store: Path, tmp_path_factory: pytest.TempPathFactory) -> Whole:
 
 
 @pytest.mark.parametrize(("dtype", "stage", "before", "after"), CORE)
-def test_a_run_goes_on_with_other_ranks(
-    store: Path, whole: Whole, tmp_path: Path, dtype: str, stage: int, before: int, after: int
+def test_a_run_resumes_with_another_number_of_ranks(
+    store: Path,
+    reference: Reference,
+    tmp_path: Path,
+    dtype: str,
+    stage: int,
+    before: int,
+    after: int,
 ) -> None:
-    folder, wanted = whole(dtype, stage, before)
+    folder, wanted = reference(dtype, stage, before)
     shutil.copytree(folder / "run", tmp_path / "run")
     train_on(after, recipe(store, tmp_path, dtype, stage), "run")
-    found = losses(tmp_path / "run")
-    assert len(found) == SAVED + 4
-    assert found == pytest.approx(wanted, rel=TOLERANCE[dtype])
+    resumed = losses(tmp_path / "run")
+    assert len(resumed) == SAVED + 4
+    assert resumed == pytest.approx(wanted, rel=TOLERANCE[dtype])
     converted = tmp_path / "run" / f"checkpoint-{SAVED:08d}" / "universal"
     assert converted.is_dir() == (stage > 0)
 
@@ -111,13 +117,23 @@ def test_a_run_goes_on_with_other_ranks(
 @pytest.mark.skipif("FMRAY_TEST_FULL" not in os.environ, reason="FMRAY_TEST_FULL is not set")
 @pytest.mark.parametrize(("dtype", "stage", "before", "after"), REST)
 def test_the_rest_of_the_matrix(
-    store: Path, whole: Whole, tmp_path: Path, dtype: str, stage: int, before: int, after: int
+    store: Path,
+    reference: Reference,
+    tmp_path: Path,
+    dtype: str,
+    stage: int,
+    before: int,
+    after: int,
 ) -> None:
-    test_a_run_goes_on_with_other_ranks(store, whole, tmp_path, dtype, stage, before, after)
+    test_a_run_resumes_with_another_number_of_ranks(
+        store, reference, tmp_path, dtype, stage, before, after
+    )
 
 
-def test_a_broken_conversion_is_made_again(store: Path, whole: Whole, tmp_path: Path) -> None:
-    folder, wanted = whole("float32", 2, 1)
+def test_a_damaged_conversion_is_repeated(
+    store: Path, reference: Reference, tmp_path: Path
+) -> None:
+    folder, wanted = reference("float32", 2, 1)
     shutil.copytree(folder / "run", tmp_path / "run")
     checkpoint = tmp_path / "run" / f"checkpoint-{SAVED:08d}"
     for _ in range(2):

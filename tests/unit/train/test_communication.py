@@ -1,4 +1,4 @@
-"""The bytes of a step: against a ring that is played through, and against what DeepSpeed calls."""
+"""The bytes of a step, compared with a simulated ring and with the calls of DeepSpeed."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ CASES = [(0, 2, False), (1, 2, True), (2, 3, False), (3, 2, True)]
 
 
 class Ring:
-    """Ranks that hand pieces of their tensors [world_size, n] to the next one."""
+    """Ranks that pass pieces of their tensors [world_size, n] to the next rank."""
 
     def __init__(self, tensors: np.ndarray) -> None:
         self.world_size = len(tensors)
@@ -23,27 +23,27 @@ class Ring:
         self.sent = np.zeros(self.world_size, dtype=int)
 
     def reduce_scatter(self) -> None:
-        """Afterwards rank r has the sum of piece (r + 1) modulo N."""
+        """Reduce: afterwards rank r has the sum of piece (r + 1) modulo N."""
         for rank, number, piece in self._passed(first=0):
             self.pieces[rank][number] = self.pieces[rank][number] + piece
 
     def all_gather(self) -> None:
-        """From there: everyone has everything."""
+        """Gather, after `reduce_scatter`: afterwards every rank has all pieces."""
         for rank, number, piece in self._passed(first=1):
             self.pieces[rank][number] = piece
 
     def _passed(self, first: int) -> Iterator[tuple[int, int, np.ndarray]]:
-        """N - 1 rounds: receiver, number of the piece, the piece."""
+        """Yield (receiver, number of the piece, piece) over N - 1 rounds."""
         for turn in range(self.world_size - 1):
             numbers = [(rank + first - turn) % self.world_size for rank in range(self.world_size)]
-            given = [self.pieces[rank][number] for rank, number in enumerate(numbers)]
-            for rank, (number, piece) in enumerate(zip(numbers, given, strict=True)):
+            sent = [self.pieces[rank][number] for rank, number in enumerate(numbers)]
+            for rank, (number, piece) in enumerate(zip(numbers, sent, strict=True)):
                 self.sent[rank] += piece.nbytes
                 yield (rank + 1) % self.world_size, number, piece
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3, 8])
-def test_what_a_rank_sends_is_what_a_ring_sends(world_size: int) -> None:
+def test_a_rank_sends_as_much_as_in_a_ring(world_size: int) -> None:
     tensors = np.random.default_rng(0).normal(size=(world_size, 24 * world_size))
     ring = Ring(tensors)
     size = tensors[0].nbytes
@@ -57,24 +57,26 @@ def test_what_a_rank_sends_is_what_a_ring_sends(world_size: int) -> None:
         assert np.concatenate(pieces) == pytest.approx(tensors.sum(0))
 
 
-def test_the_paper_needs_twice_the_parameters_and_three_times_for_stage_3() -> None:
+def test_the_paper_sends_the_parameters_twice_and_three_times_in_stage_3() -> None:
     sent = [least(stage, 10**6, 0, 2, passes=1).sent(10**9) / 2e6 for stage in STAGES]
     assert sent == pytest.approx([2, 2, 2, 3])
 
 
 @pytest.fixture(scope="module")
 def called() -> dict[tuple[int, int, bool], dict[str, int]]:
-    """What DeepSpeed calls in each case, in a process of its own."""
+    """The collectives that DeepSpeed calls in each case, in a separate process."""
     with forked().Pool(1, maxtasksperchild=1) as pool:
         return dict(zip(CASES, pool.starmap(called_in_a_step, CASES, chunksize=1), strict=True))
 
 
 @pytest.mark.parametrize("stage, passes, bf16", CASES)
-def test_deepspeed_calls_what_the_model_says(
+def test_deepspeed_calls_what_the_model_predicts(
     called: dict[tuple[int, int, bool], dict[str, int]], stage: int, passes: int, bf16: bool
 ) -> None:
-    found = called[stage, passes, bf16]
-    wanted = volume(stage, TRAINABLE, FROZEN, 2 if bf16 else 4, passes)
+    measured = called[stage, passes, bf16]
+    predicted = volume(stage, TRAINABLE, FROZEN, 2 if bf16 else 4, passes)
     for kind in ("all_reduce", "reduce_scatter", "all_gather"):
-        # beside them a few scalars: norms, flags
-        assert found.get(kind, 0) == pytest.approx(getattr(wanted, kind), rel=1e-3, abs=100), kind
+        # plus a few scalars: norms, flags
+        assert measured.get(kind, 0) == pytest.approx(
+            getattr(predicted, kind), rel=1e-3, abs=100
+        ), kind

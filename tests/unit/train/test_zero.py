@@ -1,4 +1,4 @@
-"""DeepSpeed's settings, parameter groups and the learning rate's course."""
+"""DeepSpeed's settings, the parameter groups and the learning-rate schedule."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def test_accumulation_follows_from_the_global_batch(tmp_path: Path) -> None:
     assert [config["train_batch_size"] for config in configs] == [16, 16, 24]
 
 
-def test_engine_config_says_what_the_recipe_says(tmp_path: Path) -> None:
+def test_engine_config_follows_the_recipe(tmp_path: Path) -> None:
     recipe = load_recipe(
         tmp_path,
         tmp_path,
