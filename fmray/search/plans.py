@@ -34,7 +34,7 @@ from fmray.data.processor import load_processor
 from fmray.runtime import tracking
 from fmray.search.state import append_line, whole_lines
 from fmray.train.adallava.batches import model_inputs, score_answers
-from fmray.train.adallava.evaluate import Evaluation, Plan, measure, random_plans, row_ids
+from fmray.train.adallava.evaluate import BudgetReport, Plan, measure, random_plans, row_ids
 
 # Which calibration questions an adaptive model answers under which plan; each is asked once.
 #
@@ -137,7 +137,7 @@ class PlansResult:
     """plans: by size, then for all questions and for each type. evaluation: on held-out ones."""
 
     plans: list[StaticPlan]
-    evaluation: Evaluation
+    evaluation: BudgetReport
 
 
 def search_plans(loaded: LoadedRecipe[PlansRecipe], run_id: str) -> PlansResult:

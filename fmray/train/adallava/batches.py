@@ -1,7 +1,6 @@
-"""From a batch of the loader to the model's arguments, and from its logits to right and wrong.
+"""Batches for an adaptive model: forward arguments, the draw of budgets and noise, answer scores.
 
-In: `Batch`es. Out: keyword arguments on the device, the draw of each sample's budget and noise,
-scores of answers. Nothing here depends on the number of workers.
+Nothing here depends on the number of ranks.
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ if TYPE_CHECKING:
 
 
 def model_inputs(batch: Batch, dtype: torch.dtype, device: torch.device) -> dict[str, Any]:
-    """The batch as the keyword arguments of a model's forward, pixels in the model's dtype."""
+    """Return the keyword arguments of a model's forward, on `device`, pixels in `dtype`."""
     batch = batch.to(device)
     inputs = {
         "input_ids": batch.input_ids,
@@ -36,7 +35,7 @@ def model_inputs(batch: Batch, dtype: torch.dtype, device: torch.device) -> dict
 
 
 def blank_row(processor: ProcessorMixin) -> Batch:
-    """One row with a grey picture and nothing to learn, for `with_picture`."""
+    """Return one row with a grey image and no supervised token, for `with_image`."""
     size = getattr(processor.image_processor, "crop_size", None) or {"height": 64, "width": 64}
     grey = Image.new("RGB", (size["width"], size["height"]), (128, 128, 128))
     features = dict(processor(images=[grey], text=[processor.image_token], return_tensors="pt"))
@@ -52,12 +51,12 @@ def blank_row(processor: ProcessorMixin) -> Batch:
     )
 
 
-def with_picture(batch: Batch, blank: Batch) -> Batch:
-    """The batch itself, or with the blank row added where it is text alone.
+def with_image(batch: Batch, blank: Batch) -> Batch:
+    """Return the batch, with the blank row added if it contains text alone.
 
-    Workers exchange gradients (and, under ZeRO-3, weights) module by module: a worker whose micro
-    batch has no picture would leave out the vision tower and the projector, and the others would
-    wait for it, or add up the wrong things.
+    Ranks exchange gradients (and, under ZeRO-3, weights) module by module. A rank whose micro batch
+    has no image would skip the vision tower and the projector, and the others would wait for it or
+    reduce the wrong tensors.
     """
     if batch.pixel_values is not None:
         return batch
@@ -82,10 +81,10 @@ def with_picture(batch: Batch, blank: Batch) -> Batch:
 
 
 def draw(batch: Batch, seed: int, step: int, levels: Sequence[int]) -> tuple[Tensor, Tensor]:
-    """Switches on (int64 [B], uniform over `levels`) and Gumbel noise (float32 [B, K]).
+    """Draw the number of units on (int64 [B], uniform over `levels`) and Gumbel noise [B, K].
 
-    A sample is known by its row and the place of its first answer token, so that the draw does not
-    depend on the worker or micro batch it lands in. K is the last level.
+    A sample is identified by its row and the position of its first answer token, so that the draw
+    does not depend on the rank or micro batch it is in. K is the last level.
     """
     first_answer = (batch.labels != IGNORED).int().argmax(1).tolist()
     units_on, noise = [], []
@@ -97,16 +96,20 @@ def draw(batch: Batch, seed: int, step: int, levels: Sequence[int]) -> tuple[Ten
 
 
 def answer_tokens(batch: Batch) -> int:
-    """How many tokens are learned: those that some token precedes. Of a filler none."""
+    """Return the number of supervised target tokens; 0 for a filler batch."""
     return 0 if batch.filler else int((batch.labels[:, 1:] != IGNORED).sum())
 
 
 def score_answers(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Per row, float64 [B]: 1 (0 without an answer), 1 if every answer token is the most probable
-    one, answer tokens, their loss in nats.
+    """Score teacher-forced answers, row by row.
 
-    logits: [B, n, V], where logits[:, i] predicts token i + 1; labels: [B, n], -100 outside
-    answers. Answers are teacher-forced: each token is predicted from the right ones before it.
+    Args:
+        logits: [B, n, V]; logits[:, i] predicts token i + 1.
+        labels: [B, n], -100 outside answers.
+
+    Returns:
+        Four float64 tensors [B]: 1 for a row with an answer; 1 if every answer token is the most
+        probable one; number of answer tokens; their loss in nats.
     """
     predicted, wanted = logits[:, :-1], labels[:, 1:]
     supervised = wanted != IGNORED

@@ -1,15 +1,13 @@
-"""Accuracy against budget: a model's own plans beside random, static and importance plans.
+"""Evaluates an adaptive model: accuracy at each budget, under its own plans and under others.
 
-In: a model directory, a data store, the `evaluate` section of a recipe. Out: an `Evaluation`, and
-in a folder `results.json`, `questions.parquet` (a row per question, budget and kind of plans, for
-paired tests) and `budget_curve.png`. Off layers are really skipped. Needs no Ray.
+`evaluate_run` (jobs/evaluate.py) writes a folder with `results.json`, `questions.parquet` (a row
+per question, budget and kind of plans, for paired tests), `budget_curve.png` and, with example
+answers, `plans.png`. Units that are off are skipped, not masked. Needs no Ray.
 """
 
 from __future__ import annotations
 
-import json
 import math
-import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -33,42 +31,38 @@ from fmray.data.processor import load_processor
 from fmray.data.store import StoreSplit
 from fmray.plots import budget as plots
 from fmray.runtime import tracking
+from fmray.runtime.files import atomic_path, write_json
 from fmray.train.adallava.batches import draw, model_inputs, score_answers
 from fmray.train.mirror import find_model
 
-# The statistics of an evaluation: intervals of shares, paired tests, plans against question types.
-#
-# In: counts, and arrays over the same questions in the same order. Out: numbers. No models here.
+# --- Statistics: intervals of shares, paired tests, plans against question types ---
 
 Z_95 = 1.959963984540054  # two-sided normal quantile
 
 
 @dataclass(frozen=True)
 class Dependence:
-    """Mutual information in bits, its mean over shuffled labels, and the permutation p value."""
+    """Mutual information between question types and plans."""
 
     bits: float
-    shuffled_bits: float
-    p_value: float
+    shuffled_bits: float  #: mean over shuffled labels
+    p_value: float  #: of a permutation test
 
 
 @dataclass(frozen=True)
 class PairedTest:
-    """a minus b in accuracy over the same questions, and McNemar's exact two-sided p value.
-
-    low, high: 95 % interval of the difference (Bonett and Price 2012).
-    """
+    """Accuracy of a minus accuracy of b over the same questions."""
 
     difference: float
-    only_a: int
+    only_a: int  #: questions that only a answers
     only_b: int
-    p_value: float
-    low: float
+    p_value: float  #: McNemar's exact test, two-sided
+    low: float  #: 95 % interval of the difference (Bonett and Price 2012)
     high: float
 
 
 def wilson_interval(right: int, total: int) -> tuple[float, float]:
-    """95 % interval of a share (Wilson's score interval), which stays within [0, 1]."""
+    """Return the 95 % interval of a share (Wilson's score interval), within [0, 1]."""
     if not 0 <= right <= total or total == 0:
         raise ValueError(f"{right} right of {total} is not a share")
     share, square = right / total, Z_95**2 / total
@@ -79,11 +73,11 @@ def wilson_interval(right: int, total: int) -> tuple[float, float]:
 
 
 def paired_test(a: np.ndarray, b: np.ndarray) -> PairedTest:
-    """Are two kinds of plans right on different questions more often one way? a, b: bool [n].
+    """Test whether two kinds of plans differ in accuracy; a, b: bool [n], right or wrong.
 
-    McNemar's exact test: of the questions that one answers and the other does not, each side is
-    equally likely if there is no difference. The interval is Wald's with one question more on each
-    side, so that it has a width where no question tells the two apart.
+    McNemar's exact test: without a difference, a question that only one of them answers is as
+    likely to be a's as b's. The interval is Wald's with one question added to each side, so that it
+    has a width even if no question tells the two apart.
     """
     if a.shape != b.shape or a.ndim != 1:
         raise ValueError(f"paired answers must be two arrays [n], not {a.shape} and {b.shape}")
@@ -101,25 +95,25 @@ def paired_test(a: np.ndarray, b: np.ndarray) -> PairedTest:
 def dependence(
     labels: np.ndarray, plans: np.ndarray, shuffles: int = 1000, seed: int = 0
 ) -> Dependence:
-    """Do plans depend on the question? labels [n] of any kind, plans [n] of any kind.
+    """Test whether plans depend on the question; labels [n] and plans [n] of any type.
 
-    Mutual information of a finite sample is positive by chance alone (more so with many plans), so
-    it is compared with shuffled labels: p = (1 + number at least as large) / (1 + shuffles).
+    Mutual information in a finite sample is positive by chance (more so with many plans), so it is
+    compared with shuffled labels: p = (1 + number at least as large) / (1 + shuffles).
     """
     _, label_codes = np.unique(labels, return_inverse=True)
     _, plan_codes = np.unique(plans, return_inverse=True)
     generator = np.random.default_rng(seed)
-    found = _bits(label_codes, plan_codes)
+    bits = _bits(label_codes, plan_codes)
     chance = np.array(
         [_bits(generator.permutation(label_codes), plan_codes) for _ in range(shuffles)]
     )
     # ties up to rounding count as "at least as large"
-    larger = int((chance >= found - 1e-12).sum())
-    return Dependence(found, float(chance.mean()), (1 + larger) / (1 + shuffles))
+    larger = int((chance >= bits - 1e-12).sum())
+    return Dependence(bits, float(chance.mean()), (1 + larger) / (1 + shuffles))
 
 
 def _bits(a: np.ndarray, b: np.ndarray) -> float:
-    """Mutual information of two arrays of codes from 0, in bits (plug-in estimate)."""
+    """Return the mutual information of two arrays of codes 0, 1, ... in bits (plug-in estimate)."""
     columns = int(b.max()) + 1
     joint = np.bincount(a * columns + b, minlength=(int(a.max()) + 1) * columns) / len(a)
     joint = joint.reshape(-1, columns)
@@ -128,20 +122,18 @@ def _bits(a: np.ndarray, b: np.ndarray) -> float:
     return float((joint[seen] * np.log2(joint[seen] / independent[seen])).sum())
 
 
-# Example plans as pictures: a few held-out questions, answered at several budgets.
-#
-# In: an adaptive model's directory, a data store. Out: one PNG with each picture, its question, and
-# for every budget the answer and which layers ran.
+# --- Examples: a few held-out questions, answered at several budgets, as one figure ---
 
-TOKENS = 16  # of an answer; the pictures have no room for more
+TOKENS = 16  # of an answer; the figure has no room for more
 
 
 def draw_examples(
     model_dir: Path, store: Path, budgets: Sequence[float], path: Path, count: int = 6
 ) -> None:
-    """Answer the first question of each kind (at most `count`) at each budget, and draw them.
+    """Answer the first question of each type (at most `count`) at each budget; draw a PNG.
 
-    Answers are generated, not teacher-forced.
+    Each example shows image, question, answer and which units ran. Answers are generated, not
+    teacher-forced.
     """
     processor = load_processor(store / "processor")
     model = AdaptiveVLM.from_pretrained(model_dir)
@@ -165,7 +157,7 @@ def draw_examples(
             )
             examples.append(
                 plots.PlanExample(
-                    _picture(batch, processor),
+                    _pixels(batch, processor),
                     _question(tokenizer.decode(inputs["input_ids"][0], skip_special_tokens=True)),
                     tokenizer.decode(ids[0, end:], skip_special_tokens=True).strip(),
                     tokenizer.decode(labels[labels >= 0], skip_special_tokens=True).strip(),
@@ -180,19 +172,21 @@ def draw_examples(
 
 
 def _question(prompt: str) -> str:
-    """The last thing asked in a prompt, without the mark that asks for an answer."""
+    """Return the last question of a prompt, without the mark that asks for an answer."""
     return prompt.strip().removesuffix("ASSISTANT:").split("\n")[-1].strip()
 
 
-def _picture(batch: Batch, processor: object) -> np.ndarray:
-    """The picture as the model sees it: uint8 [height, width, 3]."""
+def _pixels(batch: Batch, processor: object) -> np.ndarray:
+    """Return the image as the model sees it: uint8 [height, width, 3]."""
     steps = processor.image_processor
     pixels = batch.pixel_values.reshape(-1, *batch.pixel_values.shape[-3:])[0].float().numpy()
     mean, deviation = (np.array(v)[:, None, None] for v in (steps.image_mean, steps.image_std))
     return (255 * (pixels * deviation + mean)).clip(0, 255).astype(np.uint8).transpose(1, 2, 0)
 
 
-BASE = "base"  # the kind of plans of the model without a budget
+# --- Evaluation ---
+
+BASE = "base"  # in the column `plans`: the model without a budget
 SCHEMA = pa.schema(
     [
         ("id", pa.string()),
@@ -204,7 +198,7 @@ SCHEMA = pa.schema(
         ("correct", pa.bool_()),
         ("loss", pa.float64()),  # nats, summed over the answer's tokens
         ("share", pa.float64()),  # of the decoder's operations over the prompt
-        ("plan", pa.string()),  # "1011...": a digit per switch; null without a budget
+        ("plan", pa.string()),  # "1011...": a digit per unit; null without a budget
     ]
 )
 
@@ -213,30 +207,27 @@ Plan = Callable[[AdaptiveVLM, Batch, Tensor], Tensor | None]
 
 @dataclass(frozen=True)
 class Point:
-    """One kind of plans at one budget; low, high: 95 % interval; share: of operations, mean."""
+    """The result of one kind of plans at one budget."""
 
     plans: str
     budget: float
     accuracy: float
-    low: float
+    low: float  #: 95 % interval of the accuracy
     high: float
-    loss: float
-    share: float
+    loss: float  #: nats per answer
+    share: float  #: of the decoder's operations, mean over questions
     questions: int
 
 
 @dataclass(frozen=True)
-class Evaluation:
-    """base: the model without a budget. dependence: learned plans on question types, by budget.
+class BudgetReport:
+    """The results of a model at all budgets."""
 
-    paired: learned against another kind, by (kind, budget).
-    """
-
-    base: Point
+    base: Point  #: without a budget
     points: list[Point]
-    dependence: dict[float, Dependence]
-    paired: dict[tuple[str, float], PairedTest]
-    questions: Path
+    dependence: dict[float, Dependence]  #: of learned plans on question types, by budget
+    paired: dict[tuple[str, float], PairedTest]  #: learned against another kind, by (kind, budget)
+    questions: Path  #: the table of questions
 
     def table(self) -> str:
         """For the terminal: accuracy with its 95 % interval, a line per budget.
@@ -278,14 +269,16 @@ def evaluate(
     config: EvaluateConfig,
     out: Path,
     base_dir: Path | None = None,
-) -> Evaluation:
-    """Measure a model on the validation split of a store.
+) -> BudgetReport:
+    """Evaluate a model on the validation split of a store.
 
-    base_dir: the stock model it was made from, measured beside it on the same questions; without
-    one, the base point is the model itself without a budget.
+    Args:
+        base_dir: the stock model it was made from, evaluated on the same questions. None: the base
+            point is the model itself without a budget.
 
-    Raises ValueError for a budget below the always-on layers, or a store or model with parts
-    missing.
+    Raises:
+        ValueError: a budget is below the cost of the layers that always run, or parts of the store
+            or of the model are missing.
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     processor = load_processor(store / "processor")
@@ -321,16 +314,21 @@ def measure(
     batches: Iterable[Batch],
     names: Mapping[int, str],
     out: Path,
-) -> Evaluation:
-    """Ask every question at each budget under each kind of plans, and write what `out` is to hold.
+) -> BudgetReport:
+    """Answer every question at each budget under each kind of plans; write the results to `out`.
 
-    base: asked without a budget. budgets: none for a stock model. names: source row -> id. Raises
-    ValueError for a budget below the always-on layers.
+    Args:
+        base: the model to answer without a budget.
+        budgets: empty for a stock model.
+        names: source row -> id.
+
+    Raises:
+        ValueError: a budget is below the cost of the layers that always run.
     """
     first = next(model.parameters())
     dtype, device = first.dtype, first.device
     records: list[dict[str, Any]] = []
-    answered: Counter[int] = Counter()  # answers of a row so far: they come in order
+    answered: Counter[int] = Counter()  # answers of a row so far; a row's turns come in order
     for batch in batches:
         inputs = model_inputs(batch, dtype, device)
         questions = _questions(batch, names, answered)
@@ -350,10 +348,10 @@ def measure(
     out.mkdir(parents=True, exist_ok=True)
     table = pa.Table.from_pylist(records, schema=SCHEMA)
     file = out / "questions.parquet"
-    pq.write_table(table, file.with_suffix(".partial"))
-    os.replace(file.with_suffix(".partial"), file)
+    with atomic_path(file) as temporary:
+        pq.write_table(table, temporary)
     result = _summary(table, tuple(kinds), budgets, file)
-    _write_json(result, out / "results.json")
+    _write_results(result, out / "results.json")
     if result.points:
         curve = [
             plots.CurvePoint(p.plans, p.budget, p.accuracy, (p.high - p.low) / 2)
@@ -363,14 +361,14 @@ def measure(
     return result
 
 
-def evaluate_run(loaded: LoadedRecipe, run_id: str) -> Evaluation:
-    """Evaluate the model that the training run `run_id` made, into its folder and its MLflow run.
+def evaluate_run(loaded: LoadedRecipe, run_id: str) -> BudgetReport:
+    """Evaluate the model of the training run `run_id`; write to its folder and its MLflow run.
 
     Raises ValueError when the run has no model yet.
     """
     recipe = loaded.recipe
     run_dir = recipe.cluster.storage / run_id
-    model_dir = find_model(recipe.cluster, run_dir, "train_adallava.py")
+    model_dir = find_model(recipe.cluster, run_dir, "jobs/train.py")
     out = run_dir / "evaluation"
     adaptive = is_adaptive(model_dir)
     source = Path(recipe.model.source)
@@ -388,7 +386,7 @@ def evaluate_run(loaded: LoadedRecipe, run_id: str) -> Evaluation:
 
 
 def _plans(kind: str, model: AdaptiveVLM, calibration: list[dict[str, Tensor]]) -> Plan:
-    """How a kind of plans is made: from the batch and the switches allowed [B] to plans [B, K]."""
+    """Return the function of a kind of plans: (model, batch, units_on [B]) -> plans [B, K]."""
     if kind == "learned":
         return lambda model, batch, units_on: None  # the model's own scheduler decides
     if kind == "random":
@@ -410,7 +408,7 @@ def _plans(kind: str, model: AdaptiveVLM, calibration: list[dict[str, Tensor]]) 
 
 
 def random_plans(model: AdaptiveVLM, batch: Batch, units_on: Tensor) -> Tensor:
-    """Uniform over the subsets of the size allowed: the first of an order drawn per question."""
+    """Draw plans [B, K], uniform over the subsets with `units_on` units, seeded by the question."""
     _, noise = draw(batch, 0, 0, range(model.layout.num_units + 1))
     return best_plan(noise.to(units_on.device), units_on)
 
@@ -419,7 +417,7 @@ def random_plans(model: AdaptiveVLM, batch: Batch, units_on: Tensor) -> Tensor:
 def _score(
     model: nn.Module, inputs: dict[str, Tensor], given: dict[str, Any]
 ) -> tuple[list[bool], list[float], list[str] | None]:
-    """Whether each answer is right, its loss, and the plan it was given under."""
+    """Return for each row whether the answer is right, its loss, and the plan it ran under."""
     if given:
         output = model(**inputs, **given)
         plans = ["".join("01"[on] for on in row) for row in output.plan.int().tolist()]
@@ -431,7 +429,7 @@ def _score(
 
 
 def _questions(batch: Batch, names: dict[int, str], answered: Counter[int]) -> list[dict[str, Any]]:
-    """What says which question each sample of a batch is."""
+    """Return the columns that identify the question of each sample."""
     questions = []
     for row, tag in zip(batch.rows, batch.tags, strict=True):
         questions.append({"id": names[row], "row": row, "turn": answered[row], "tag": tag})
@@ -460,8 +458,8 @@ def _records(
 
 def _summary(
     table: pa.Table, kinds: Sequence[str], budgets: Sequence[float], questions: Path
-) -> Evaluation:
-    """The numbers of an evaluation from its table of questions."""
+) -> BudgetReport:
+    """Summarise the table of questions."""
     columns = {name: np.array(table[name].to_pylist()) for name in ("plans", "tag", "plan")}
     columns["budget"] = table["budget"].to_numpy()
     columns["correct"] = np.array(table["correct"].to_pylist(), dtype=bool)
@@ -479,16 +477,16 @@ def _summary(
     for budget in budgets:
         learned = chosen("learned", budget)
         for kind in kinds:
-            found = chosen(kind, budget)
-            points.append(_point(kind, budget, found))
+            rows = chosen(kind, budget)
+            points.append(_point(kind, budget, rows))
             if kind != "learned" and "learned" in kinds:
-                paired[kind, budget] = paired_test(learned["correct"], found["correct"])
+                paired[kind, budget] = paired_test(learned["correct"], rows["correct"])
         tagged = np.array([tag is not None for tag in learned["tag"]], dtype=bool)
         if len(set(learned["tag"][tagged])) > 1:
             dependences[budget] = dependence(
                 learned["tag"][tagged].astype(str), learned["plan"][tagged].astype(str)
             )
-    return Evaluation(_point(BASE, 1.0, base), points, dependences, paired, questions)
+    return BudgetReport(_point(BASE, 1.0, base), points, dependences, paired, questions)
 
 
 def _point(kind: str, budget: float, rows: dict[str, np.ndarray]) -> Point:
@@ -511,7 +509,7 @@ def _cell(point: Point) -> str:
 
 
 def _columns(lines: list[list[str]]) -> list[str]:
-    """Cells set right in columns; lines may be shorter than the first."""
+    """Align cells to the right; lines may be shorter than the first."""
     widths = [max(len(line[k]) for line in lines if k < len(line)) for k in range(len(lines[0]))]
     return [
         "  ".join(f"{cell:>{width}}" for cell, width in zip(line, widths, strict=False))
@@ -520,7 +518,7 @@ def _columns(lines: list[list[str]]) -> list[str]:
 
 
 def row_ids(store: Path) -> dict[int, str]:
-    """Source row -> id, of the validation split."""
+    """Return source row -> id of the validation split."""
     names: dict[int, str] = {}
     for file in StoreSplit(store, "validation").files:
         part = pq.read_table(file, columns=["row", "id"])
@@ -528,7 +526,7 @@ def row_ids(store: Path) -> dict[int, str]:
     return names
 
 
-def _write_json(result: Evaluation, path: Path) -> None:
+def _write_results(result: BudgetReport, path: Path) -> None:
     values = {
         "base": asdict(result.base),
         "points": [asdict(point) for point in result.points],
@@ -538,6 +536,4 @@ def _write_json(result: Evaluation, path: Path) -> None:
             for (kind, budget), test in result.paired.items()
         ],
     }
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
-    os.replace(partial, path)
+    write_json(path, values)

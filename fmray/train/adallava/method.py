@@ -25,7 +25,7 @@ from fmray.train.adallava.batches import (
     draw,
     model_inputs,
     score_answers,
-    with_picture,
+    with_image,
 )
 from fmray.train.adallava.model import DTYPES, build_model, merge_lora
 from fmray.train.checkpoint import export_model, full_state
@@ -218,7 +218,7 @@ class AdaLlavaMethod:
 
     def _training_inputs(self, batch: Batch, step: int) -> tuple[dict, Tensor | None]:
         """The model's arguments, and each row's share of operations (None: filler, or no plan)."""
-        batch = with_picture(batch, self._blank)
+        batch = with_image(batch, self._blank)
         inputs = model_inputs(batch, self._dtype, self._worker.device)
         if self._levels is None:
             return inputs, None
@@ -231,7 +231,7 @@ class AdaLlavaMethod:
         self, engine: DeepSpeedEngine, batch: Batch, budget: float | None
     ) -> tuple[Tensor, Tensor]:
         """Logits [B, n, V] under a budget, and the labels [B, n]."""
-        batch = with_picture(batch, self._blank)
+        batch = with_image(batch, self._blank)
         inputs = model_inputs(batch, self._dtype, self._worker.device)
         labels = inputs.pop("labels")
         if budget is not None:

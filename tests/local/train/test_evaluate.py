@@ -16,7 +16,7 @@ from fmray.config import EvaluateConfig, LoadedRecipe
 from fmray.data.loader import evaluation_batches
 from fmray.data.processor import load_processor
 from fmray.train.adallava.batches import model_inputs, score_answers
-from fmray.train.adallava.evaluate import Evaluation, evaluate, evaluate_run
+from fmray.train.adallava.evaluate import BudgetReport, evaluate, evaluate_run
 from fmray.train.launch import train
 
 BUDGETS = (0.25, 0.5, 0.75, 1.0)
@@ -38,11 +38,11 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, LoadedRecip
 
 
 @pytest.fixture(scope="module")
-def result(trained: tuple[Path, LoadedRecipe]) -> Evaluation:
+def result(trained: tuple[Path, LoadedRecipe]) -> BudgetReport:
     return evaluate_run(trained[1], "run")
 
 
-def test_every_question_is_asked_once_at_each_budget(result: Evaluation) -> None:
+def test_every_question_is_asked_once_at_each_budget(result: BudgetReport) -> None:
     table = pq.read_table(result.questions)
     assert table.num_rows == 80 * (1 + len(BUDGETS) * len(KINDS))
     keys = table.select(["row", "turn", "plans", "budget"])
@@ -51,7 +51,7 @@ def test_every_question_is_asked_once_at_each_budget(result: Evaluation) -> None
     assert None not in table["tag"].to_pylist()
 
 
-def test_no_plan_exceeds_its_budget(result: Evaluation) -> None:
+def test_no_plan_exceeds_its_budget(result: BudgetReport) -> None:
     table = pq.read_table(result.questions)
     given = table.filter(pc.is_valid(table["budget"])).to_pylist()
     assert len(given) == 80 * len(BUDGETS) * len(KINDS)
@@ -67,7 +67,7 @@ def test_no_plan_exceeds_its_budget(result: Evaluation) -> None:
 
 
 def test_a_full_probe_plan_is_the_base_model(
-    trained: tuple[Path, LoadedRecipe], result: Evaluation
+    trained: tuple[Path, LoadedRecipe], result: BudgetReport
 ) -> None:
     folder, loaded = trained
     store = loaded.recipe.data.store
@@ -88,7 +88,7 @@ def test_a_full_probe_plan_is_the_base_model(
 
 
 def test_skipped_evaluation_agrees_with_the_masked_one_in_training(
-    trained: tuple[Path, LoadedRecipe], result: Evaluation
+    trained: tuple[Path, LoadedRecipe], result: BudgetReport
 ) -> None:
     lines = (trained[0] / "run" / "log.jsonl").read_text().splitlines()
     last = json.loads(lines[-1])
@@ -98,7 +98,7 @@ def test_skipped_evaluation_agrees_with_the_masked_one_in_training(
 
 
 def test_the_results_are_written_and_shown(
-    trained: tuple[Path, LoadedRecipe], result: Evaluation
+    trained: tuple[Path, LoadedRecipe], result: BudgetReport
 ) -> None:
     out = trained[0] / "run" / "evaluation"
     assert {path.name for path in out.iterdir()} == {

@@ -12,7 +12,7 @@ from support.training import ADAPTIVE, load_recipe
 from fmray.config import ScratchConfig
 from fmray.data.loader import Batch
 from fmray.data.processor import scratch_processor
-from fmray.train.adallava.batches import blank_row, draw, model_inputs, score_answers, with_picture
+from fmray.train.adallava.batches import blank_row, draw, model_inputs, score_answers, with_image
 from fmray.train.adallava.model import build_model
 
 PROCESSOR = scratch_processor(["red green blue circle square"], ScratchConfig())
@@ -61,8 +61,8 @@ def test_a_blank_picture_changes_no_loss_and_reaches_the_projector(
 ) -> None:
     model = build_model(load_recipe(tmp_path, tmp_path, adaptive=adaptive).recipe, PROCESSOR)
     batch = text_batch(3)
-    padded = with_picture(batch, blank_row(PROCESSOR))
-    assert with_picture(padded, blank_row(PROCESSOR)) is padded
+    padded = with_image(batch, blank_row(PROCESSOR))
+    assert with_image(padded, blank_row(PROCESSOR)) is padded
     losses = []
     for each in (batch, padded):
         drawn = {}
