@@ -36,7 +36,6 @@ import torch
 from torch import nn
 
 from fmray.adallava import AdaptiveVLM, SwitchLayout
-from fmray.adallava.store import save
 from fmray.config.serve import ServeConfig
 from fmray.data.processor import load_processor
 from fmray.serve.replica import ChatModel, load_chat_model
@@ -85,7 +84,7 @@ def widened(source: Path, target: Path, width: int) -> Path:
     wide.latency_encoder.load_state_dict(model.latency_encoder.state_dict())
     if model.scheduler is not None:
         wide.scheduler.load_state_dict(model.scheduler.state_dict())
-    save(wide, target)
+    wide.save_pretrained(target)
     processor.save_pretrained(target)
     return target
 

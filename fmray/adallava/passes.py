@@ -1,41 +1,38 @@
 """One pass of the decoder under plans: masked (training), prefill and decoding step (inference).
 
-In: an `AdaptiveVLM` and embedded prompts. Out: hidden states, the plan, and for decoding the keys
-and values of what ran. The latency token enters after the prompt, is read at the first switchable
-layer, and then stays or leaves.
+Each pass inserts the latency token after the prompt, runs the always-on layers, reads the token's
+state, asks the model for a plan, and runs the switchable layers under it. An `inline` latency token
+stays in the sequence; a `probe` leaves after the always-on layers.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from functools import partial
+from typing import Protocol
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
-from fmray.adallava.execution import Group, LayerCache, LayerInputs
+from fmray.adallava.execution import Execution, Group, LayerCache, LayerInputs
 from fmray.adallava.families import Backbone
+from fmray.adallava.layout import SwitchLayout
 
-if TYPE_CHECKING:
-    from fmray.adallava.model import AdaptiveVLM
-
-
-# Where the latency token goes: right after the prompt, whatever the padding.
-#
-# In: padded batches [B, n]. Out: the end of each row's prompt, and sequences with one token more
-# (or its place taken).
+# --- Position of the latency token ---
 
 IGNORED = -100  # label of a token that is not supervised
 
 
 def prompt_ends(input_ids: Tensor, attention_mask: Tensor | None, labels: Tensor | None) -> Tensor:
-    """One past the last prompt token of each row, int64 [B]: before the first supervised token, or
-    the row's end.
+    """Return one past the last prompt token of each row, int64 [B].
 
-    Raises ValueError for a row whose answer has no prompt, or that is empty.
+    A prompt ends before the row's first supervised token, or at the last attended one.
+
+    Raises:
+        ValueError: a row is empty, or its answer has no prompt.
     """
     length = input_ids.shape[1]
     places = torch.arange(length, device=input_ids.device)
@@ -43,8 +40,8 @@ def prompt_ends(input_ids: Tensor, attention_mask: Tensor | None, labels: Tensor
     end = ((places + 1) * attended.bool()).amax(1)
     if labels is not None:
         supervised = labels != IGNORED
-        first = torch.where(supervised, places, length).amin(1)
-        end = torch.minimum(end, first)
+        answer_start = torch.where(supervised, places, length).amin(1)
+        end = torch.minimum(end, answer_start)
     if end.device.type == "cpu" and bool((end < 1).any()):
         raise ValueError(f"row {int((end < 1).nonzero()[0])} has no prompt before its answer")
     return end
@@ -57,30 +54,30 @@ def insert_token(
     positions: Tensor | None,
     end: Tensor,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """Put token [B, d] at place `end` [B] of each row of hidden [B, n, d]; what follows moves one
-    place on.
+    """Insert token [B, d] at index `end` [B] of each row of hidden [B, n, d].
 
-    Attention mask [B, n] and positions [B, n] or [3, B, n] (None stays None: counted from 0) grow
-    with it.
+    Later tokens move by one. The attention mask [B, n] and positions [B, n] or [3, B, n] grow in
+    the same way; None stays None.
     """
     places = torch.arange(hidden.shape[1] + 1, device=hidden.device)
     source = torch.where(places <= end[:, None], places, places - 1).clamp(max=hidden.shape[1] - 1)
-    here = places == end[:, None]
+    is_token = places == end[:, None]
     grown = hidden.gather(1, source[..., None].expand(-1, -1, hidden.shape[2]))
-    grown = torch.where(here[..., None], token[:, None], grown)
+    grown = torch.where(is_token[..., None], token[:, None], grown)
     if attention_mask is not None:
-        attention_mask = torch.where(here, 1, attention_mask.gather(1, source))
+        attention_mask = torch.where(is_token, 1, attention_mask.gather(1, source))
     if positions is not None:
         after = (places > end[:, None]).long()
-        last = positions.gather(-1, index_like(end - 1, positions)) + 1
+        token_position = positions.gather(-1, index_like(end - 1, positions)) + 1
         positions = positions.gather(-1, source.expand(*positions.shape[:-2], -1, -1)) + after
-        positions = torch.where(here, last, positions)
+        positions = torch.where(is_token, token_position, positions)
     return grown, attention_mask, positions
 
 
 def without_last_prompt_token(hidden: Tensor, end: Tensor) -> Tensor:
-    """[B, n + 1, d] -> [B, n, d]: the latency token takes the last prompt token's place, whose work
-    it does.
+    """Drop each row's last prompt token: [B, n + 1, d] -> [B, n, d].
+
+    The latency token takes its place, because the first answer token is predicted from it.
     """
     places = torch.arange(hidden.shape[1] - 1, device=hidden.device)
     source = torch.where(places < end[:, None] - 1, places, places + 1)
@@ -88,25 +85,23 @@ def without_last_prompt_token(hidden: Tensor, end: Tensor) -> Tensor:
 
 
 def index_like(index: Tensor, positions: Tensor) -> Tensor:
-    """index [B] as a gather index over the last dimension of positions [B, n] or [3, B, n]."""
+    """Return index [B] as a gather index for the last dimension of positions."""
     return index[:, None].expand(*positions.shape[:-2], -1, -1)
+
+
+# --- Inputs and state of a pass ---
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """Embedded rows, ready for the decoder (with their answers behind the prompts, in training).
+    """Embedded rows, ready for the decoder. In training the answers follow the prompts."""
 
-    embeddings: [B, n, d]. attention_mask: [B, n] or None. positions: [B, n], [3, B, n], or None to
-    count from 0. end: [B], one past each prompt's last token. units_on: [B]. plan: [B, K], or None
-    to ask the scheduler.
-    """
-
-    embeddings: Tensor
-    attention_mask: Tensor | None
-    positions: Tensor | None
-    end: Tensor
-    units_on: Tensor
-    plan: Tensor | None
+    embeddings: Tensor  # [B, n, d]
+    attention_mask: Tensor | None  # [B, n]
+    positions: Tensor | None  # [B, n] or [3, B, n]; None: counted from 0
+    end: Tensor  # [B], one past each prompt's last token
+    units_on: Tensor  # [B]
+    plan: Tensor | None  # [B, K]; None: the scheduler decides
 
     @property
     def next_position(self) -> Tensor:
@@ -118,7 +113,7 @@ class Prompt:
 
     @property
     def seen(self) -> Tensor:
-        """What a probe may attend to, itself in the last column: bool [B, n + 1]."""
+        """What a probe attends to, bool [B, n + 1]; its own column is the last."""
         length = self.embeddings.shape[1]
         seen = torch.arange(length + 1, device=self.end.device) < self.end[:, None]
         if self.attention_mask is not None:
@@ -129,9 +124,7 @@ class Prompt:
 
 @dataclass(frozen=True)
 class Draw:
-    """Where the randomness of a drawn plan comes from: a generator, or Gumbel noise [B, K] given
-    whole.
-    """
+    """The randomness of a drawn plan: a generator, or Gumbel noise [B, K]."""
 
     generator: torch.Generator | None = None
     noise: Tensor | None = None
@@ -139,121 +132,163 @@ class Draw:
 
 @dataclass
 class DecodingState:
-    """What decoding needs of a prefill. Off layers have no cache; a group's cache holds its own
-    rows only.
+    """What decoding needs of a prefill. Layers that are off have no cache."""
 
-    lower: one cache an always-on layer; upper: per switchable layer, one a group. attention_mask:
-    [B, tokens so far].
+    groups: list[list[Group]]  # one list per switchable layer
+    lower: list[LayerCache]  # one per always-on layer
+    upper: list[list[LayerCache]]  # one per group, with the keys of the group's rows only
+    attention_mask: Tensor | None  # [B, tokens so far]
+
+
+class Adaptive(Protocol):
+    """What a pass needs of an adaptive model."""
+
+    layout: SwitchLayout
+    latency_token: str
+    execution: Execution
+    training: bool
+    gradient_checkpointing: bool
+
+    @property
+    def backbone(self) -> Backbone:
+        """The stock model's pieces."""
+
+    def latency_embedding(self, units_on: Tensor, dtype: torch.dtype) -> Tensor:
+        """Return the latency token [B, d] for units_on [B]."""
+
+    def decide(self, hidden: Tensor, prompt: Prompt, draw: Draw) -> tuple[Tensor, Tensor]:
+        """Return plan and plan logits [B, K] from the latency token's state [B, d]."""
+
+
+# --- Passes ---
+
+
+def _call(function: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
+    return function(*tensors)
+
+
+def _recompute(function: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
+    return checkpoint(function, *tensors, use_reentrant=False)
+
+
+def run_lower(
+    model: Adaptive,
+    hidden: Tensor,
+    inputs: LayerInputs,
+    caches: Sequence[object | None] | None = None,
+    call: Callable[..., Tensor] = _call,
+) -> Tensor:
+    """Run the always-on layers on hidden states [B, n, d].
+
+    Args:
+        caches: one per always-on layer.
+        call: calls each layer (gradient checkpointing).
     """
+    caches = caches or [None] * model.layout.first
+    for layer, cache in zip(model.backbone.layers, caches, strict=False):
+        hidden = call(partial(inputs.run, layer, cache=cache), hidden)
+    return hidden
 
-    groups: list[list[Group]]
-    lower: list[LayerCache]
-    upper: list[list[LayerCache]]
-    attention_mask: Tensor | None
+
+def run_upper(
+    model: Adaptive,
+    hidden: Tensor,
+    inputs: LayerInputs,
+    groups: Sequence[list[Group]],
+    caches: Sequence[list[LayerCache | None]],
+) -> Tensor:
+    """Run the switchable layers on hidden states [B, n, d], each for the rows that have it on."""
+    for layer_groups, layer_caches in zip(groups, caches, strict=True):
+        hidden = model.execution.run_groups(hidden, inputs, layer_groups, layer_caches)
+    return hidden
 
 
-def masked_pass(model: AdaptiveVLM, prompt: Prompt, draw: Draw) -> tuple[Tensor, Tensor, Tensor]:
-    """Every layer for all rows, multiplied by the plan; the same modules on every rank, whatever
-    the plans.
+def masked_pass(model: Adaptive, prompt: Prompt, draw: Draw) -> tuple[Tensor, Tensor, Tensor]:
+    """Run every layer for all rows and multiply its effect by the plan.
 
-    Returns hidden states ([B, n + 1, d] with the latency token at `end` where it is inline, else
-    [B, n, d]), the plan and the plan logits [B, K].
+    Every rank runs the same modules, whatever the plans.
+
+    Returns:
+        Hidden states ([B, n + 1, d] with an inline latency token at `end`, else [B, n, d]), the
+        plan [B, K] and the plan logits [B, K].
     """
-    backbone, layout = model.backbone, model.layout
-    token = model.latency_embedding(prompt.units_on, prompt.embeddings.dtype)
+    layout = model.layout
+    call = _recompute if model.gradient_checkpointing and model.training else _call
+    hidden, token, _, inputs = _enter(model, prompt)
     if model.latency_token == "inline":
-        hidden, mask, positions = insert_token(
-            prompt.embeddings, token, prompt.attention_mask, prompt.positions, prompt.end
-        )
-        lower = upper = _inputs(backbone, hidden, mask, positions)
+        hidden = run_lower(model, hidden, inputs, call=call)
+        token = _at(hidden, prompt.end)
     else:
-        upper = _inputs(backbone, prompt.embeddings, prompt.attention_mask, prompt.positions)
-        hidden, lower = _append_probe(backbone, token, prompt)
-
-    def run(function: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
-        if model.gradient_checkpointing and model.training:
-            return checkpoint(function, *tensors, use_reentrant=False)
-        return function(*tensors)
-
-    for layer in backbone.layers[: layout.first]:
-        hidden = run(lambda h, layer=layer: lower.run(layer, h), hidden)
-    if model.latency_token == "inline":
-        token = hidden[torch.arange(hidden.shape[0], device=hidden.device), prompt.end]
-    else:
+        hidden, lower_inputs = _append_probe(model.backbone, token, prompt)
+        hidden = run_lower(model, hidden, lower_inputs, call=call)
         hidden, token = hidden[:, :-1], hidden[:, -1]
     plan, plan_logits = model.decide(token, prompt, draw)
     for index in range(layout.first, layout.num_layers):
-        hidden = run(
-            lambda h, p, index=index: model.execution.masked_layer(index, h, upper, p), hidden, plan
+        hidden = call(
+            lambda h, p, index=index: model.execution.masked_layer(index, h, inputs, p),
+            hidden,
+            plan,
         )
     return hidden, plan, plan_logits
 
 
 def prefill(
-    model: AdaptiveVLM, prompt: Prompt, draw: Draw, keep: bool = False
+    model: Adaptive, prompt: Prompt, draw: Draw, keep: bool = False
 ) -> tuple[Tensor, Tensor, Tensor, DecodingState]:
-    """Only what is on, for the rows it is on for. Returns what `masked_pass` does, and the state to
-    decode from.
+    """Run each layer only for the rows that have it on.
 
-    keep: hold keys and values for decoding.
+    Args:
+        keep: keep keys and values for decoding.
+
+    Returns:
+        Hidden states, plan and plan logits as `masked_pass`, and the state to decode from.
     """
-    backbone = model.backbone
+    hidden, token, mask, inputs = _enter(model, prompt)
     probe = model.latency_token == "probe"
-    token = model.latency_embedding(prompt.units_on, prompt.embeddings.dtype)
-    hidden, mask, positions = prompt.embeddings, prompt.attention_mask, prompt.positions
-    if not probe:
-        hidden, mask, positions = insert_token(hidden, token, mask, positions, prompt.end)
-    inputs = _inputs(backbone, hidden, mask, positions)
-    # a probe reads the prompt's keys, so they are held while it does
+    # a probe attends to the prompt's keys, so they are kept until it has run
     lower = [LayerCache() if keep or probe else None for _ in range(model.layout.first)]
-    for layer, cache in zip(backbone.layers, lower, strict=False):
-        hidden = inputs.run(layer, hidden, cache)
-    if probe:
-        token = _run_probe(backbone, token, prompt, lower)
-    else:
-        token = hidden[torch.arange(hidden.shape[0], device=hidden.device), prompt.end]
+    hidden = run_lower(model, hidden, inputs, lower)
+    token = _run_probe(model, token, prompt, lower) if probe else _at(hidden, prompt.end)
     plan, plan_logits = model.decide(token, prompt, draw)
     plan = plan.detach().bool()
     groups = model.execution.groups(plan)
     upper = [[LayerCache() if keep else None for _ in layer_groups] for layer_groups in groups]
-    for layer_groups, caches in zip(groups, upper, strict=True):
-        hidden = model.execution.run_groups(hidden, inputs, layer_groups, caches)
+    hidden = run_upper(model, hidden, inputs, groups, upper)
     return hidden, plan, plan_logits, DecodingState(groups, lower, upper, mask)
 
 
-def hidden_under(model: AdaptiveVLM, prompt: Prompt, plans: Tensor) -> Iterator[tuple[int, Tensor]]:
-    """The same rows under each of several plans: plans bool [P, K], each with `prompt.units_on`
-    switches on -> (index of the plan, hidden states as of `prefill`), in an order of its own.
+def hidden_under(model: Adaptive, prompt: Prompt, plans: Tensor) -> Iterator[tuple[int, Tensor]]:
+    """Run the same rows under each of several plans, bool [P, K] with `prompt.units_on` units on.
 
-    What two plans have in common is computed once: the always-on layers for all of them, and from
-    there on whatever plans begin with alike. One state [B, n, d] a layer is held.
+    Plans are visited in sorted order, and layers on which consecutive plans agree from the start
+    run once. Memory: one state [B, n, d] per layer.
+
+    Yields:
+        The index of a plan, and hidden states as those of `prefill`.
     """
-    backbone, layout = model.backbone, model.layout
-    hidden, mask, positions = prompt.embeddings, prompt.attention_mask, prompt.positions
-    if model.latency_token == "inline":
-        token = model.latency_embedding(prompt.units_on, hidden.dtype)
-        hidden, mask, positions = insert_token(hidden, token, mask, positions, prompt.end)
-    inputs = _inputs(backbone, hidden, mask, positions)
-    for layer in backbone.layers[: layout.first]:
-        hidden = inputs.run(layer, hidden)
+    layout = model.layout
+    hidden, _, _, inputs = _enter(model, prompt)
+    hidden = run_lower(model, hidden, inputs)
     patterns = plans.view(len(plans), -1, layout.units_per_layer).tolist()
-    states, before = [hidden], []  # after each layer of the plan before
+    # states[i]: hidden states before switchable layer i under the previous plan
+    states, previous = [hidden], []
     for index in sorted(range(len(plans)), key=patterns.__getitem__):
         pattern = patterns[index]
-        pairs = enumerate(zip(before, pattern, strict=False))
-        shared = next((place for place, (old, new) in pairs if old != new), len(before))
+        pairs = enumerate(zip(previous, pattern, strict=False))
+        shared = next((place for place, (old, new) in pairs if old != new), len(previous))
         del states[shared + 1 :]
         for place in range(shared, len(pattern)):
             layer = model.execution.module_for(layout.first + place, tuple(pattern[place]))
             hidden = states[-1]
             states.append(hidden if layer is None else inputs.run(layer, hidden))
-        before = pattern
+        previous = pattern
         yield index, states[-1]
 
 
-def decode(model: AdaptiveVLM, tokens: Tensor, positions: Tensor, state: DecodingState) -> Tensor:
-    """One decoding step: tokens [B] at text positions [B] -> logits [B, V]. Grows the caches of
-    `state`.
+def decode(model: Adaptive, tokens: Tensor, positions: Tensor, state: DecodingState) -> Tensor:
+    """Run one decoding step: tokens [B] at text positions [B] -> logits [B, V].
+
+    Appends to the caches and the attention mask of `state`.
     """
     backbone = model.backbone
     hidden = backbone.embed(tokens[:, None], None, {})
@@ -263,11 +298,29 @@ def decode(model: AdaptiveVLM, tokens: Tensor, positions: Tensor, state: Decodin
         backbone.rotary(hidden, positions[:, None]),
         positions[:, None],
     )
-    for layer, cache in zip(backbone.layers, state.lower, strict=False):
-        hidden = inputs.run(layer, hidden, cache)
-    for layer_groups, caches in zip(state.groups, state.upper, strict=True):
-        hidden = model.execution.run_groups(hidden, inputs, layer_groups, caches)
+    hidden = run_lower(model, hidden, inputs, state.lower)
+    hidden = run_upper(model, hidden, inputs, state.groups, state.upper)
     return backbone.logits(hidden[:, 0])
+
+
+# --- The latency token in a pass ---
+
+
+def _enter(model: Adaptive, prompt: Prompt) -> tuple[Tensor, Tensor, Tensor | None, LayerInputs]:
+    """Return hidden states, latency token [B, d], attention mask and layer inputs of a pass.
+
+    An inline latency token is in the sequence [B, n + 1, d]; a probe is not ([B, n, d]).
+    """
+    hidden, mask, positions = prompt.embeddings, prompt.attention_mask, prompt.positions
+    token = model.latency_embedding(prompt.units_on, hidden.dtype)
+    if model.latency_token == "inline":
+        hidden, mask, positions = insert_token(hidden, token, mask, positions, prompt.end)
+    return hidden, token, mask, _inputs(model.backbone, hidden, mask, positions)
+
+
+def _at(hidden: Tensor, index: Tensor) -> Tensor:
+    """Return one token per row: hidden [B, n, d], index [B] -> [B, d]."""
+    return hidden[torch.arange(hidden.shape[0], device=hidden.device), index]
 
 
 def _inputs(
@@ -283,9 +336,7 @@ def _inputs(
 
 
 def _probe_positions(prompt: Prompt) -> tuple[Tensor, Tensor]:
-    """Positions of the rows [B, n] or [3, B, n], and of a probe right after each prompt [B, 1] or
-    [3, B, 1].
-    """
+    """Return positions of the rows, [B or 3 x B, n], and of their probes, [B or 3 x B, 1]."""
     rows, length, _ = prompt.embeddings.shape
     positions = prompt.positions
     if positions is None:
@@ -294,10 +345,10 @@ def _probe_positions(prompt: Prompt) -> tuple[Tensor, Tensor]:
 
 
 def _append_probe(backbone: Backbone, token: Tensor, prompt: Prompt) -> tuple[Tensor, LayerInputs]:
-    """The probe as an extra last token that sees its prompt and itself, and that nobody sees."""
+    """Append the probe as a last token that sees its prompt and itself and that no token sees."""
     if backbone.attention not in ("sdpa", "eager"):
         raise ValueError(
-            "latency_token 'probe' needs attention 'sdpa' or 'eager' here, not "
+            "latency_token 'probe' in masked execution needs attention 'sdpa' or 'eager', not "
             f"{backbone.attention!r}"
         )
     rows, length, _ = prompt.embeddings.shape
@@ -315,11 +366,13 @@ def _append_probe(backbone: Backbone, token: Tensor, prompt: Prompt) -> tuple[Te
 
 
 def _run_probe(
-    backbone: Backbone, token: Tensor, prompt: Prompt, caches: list[LayerCache]
+    model: Adaptive, token: Tensor, prompt: Prompt, caches: Sequence[LayerCache]
 ) -> Tensor:
-    """One query a row through the always-on layers, over the prompt's keys; leaves no trace. -> [B,
-    d]
+    """Run one query per row through the always-on layers, over the prompt's keys: [B, d].
+
+    The probe's own keys are dropped from the caches afterwards.
     """
+    backbone = model.backbone
     _, place = _probe_positions(prompt)
     hidden = token[:, None]
     inputs = LayerInputs(
@@ -327,7 +380,7 @@ def _run_probe(
         backbone.rotary(hidden, place),
         place if place.dim() == 2 else None,
     )
-    for layer, cache in zip(backbone.layers, caches, strict=False):
-        hidden = inputs.run(layer, hidden, cache)
+    hidden = run_lower(model, hidden, inputs, caches)
+    for cache in caches:
         cache.drop_last()
     return hidden[:, 0]

@@ -1,130 +1,120 @@
-"""An adaptive model on disk: the stock model's own directory, with two files more.
+"""Adaptive models on disk: the stock model's own directory with two more files.
 
-config.json, model*.safetensors, ...   the base; stock transformers loads it from here, and sees
-nothing else adaptive.json                          layout, latency token, scheduler, and where the
-base is adaptive.safetensors                   latency encoder and scheduler
+::
+
+    config.json, model*.safetensors, ...   the base; stock transformers loads it from here
+    adaptive.json                          layout, latency token, scheduler, where the base is
+    adaptive.safetensors                   latency encoder and scheduler
+
+A directory without adaptive.json is a stock model or incomplete: it is written last.
 """
 
 from __future__ import annotations
 
 import json
 import os
-import shutil
 import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForImageTextToText
+from torch import Tensor, nn
 
 from fmray.adallava.layout import SwitchLayout
-
-if TYPE_CHECKING:
-    from fmray.adallava.model import AdaptiveVLM
+from fmray.runtime.files import sync, write_json
 
 DESCRIPTION = "adaptive.json"
 WEIGHTS = "adaptive.safetensors"
 FORMAT = 1
 
 
+@dataclass(frozen=True)
+class Description:
+    """What adaptive.json holds."""
+
+    layout: SwitchLayout
+    latency_token: str
+    scheduler: str
+    tau: float
+    penalty: float
+    base: str | None = None  # where the base was loaded from; None: it is in the same directory
+
+
 def is_adaptive(path: str | Path) -> bool:
-    """Whether a directory holds an adaptive model (and not just a stock one)."""
+    """Return whether a directory holds an adaptive model (and not just a stock one)."""
     return (Path(path) / DESCRIPTION).is_file()
 
 
-def save(model: AdaptiveVLM, path: Path, include_base: bool = True) -> None:
-    """Write the model to a new or existing directory; files are complete before they appear under
-    their names.
+def write(
+    path: Path, base: nn.Module, description: Description, weights: Mapping[str, Tensor]
+) -> None:
+    """Write an adaptive model to a new or existing directory.
 
-    include_base: False writes only the adaptive parts and names where the base was loaded from.
+    Files are complete before they appear under their names. The base is written where
+    `description.base` is None.
     """
     path.mkdir(parents=True, exist_ok=True)
-    reference = None if include_base else model.base.config._name_or_path
-    if not include_base and not reference:
-        raise ValueError(
-            "the base model was not loaded from anywhere; it must be saved too (include_base=True)"
-        )
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}-") as folder:
-        if include_base:
-            model.base.save_pretrained(folder)
-        tensors = {
-            name: value.detach().contiguous().cpu()
-            for part in ("latency_encoder", "scheduler")
-            if getattr(model, part) is not None
-            for name, value in getattr(model, part).state_dict(prefix=f"{part}.").items()
-        }
-        save_file(tensors, Path(folder) / WEIGHTS, metadata={"format": "pt"})
-        description = {
-            "format": FORMAT,
-            "layout": model.layout.to_dict(),
-            "latency_token": model.latency_token,
-            "scheduler": model.scheduler_kind,
-            "tau": model.tau,
-            "penalty": model.penalty,
-            "base": reference,
-        }
-        (Path(folder) / DESCRIPTION).write_text(json.dumps(description, indent=2) + "\n")
-        # the description last: a directory that has one is whole
-        names = sorted(os.listdir(folder), key=lambda name: name == DESCRIPTION)
-        for name in names:
-            shutil.move(Path(folder) / name, path / name)
+        temporary = Path(folder)
+        if description.base is None:
+            base.save_pretrained(temporary)
+        tensors = {name: value.detach().contiguous().cpu() for name, value in weights.items()}
+        save_file(tensors, temporary / WEIGHTS, metadata={"format": "pt"})
+        for file in temporary.iterdir():
+            sync(file)
+            os.replace(file, path / file.name)
+    fields = {**vars(description), "layout": description.layout.to_dict()}
+    write_json(path / DESCRIPTION, {"format": FORMAT, **fields}, indent=2)
 
 
-def load(cls: type[AdaptiveVLM], path: Path, **options: Any) -> AdaptiveVLM:
-    """Read what `save` wrote; options (dtype, attn_implementation, ...) go to the base's
-    `from_pretrained`.
+def read(path: Path) -> tuple[Description, dict[str, Tensor]]:
+    """Read the description and the adaptive weights of a directory.
+
+    Raises:
+        ValueError: not an adaptive model, an unknown format, or a damaged or missing file.
     """
     file = path / DESCRIPTION
     if not file.is_file():
         raise ValueError(f"{path}: not an adaptive model: it has no {DESCRIPTION}")
     try:
-        description = json.loads(file.read_text())
-        version = description["format"]
-    except (json.JSONDecodeError, KeyError, TypeError) as error:
+        fields: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+        version = fields["format"]
+    except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{file}: not the description of an adaptive model: {error}") from error
     if version != FORMAT:
         raise ValueError(f"{file}: format {version!r}; this version of fmray reads format {FORMAT}")
-    missing = {
-        "layout",
-        "latency_token",
-        "scheduler",
-        "tau",
-        "penalty",
-        "base",
-    } - description.keys()
+    names = Description.__dataclass_fields__.keys()
+    missing = names - fields.keys()
     if missing:
         raise ValueError(f"{file}: missing {', '.join(sorted(missing))}")
+    layout = SwitchLayout.from_dict(fields["layout"])
+    description = Description(**{name: fields[name] for name in names} | {"layout": layout})
     weights = path / WEIGHTS
     if not weights.is_file():
-        raise ValueError(f"{path}: {WEIGHTS} is missing beside {DESCRIPTION}")
-    options.setdefault("dtype", "auto")
-    base = AutoModelForImageTextToText.from_pretrained(description["base"] or path, **options)
-    model = cls(
-        base,
-        SwitchLayout.from_dict(description["layout"]),
-        description["latency_token"],
-        description["scheduler"],
-        description["tau"],
-        description["penalty"],
-    )
+        raise ValueError(f"{path}: {WEIGHTS} is missing; {DESCRIPTION} is there")
     try:
-        tensors = load_file(weights)
+        return description, load_file(weights)
     except SafetensorError as error:
         raise ValueError(f"{weights}: not a readable safetensors file: {error}") from error
-    own = {
-        name: value
-        for name, value in model.state_dict().items()
-        if name.startswith(("latency_encoder.", "scheduler."))
-    }
-    if own.keys() != tensors.keys():
-        wrong = sorted(own.keys() ^ tensors.keys())
-        raise ValueError(f"{weights}: tensors do not fit {DESCRIPTION}: {', '.join(wrong)}")
-    for name, value in tensors.items():
-        if value.shape != own[name].shape:
+
+
+def copy_weights(weights: Mapping[str, Tensor], state: Mapping[str, Tensor], path: Path) -> None:
+    """Copy the weights read from `path` into the state of the modules that its description makes.
+
+    Raises:
+        ValueError: names or shapes differ.
+    """
+    file = path / WEIGHTS
+    if state.keys() != weights.keys():
+        wrong = ", ".join(sorted(state.keys() ^ weights.keys()))
+        raise ValueError(f"{file}: tensors do not fit {DESCRIPTION}: {wrong}")
+    for name, value in weights.items():
+        if value.shape != state[name].shape:
             raise ValueError(
-                f"{weights}: {name} is {list(value.shape)}; "
-                f"{DESCRIPTION} asks for {list(own[name].shape)}"
+                f"{file}: {name} is {list(value.shape)}; "
+                f"{DESCRIPTION} asks for {list(state[name].shape)}"
             )
-        own[name].copy_(value)
-    return model.eval()
+        state[name].copy_(value)
