@@ -1,17 +1,15 @@
-"""What a decoder costs under a number of switches or a plan, and how many switches a budget buys.
+"""The cost of a decoder under a number of units or a plan, and the units that a budget allows.
 
-In: a Hugging Face text config, a `SwitchLayout`, prompt lengths (one, or one per layer under token
-selection) and budgets or switches. Out: operations, shares and switch counts. Everything is integer
-or `Fraction` arithmetic: a budget such as 0.6 means the decimal as written and is never exceeded by
-rounding.
+Everything is integer or `Fraction` arithmetic: a budget such as 0.6 means the decimal as written,
+and rounding never exceeds it.
 
 Two conventions (dissertation section 5.2, "Implementation details", and table 5.1):
 
-* "exact": 2 operations per multiply-accumulate of every matrix product that runs, attention counted
+* "exact": 2 operations per multiply-accumulate of every matrix product that runs. Attention counts
   as the full n x n products (kernels that skip the causal half do less), the lm_head once (last
-  position) at 2dV. This is what `torch.utils.flop_counter` counts in the decoder layers and the
-  lm_head of a stock model; rotary tables, norms, activations, biases, the embedding, the latency
-  encoder and the scheduler are not counted.
+  position) at 2dV. `torch.utils.flop_counter` counts the same in the decoder layers and the lm_head
+  of a stock model. Rotary tables, norms, activations, biases, the embedding, the latency encoder
+  and the scheduler are not counted.
 * "llm-viewer": the published numbers (Yuan et al. 2024). One layer at n tokens is
   2n(4d^2 + 3df) + 4n^2 d + 5Hn^2 + 14dn + 2dn + 2dn (fewer key/value columns under grouped-query
   attention, 2df for an MLP of two matrices), the lm_head dV once.
@@ -37,29 +35,31 @@ Number = int | float | Fraction
 Exact = int | Fraction
 Tokens = Number | Sequence[Number]
 
-# Decoders whose MLP is up and down alone. All others are taken as gated (gate, up and down).
+# Decoders whose MLP has an up and a down matrix only. All others are taken as gated (three).
 _TWO_MATRIX_MLP = ("apertus", "gpt_neox", "nemotron", "persimmon", "phi", "starcoder2")
 _EXPERT_COUNTS = ("num_local_experts", "num_experts", "n_routed_experts")
 
 
 class CostModel:
-    """Operations of one decoder with switches (batch of one).
+    """Operations of one adaptive decoder (batch of one).
 
-    `convention` is "exact" or "llm-viewer", see the module's text. `tokens` below is the prompt
-    length n (an int, or a float or Fraction where a mean is meant: the cost *at* the mean length),
-    or one length per decoder layer where tokens are dropped on the way. `units_on` is a number of
-    switches, 0..K, or a plan: K truth values.
+    The arguments of its methods:
 
-    **Attribution.** A *number* k charges each switch of h query heads h/H of its layer: norms,
-    residual adds and the rounding of MLP groups to whole channels (one channel at most) are shared
-    pro rata. Where switches differ in cost (uneven head groups, layers that see fewer tokens), k
-    charges the k most expensive ones, so that no choice of k switches costs more than what was
-    charged. A *plan* is counted at its true sizes; the element-wise terms of a layer that runs in
-    part (llm-viewer only) count whole. In design H a plan may so cost more than its number was
-    charged, by at most 0.002 % of the decoder at LLaVA-1.5-13B (MLP groups of 2764 and 2765
-    channels; nothing at 7B) and 0.007 % where element-wise terms count.
+    * `tokens`: the prompt length n, or one length per decoder layer where token selection drops
+      tokens. A float or Fraction stands for a mean: the cost *at* the mean length.
+    * `units_on`: a number of units, 0..K, or a plan: K truth values.
 
-    Raises ValueError for a layout of another decoder, a mixture of experts, an unknown convention.
+    **Attribution.** A *number* k charges a unit of h query heads h/H of its layer: norms, residual
+    adds and the rounding of MLP groups to whole channels (at most one channel) are shared pro rata.
+    Where units differ in cost (uneven head groups, layers with fewer tokens), k charges the k most
+    expensive ones, so that no choice of k units costs more than the charge. A *plan* is counted at
+    its true sizes; the element-wise terms of a layer that runs in part (llm-viewer only) count in
+    full. In design H a plan may therefore cost more than the charge of its number, by at most
+    0.002 % of the decoder at LLaVA-1.5-13B (MLP groups of 2764 and 2765 channels; nothing at 7B)
+    and 0.007 % where element-wise terms count.
+
+    Raises:
+        ValueError: a layout of another decoder, a mixture of experts, or an unknown convention.
     """
 
     def __init__(
@@ -73,7 +73,7 @@ class CostModel:
                      "intermediate_size"):  # fmt: skip
             if getattr(layout, name) != getattr(expected, name):
                 raise ValueError(
-                    f"the layout has {name} {getattr(layout, name)} but the config says "
+                    f"the layout has {name} {getattr(layout, name)} but the config has "
                     f"{getattr(expected, name)}; make the layout from the same config"
                 )
         for name in _EXPERT_COUNTS:
@@ -91,18 +91,22 @@ class CostModel:
         #: matrices of one MLP: 3 (gated) or 2
         self.mlp_matrices = 2 if getattr(text_config, "model_type", None) in _TWO_MATRIX_MLP else 3
 
-    # -- operations ------------------------------------------------------------------------
+    # --- Operations ---
 
     def prefill(self, tokens: Tokens, units_on: int | Sequence[bool]) -> int | float:
-        """Operations of one prompt: decoder layers and the lm_head at the last position."""
+        """Return the operations of one prompt: decoder layers, and the lm_head at one position."""
         return _plain(self._layers(self.lengths(tokens), None, units_on) + self.lm_head)
 
     def layers_cost(self, tokens: Tokens, units_on: int | Sequence[bool]) -> int | float:
-        """Operations of the decoder layers alone: what budgets are fractions of."""
+        """Return the operations of the decoder layers alone. Budgets are fractions of these."""
         return _plain(self._layers(self.lengths(tokens), None, units_on))
 
     def decode(self, context: Tokens, units_on: int | Sequence[bool]) -> int | float:
-        """Operations of one generated token; `context` = keys it attends to, its own included."""
+        """Return the operations of one generated token.
+
+        Args:
+            context: keys that it attends to, its own included.
+        """
         lengths = self.lengths(context)
         one = (1,) * self.layout.num_layers
         return _plain(self._layers(one, lengths, units_on) + self.lm_head)
@@ -113,10 +117,10 @@ class CostModel:
         per_weight = 2 if self.convention == "exact" else 1
         return per_weight * self.layout.hidden_size * self.vocab_size
 
-    # -- budgets ---------------------------------------------------------------------------
+    # --- Budgets ---
 
     def share(self, tokens: Tokens, units_on: int | Sequence[bool]) -> float:
-        """layers_cost / its value with every switch on, in (0, 1].
+        """Return layers_cost / its value with every unit on, in (0, 1].
 
         Rounded up in the last digit, so that `max_units(share(n, k), n) == k` for a number k.
         """
@@ -125,11 +129,14 @@ class CostModel:
         return _at_least(Fraction(self._layers(lengths, None, units_on)) / full)
 
     def max_units(self, budget: float | str | Fraction, tokens: Tokens) -> int:
-        """The largest k whose cost is within `budget` of the full decoder at the same lengths.
+        """Return the largest k whose cost is within `budget` of the full decoder.
 
-        `budget` is a decimal as written: 0.6, "0.6" and Fraction(3, 5) are the same. Pass Python
-        floats (a bfloat16 or float32 0.6 is another number). ValueError if it is no number, above
-        1, or below `min_budget(tokens)`.
+        Args:
+            budget: a decimal as written: 0.6, "0.6" and Fraction(3, 5) are the same. A bfloat16 or
+                float32 0.6 is another number.
+
+        Raises:
+            ValueError: budget is no number, above 1, or below `min_budget(tokens)`.
         """
         steps, full = _steps(self, self.lengths(tokens))
         try:
@@ -147,25 +154,25 @@ class CostModel:
         return units
 
     def min_budget(self, tokens: Tokens) -> float:
-        """The share of the layers that always run; accepted by `max_units`, which then gives 0."""
+        """Return the share of the layers that always run, for which `max_units` returns 0."""
         return self.share(tokens, 0)
 
     def layers_run(self, tokens: Tokens, units_on: int) -> Fraction:
-        """Decoder layers executed, counting a switch of h heads as h/H of a layer."""
+        """Return the number of decoder layers that run, a unit of h heads as h/H of a layer."""
         heads = sum(heads for _, heads in self.charged_units(tokens, units_on))
         return self.layout.first + Fraction(heads, self.layout.num_heads)
 
     def charged_units(self, tokens: Tokens, units_on: int) -> list[tuple[int, int]]:
-        """(decoder layer, query heads) of the switches that a number `units_on` is charged as."""
+        """Return (decoder layer, query heads) of the units that a number `units_on` charges."""
         count, plan = _units(units_on, self.layout.num_units)
         if plan is not None:
-            raise ValueError("units_on is a plan; a number of switches is needed here")
+            raise ValueError("units_on is a plan; it must be a number of units")
         return [unit[1:] for unit in self._charged(self.lengths(tokens), None)[:count]]
 
-    # -- the arithmetic --------------------------------------------------------------------
+    # --- Arithmetic ---
 
     def _part(self, queries: Exact, keys: Exact, heads: int, kv_heads: int, channels: int) -> Exact:
-        """Matrix products of part of a layer (the whole: all heads and channels)."""
+        """Return the matrix products of part of a layer."""
         layout = self.layout
         weights = layout.hidden_size * (
             2 * layout.head_dim * (heads + kv_heads) + self.mlp_matrices * channels
@@ -176,7 +183,7 @@ class CostModel:
         return 2 * queries * weights + queries * keys * attention
 
     def _elementwise(self, queries: Exact) -> Exact:
-        """Two norms (7 each), two residual adds and the activation (2), per hidden channel."""
+        """Return two norms (7 each), two residual adds and the activation (2), per channel."""
         return 18 * self.layout.hidden_size * queries if self.convention == "llm-viewer" else 0
 
     def _layer(self, queries: Exact, keys: Exact) -> Exact:
@@ -189,7 +196,7 @@ class CostModel:
     def _charged(
         self, queries: Sequence[Exact], keys: Sequence[Exact] | None
     ) -> list[tuple[Exact, int, int]]:
-        """(charge, layer, heads) of every switch, most expensive first."""
+        """Return (charge, layer, heads) of every unit, most expensive first."""
         layout = self.layout
         keys = queries if keys is None else keys
         sizes = [layout.unit_slices(unit)[0] for unit in range(layout.units_per_layer)]
@@ -235,7 +242,7 @@ class CostModel:
         return always
 
     def lengths(self, tokens: Tokens) -> tuple[Exact, ...]:
-        """One exact length per decoder layer."""
+        """Return one exact length per decoder layer."""
         if hasattr(tokens, "tolist"):  # numpy and torch
             tokens = tokens.tolist()
         layers = self.layout.num_layers
@@ -243,11 +250,12 @@ class CostModel:
             return (_length(tokens),) * layers
         if len(tokens) != layers:
             raise ValueError(
-                f"tokens has {len(tokens)} entries; one length or one per layer ({layers}) is due"
+                f"tokens has {len(tokens)} entries; it must be one length, "
+                f"or one per layer ({layers})"
             )
         return tuple(_length(value) for value in tokens)
 
-    # -- vision ----------------------------------------------------------------------------
+    # --- Vision ---
 
     def vision(
         self,
@@ -257,18 +265,23 @@ class CostModel:
         feature_layer: int = -2,
         projector_matrices: int = 2,
     ) -> VisionCost:
-        """Operations of one image in a CLIP or SigLIP tower and the MLP projector ("exact" only).
+        """Return the operations of one image in a CLIP or SigLIP tower and the MLP projector.
 
-        These are separate lines and never part of a budget. `image_size` in pixels (default: the
-        config's); `feature_layer` as in LLaVA's `vision_feature_layer`. Layers above it are run by
-        stock transformers although nobody reads them, and are reported as `unread`. The projector
-        maps patches to the decoder's hidden size with 1 or 2 matrices. ValueError for other kinds
-        of tower.
+        They follow the "exact" convention and are never part of a budget.
+
+        Args:
+            image_size: in pixels; default: the config's.
+            feature_layer: as LLaVA's `vision_feature_layer`. Stock transformers also runs the
+                layers above it, which are reported as `unread`.
+            projector_matrices: 1 or 2 matrices map patches to the decoder's hidden size.
+
+        Raises:
+            ValueError: another kind of tower.
         """
         kind = getattr(vision_config, "model_type", None)
         if kind not in ("clip_vision_model", "siglip_vision_model"):
             raise ValueError(
-                f"the cost of a {kind!r} vision tower is not known; CLIP and SigLIP are"
+                f"the cost of a {kind!r} vision tower is unknown; CLIP and SigLIP are supported"
             )
         size = vision_config.image_size if image_size is None else image_size
         layers = vision_config.num_hidden_layers
@@ -294,22 +307,18 @@ class CostModel:
 
 @dataclass(frozen=True)
 class VisionCost:
-    """Operations (2 per multiply-accumulate) of one image outside the decoder.
+    """Operations (2 per multiply-accumulate) of one image outside the decoder."""
 
-    `tower`: encoder layers up to the one whose output is used (CLIP-L/336 under LLaVA-1.5:
-    0.365e12); `projector`: 0.024e12 there; `tokens`: visual tokens handed to the decoder.
-    """
-
-    tokens: int
+    tokens: int  # visual tokens passed to the decoder
     patch_embedding: int
-    tower: int
-    unread: int
-    projector: int
+    tower: int  # encoder layers up to the one whose output is used; LLaVA-1.5: 0.365e12
+    unread: int  # encoder layers above it
+    projector: int  # LLaVA-1.5: 0.024e12
 
 
 @lru_cache(maxsize=8192)
 def _steps(model: CostModel, lengths: tuple[Exact, ...]) -> tuple[list[int], int]:
-    """(cost with 0, 1, ... K switches, cost of all), scaled by one factor to whole numbers."""
+    """Return (cost with 0, 1, ... K units, cost of all), scaled by one factor to integers."""
     always = model._layers(lengths, None, 0)
     charges = [charge for charge, _, _ in model._charged(lengths, None)]
     scale = math.lcm(always.denominator, *(charge.denominator for charge in charges))
@@ -320,12 +329,12 @@ def _steps(model: CostModel, lengths: tuple[Exact, ...]) -> tuple[list[int], int
 
 
 def _plain(value: Exact) -> int | float:
-    """An int where the count is whole (whole token counts nearly always), else a float."""
+    """Return an int where the count is one (nearly always for int tokens), else a float."""
     return value.numerator if value.denominator == 1 else float(value)
 
 
 def _at_least(value: Fraction) -> float:
-    """The smallest float whose decimal is not below `value`."""
+    """Return the smallest float whose decimal is not below `value`."""
     result = float(value)
     while Fraction(str(result)) < value:
         result = math.nextafter(result, math.inf)
@@ -333,7 +342,11 @@ def _at_least(value: Fraction) -> float:
 
 
 def exact_number(value: Any, what: str) -> Fraction:
-    """`value` (number or text) as the decimal it is written as; else ValueError naming `what`."""
+    """Return `value` (number or text) as the decimal it is written as.
+
+    Raises:
+        ValueError: not a finite number; the message names it `what`.
+    """
     if isinstance(value, bool) or not isinstance(value, Real | Decimal | str):
         raise ValueError(f"{what} is {value!r} ({type(value).__name__}); a number is needed")
     if isinstance(value, Integral):
@@ -347,7 +360,7 @@ def exact_number(value: Any, what: str) -> Fraction:
         size = math.nan
     if len(text) > 64 or not math.isfinite(size):
         raise ValueError(f"{what} is {text[:64]!r}; a finite decimal number is needed")
-    # The size is looked at first: Fraction("1e-999999999") would not return.
+    # size comes first: Fraction("1e-999999999") would not return
     return Fraction(text) if size else Fraction()
 
 
@@ -355,23 +368,23 @@ def _length(value: Any) -> Exact:
     exact = exact_number(value, "tokens")
     if exact <= 0:
         raise ValueError(f"tokens is {value}; a positive length is needed")
-    # Whole lengths stay ints: they hash and multiply far faster, and max_units runs once a row.
+    # integers hash and multiply far faster, and max_units runs once per row
     return exact.numerator if exact.denominator == 1 else exact
 
 
 def _units(units_on: Any, num_units: int) -> tuple[int, list[bool] | None]:
-    """(number, None) or (number, plan) of a valid `units_on`."""
+    """Return (number, None) or (number, plan) of a valid `units_on`."""
     if hasattr(units_on, "tolist"):
         units_on = units_on.tolist()
     if isinstance(units_on, Integral) and not isinstance(units_on, bool):
         if not 0 <= units_on <= num_units:
-            raise ValueError(f"units_on is {units_on}; the layout has switches for 0..{num_units}")
+            raise ValueError(f"units_on is {units_on}; it must be in 0..{num_units}")
         return int(units_on), None
     if isinstance(units_on, Sequence) and not isinstance(units_on, str):
         if len(units_on) != num_units or any(value not in (0, 1) for value in units_on):
             raise ValueError(
-                f"a plan is {num_units} truth values, one per switch; got {len(units_on)} values"
+                f"a plan is {num_units} truth values, one per unit; got {len(units_on)} values"
             )
         plan = [bool(value) for value in units_on]
         return sum(plan), plan
-    raise ValueError(f"units_on is {units_on!r}; a number of switches or a plan is needed")
+    raise ValueError(f"units_on is {units_on!r}; it must be a number of units or a plan")

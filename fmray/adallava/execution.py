@@ -1,10 +1,9 @@
-"""Running decoder layers under plans: masked (training) and skipped (inference).
+"""Execution of decoder layers under plans: masked (training) and skipped (inference).
 
-In: hidden states [B, n, d], a plan [B, K], what a stock decoder layer takes. Out: hidden states [B,
-n, d]. `masked` computes every layer and multiplies by the plan, so that plans have gradients and
-every rank runs the same modules. `skipped` runs, at each layer, only the rows whose switch is on (a
-per-row gather), and holds no key or value for what is off; design H cuts each layer's weights once
-per pattern and keeps the cut layers (section 5.2.4).
+Masked execution computes every layer and multiplies its effect by the plan, so that plans have
+gradients and every rank runs the same modules. Skipped execution runs each layer only for the rows
+that have its unit on, and stores no keys and values for units that are off. In design H it cuts a
+layer's weights once per pattern of units and caches the cut layers (section 5.2.4).
 """
 
 from __future__ import annotations
@@ -21,24 +20,20 @@ from torch import Tensor, nn
 from fmray.adallava.families import Backbone, block_of
 from fmray.adallava.layout import SwitchLayout
 
-PACKED_LAYERS_KEPT = 256
-CACHE_ROOM = 32  # tokens that fit behind a prompt before keys and values move
+MAX_PACKED_LAYERS = 256
+CACHE_ROOM = 32  # tokens that fit after a prompt before its keys and values are copied
 
 
 @dataclass(frozen=True)
 class LayerInputs:
-    """What every decoder layer of one forward pass takes beside the hidden states.
+    """Arguments that all decoder layers of a forward pass share, apart from hidden states."""
 
-    mask: None, [B, m] (flash attention) or [B or 1, 1, n, m]; rotary: cos and sin, [B or 1, n, .]
-    or [3, B, n, .]; positions: [B or 1, n] or None.
-    """
-
-    mask: Tensor | None
-    rotary: tuple[Tensor, Tensor]
-    positions: Tensor | None
+    mask: Tensor | None  # [B, m] (flash attention) or [B or 1, 1, n, m]
+    rotary: tuple[Tensor, Tensor]  # cos and sin, [B or 1, n, .] or [3, B, n, .]
+    positions: Tensor | None  # [B or 1, n]
 
     def rows(self, index: Tensor) -> LayerInputs:
-        """The same for some rows of the batch only: index [R] -> everything with batch R."""
+        """Return the inputs of some rows of the batch, index [R]."""
         return replace(
             self,
             mask=_rows(self.mask, 0, index),
@@ -74,7 +69,7 @@ def cache_argument(layer: type[nn.Module]) -> str:
 
 
 def _rows(value: Tensor | None, dim: int, index: Tensor) -> Tensor | None:
-    """Rows of the batch dimension; a batch dimension of 1 is shared by all rows and stays."""
+    """Select rows of the batch dimension; a batch dimension of 1 is shared by all rows."""
     if value is None or value.shape[dim] == 1:
         return value
     return value.index_select(dim, index)
@@ -83,7 +78,7 @@ def _rows(value: Tensor | None, dim: int, index: Tensor) -> Tensor | None:
 class LayerCache:
     """Keys and values [R, H, m, head_dim] of a layer (or part of one) for the rows that run it.
 
-    They lie in buffers with room to grow, so that a new token is written and nothing is copied.
+    Buffers have room to grow, so that appending a token seldom copies.
     """
 
     def __init__(self) -> None:
@@ -103,7 +98,7 @@ class LayerCache:
     def update(
         self, keys: Tensor, values: Tensor, *_: object, **__: object
     ) -> tuple[Tensor, Tensor]:
-        """Append, and return all: the one call a stock attention makes on its cache."""
+        """Append keys and values and return all: the one call that a stock attention makes."""
         start, self._length = self._length, self._length + keys.shape[2]
         if not self._buffers or self._length > self._buffers[0].shape[2]:
             capacity = self._length + max(CACHE_ROOM, self._length // 8)
@@ -111,22 +106,22 @@ class LayerCache:
             self._buffers = [
                 new.new_empty((*new.shape[:2], capacity, new.shape[3])) for new in (keys, values)
             ]
-            for buffer, kept in zip(self._buffers, old, strict=False):
-                buffer[:, :, :start] = kept[:, :, :start]
+            for buffer, previous in zip(self._buffers, old, strict=False):
+                buffer[:, :, :start] = previous[:, :, :start]
         for buffer, new in zip(self._buffers, (keys, values), strict=True):
             buffer[:, :, start : self._length] = new
         return self.keys, self.values
 
     def drop_last(self) -> None:
-        """Forget the newest token (a probe that only reads)."""
+        """Drop the newest token (a probe)."""
         self._length -= 1
 
 
 @dataclass(frozen=True)
 class Group:
-    """Rows of a batch that run one layer in the same way, and the module that does it."""
+    """Rows of a batch that run the same part of a layer, and the module that runs it."""
 
-    rows: Tensor | None  # None: all of them, in order
+    rows: Tensor | None  # None: all rows, in order
     layer: nn.Module
 
 
@@ -138,7 +133,7 @@ class Execution:
         self.layout = layout
         self._packed: OrderedDict[tuple[object, ...], tuple[object, nn.Module]] = OrderedDict()
         if layout.design == "heads":
-            block_of(backbone.layers[layout.first])  # an unknown block is refused at once
+            block_of(backbone.layers[layout.first])  # raises for an unknown block
             slices = [layout.unit_slices(unit) for unit in range(layout.units_per_layer)]
             sizes = [(s[0].stop - s[0].start) * layout.head_dim for s in slices]
             units = torch.arange(layout.units_per_layer)
@@ -146,22 +141,24 @@ class Execution:
             sizes = [s[2].stop - s[2].start for s in slices]
             self._unit_of_channel = units.repeat_interleave(torch.tensor(sizes))
 
-    # -- masked: every layer, multiplied by the plan
+    # --- Masked: every layer, multiplied by the plan ---
 
     def masked_layer(self, index: int, hidden: Tensor, inputs: LayerInputs, plan: Tensor) -> Tensor:
-        """Decoder layer `index` for all rows, its effect multiplied by the plan [B, K] (float, 0 or
-        1).
+        """Run decoder layer `index` for all rows and multiply its effect by the plan.
+
+        Args:
+            plan: float [B, K] of zeros and ones.
         """
         layer = self.backbone.layers[index]
         units = self.layout.units_per_layer
         start = (index - self.layout.first) * units
-        switches = plan[:, start : start + units].to(hidden.dtype)
+        states = plan[:, start : start + units].to(hidden.dtype)
         if self.layout.design == "layers":
-            gate = switches[:, :, None]
-            # not h + gate * (y - h): with gate 1 this gives y to the last bit
+            gate = states[:, :, None]
+            # with gate 1 exactly y, which h + gate * (y - h) is not
             return inputs.run(layer, hidden) * gate + hidden * (1 - gate)
-        heads = switches[:, self._unit_of_feature.to(hidden.device)][:, None, :]
-        channels = switches[:, self._unit_of_channel.to(hidden.device)][:, None, :]
+        heads = states[:, self._unit_of_feature.to(hidden.device)][:, None, :]
+        channels = states[:, self._unit_of_channel.to(hidden.device)][:, None, :]
         block = block_of(layer)
         hooks = [
             getattr(layer.self_attn, block.attention_out).register_forward_pre_hook(
@@ -177,18 +174,21 @@ class Execution:
             for hook in hooks:
                 hook.remove()
 
-    # -- skipped: only what is on
+    # --- Skipped: only units that are on ---
 
     def groups(self, plan: Tensor) -> list[list[Group]]:
-        """Who runs what, for each switchable layer: plan bool [B, K] -> groups; rows in no group
-        skip the layer.
+        """Return the groups of rows of each switchable layer; rows in no group skip the layer.
 
-        The plan is read once, here; one decision serves the prefill and every decoding step.
+        This is the only place where the plan is copied from the device; the groups serve the
+        prefill and every decoding step.
+
+        Args:
+            plan: bool [B, K].
         """
-        switches = plan.view(plan.shape[0], -1, self.layout.units_per_layer)
-        table = switches.tolist()
+        states = plan.view(plan.shape[0], -1, self.layout.units_per_layer)
+        table = states.tolist()
         result = []
-        for place in range(switches.shape[1]):
+        for place in range(states.shape[1]):
             patterns: OrderedDict[tuple[bool, ...], list[int]] = OrderedDict()
             for row, units in enumerate(table):
                 patterns.setdefault(tuple(units[place]), []).append(row)
@@ -196,8 +196,8 @@ class Execution:
             for pattern, rows in patterns.items():
                 layer = self.module_for(self.layout.first + place, pattern)
                 if layer is not None:
-                    whole = len(rows) == plan.shape[0]
-                    index = None if whole else torch.tensor(rows, device=plan.device)
+                    all_rows = len(rows) == plan.shape[0]
+                    index = None if all_rows else torch.tensor(rows, device=plan.device)
                     groups.append(Group(index, layer))
             result.append(groups)
         return result
@@ -209,8 +209,10 @@ class Execution:
         groups: list[Group],
         caches: list[LayerCache | None],
     ) -> Tensor:
-        """One layer: each group's rows through its module. caches: one a group, same order at every
-        step.
+        """Run one layer: each group's rows through its module.
+
+        Args:
+            caches: one per group, in the same order at every step.
         """
         before = hidden
         for place, group in enumerate(groups):
@@ -222,8 +224,9 @@ class Execution:
         return hidden
 
     def module_for(self, index: int, pattern: tuple[bool, ...]) -> nn.Module | None:
-        """The module that runs decoder layer `index` under a pattern of its switches; None where
-        nothing of it runs.
+        """Return the module that runs decoder layer `index` under a pattern of its units.
+
+        None where nothing of the layer runs.
         """
         layer = self.backbone.layers[index]
         if all(pattern):
@@ -232,25 +235,26 @@ class Execution:
             return None
         if not any(pattern) and not _output_biases(layer):
             return None
-        # in the key, what tells that the weights were changed since they were cut
+        # a cut layer is valid as long as the weights it was cut from have not changed
         state = tuple((p.data_ptr(), p._version) for p in layer.parameters())
         key = (index, pattern)
-        kept = self._packed.pop(key, None)
-        if kept is None or kept[0] != state:
-            kept = (state, pack_layer(layer, self.layout, pattern))
-        self._packed[key] = kept
-        while len(self._packed) > PACKED_LAYERS_KEPT:
+        packed = self._packed.pop(key, None)
+        if packed is None or packed[0] != state:
+            packed = (state, pack_layer(layer, self.layout, pattern))
+        self._packed[key] = packed
+        while len(self._packed) > MAX_PACKED_LAYERS:
             self._packed.popitem(last=False)
-        return kept[1]
+        return packed[1]
 
 
 def pack_layer(layer: nn.Module, layout: SwitchLayout, pattern: tuple[bool, ...]) -> nn.Module:
-    """A copy of a stock decoder layer that has only the heads and channels of the switches that are
-    on.
+    """Return a copy of a stock decoder layer with only the heads and channels of units that are on.
 
     Norms and output biases are shared with the original; the other weights are cut (copied). With
-    no switch on, what is left is the residual plus the output biases. Raises ValueError for layers
-    whose projections are not plain linear ones (merge adapters first).
+    no unit on, the residual and the output biases remain.
+
+    Raises:
+        ValueError: a projection is not a plain linear layer (merge adapters first).
     """
     block = block_of(layer)
     slices = [layout.unit_slices(unit) for unit, on in enumerate(pattern) if on]
@@ -287,7 +291,7 @@ def pack_layer(layer: nn.Module, layout: SwitchLayout, pattern: tuple[bool, ...]
 
 
 class _Constant(nn.Module):
-    """What an attention or MLP with nothing on adds: its output bias, or nothing."""
+    """An attention or MLP with no unit on: its output bias, or zero."""
 
     def __init__(self, bias: Tensor | None, attention: bool) -> None:
         super().__init__()
@@ -308,9 +312,7 @@ def _output_biases(layer: nn.Module) -> bool:
 
 
 def _shallow_copy(module: nn.Module) -> nn.Module:
-    """The same module object apart from its children, which may be replaced without touching the
-    original's.
-    """
+    """Copy a module so that replacing children of the copy leaves the original unchanged."""
     twin = copy.copy(module)
     twin._modules = dict(module._modules)
     return twin

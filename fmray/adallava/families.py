@@ -1,9 +1,9 @@
-"""What differs between the model families that can be made adaptive, and nothing else.
+"""Differences between the model families that can be made adaptive.
 
-In: a stock transformers model of the shape vision tower + projector + `language_model.layers`. Out:
-a `Backbone` with the pieces the adaptive model drives itself: embedding of text and pictures,
-positions, causal mask, decoder layers, head. A new family of that shape is one entry in `FAMILIES`;
-a new decoder block is one in `BLOCKS`.
+A `Backbone` wraps a stock transformers model (vision tower, projector, `language_model.layers`) and
+offers the pieces that the adaptive model calls itself: embedding of text and images, positions,
+causal mask, decoder layers, head. A new family of that shape is one entry in `FAMILIES`; a new
+decoder block is one entry in `BLOCKS`.
 """
 
 from __future__ import annotations
@@ -15,23 +15,23 @@ import torch
 from torch import Tensor, nn
 from transformers.masking_utils import create_causal_mask
 
+Positions = Callable[[nn.Module, Tensor, Tensor | None, dict[str, Tensor]], Tensor | None]
+
 
 @dataclass(frozen=True)
 class Family:
-    """image_inputs: what `get_image_features` takes beside pixel_values. positions: None where the
-    model counts.
-    """
+    """How one family takes images and positions."""
 
+    #: arguments of `get_image_features` apart from pixel_values
     image_inputs: tuple[str, ...] = ()
-    positions: (
-        Callable[[nn.Module, Tensor, Tensor | None, dict[str, Tensor]], Tensor | None] | None
-    ) = None
+    #: makes position ids; None where the model counts them itself
+    positions: Positions | None = None
 
 
 def _multimodal_rope(
     model: nn.Module, input_ids: Tensor, attention_mask: Tensor | None, extras: dict[str, Tensor]
 ) -> Tensor | None:
-    """Qwen2-VL's positions [3, B, n] (time, height, width); None for text alone."""
+    """Return Qwen2-VL's positions [3, B, n] (time, height, width); None for text alone."""
     if extras.get("image_grid_thw") is None:
         return None
     token_types = extras.get("mm_token_type_ids")
@@ -57,24 +57,26 @@ FAMILIES: dict[str, Family] = {
 
 @dataclass(frozen=True)
 class Block:
-    """Names inside a decoder layer: projections into the MLP, out of the MLP, out of attention."""
+    """Names of the projections inside a decoder layer."""
 
-    up: tuple[str, ...]
-    down: str
+    up: tuple[str, ...]  # into the MLP
+    down: str  # out of the MLP
     attention_out: str
 
 
 BLOCKS = (
-    Block(
-        up=("gate_proj", "up_proj"), down="down_proj", attention_out="o_proj"
-    ),  # llama, mistral, qwen2
-    Block(up=("fc1",), down="fc2", attention_out="dense"),  # phi
+    # llama, mistral, qwen2
+    Block(up=("gate_proj", "up_proj"), down="down_proj", attention_out="o_proj"),
+    # phi
+    Block(up=("fc1",), down="fc2", attention_out="dense"),
 )
 
 
 def block_of(layer: nn.Module) -> Block:
-    """The names of a decoder layer's parts. Raises ValueError when heads and channels cannot be
-    told apart.
+    """Return the names of a decoder layer's projections.
+
+    Raises:
+        ValueError: the layer has other projections.
     """
     for block in BLOCKS:
         if all(hasattr(layer.mlp, name) for name in (*block.up, block.down)) and all(
@@ -90,10 +92,11 @@ def block_of(layer: nn.Module) -> Block:
 
 
 class Backbone:
-    """The pieces of a stock model, found once. Holds no parameters of its own.
+    """The pieces of a stock model. Holds no parameters of its own.
 
-    Raises ValueError for a model of an unknown family, or with sliding-window layers (whose mask
-    differs by layer).
+    Raises:
+        ValueError: a model of an unknown family, or with sliding-window layers (whose mask differs
+            by layer).
     """
 
     def __init__(self, base: nn.Module) -> None:
@@ -118,11 +121,11 @@ class Backbone:
 
     @property
     def attention(self) -> str:
-        """The attention implementation in use: sdpa, eager, flash_attention_2, ..."""
+        """The attention implementation: sdpa, eager, flash_attention_2, ..."""
         return self.config._attn_implementation
 
     def image_features(self, pixel_values: Tensor, extras: dict[str, Tensor]) -> Tensor:
-        """Projected features of all pictures, one after the other: [image tokens, d]."""
+        """Return the projected features of all images, concatenated: [image tokens, d]."""
         inputs = {k: extras[k] for k in self.family.image_inputs if extras.get(k) is not None}
         features = self.model.get_image_features(pixel_values, **inputs).pooler_output
         return torch.cat(tuple(features))
@@ -134,9 +137,10 @@ class Backbone:
         extras: dict[str, Tensor],
         features: Tensor | None = None,
     ) -> Tensor:
-        """Token embeddings [B, n, d] with the projected image features in their places.
+        """Return token embeddings [B, n, d] with image features at the image tokens.
 
-        features: those of `image_features`, where they are at hand.
+        Args:
+            features: result of `image_features`, if it is known already.
         """
         embeddings = self.base.get_input_embeddings()(input_ids)
         if features is None and pixel_values is not None:
@@ -159,15 +163,17 @@ class Backbone:
         extras: dict[str, Tensor],
         count: bool,
     ) -> Tensor | None:
-        """Position ids [B, n] or [3, B, n]; None where the stock forward counts from 0, padding
-        included.
+        """Return position ids [B, n] or [3, B, n], or None.
 
-        count: count attended tokens only, as the stock `generate` does.
+        None where the stock forward counts from 0, padding included.
+
+        Args:
+            count: count attended tokens only, as the stock `generate` does.
         """
         if self.family.positions is not None:
-            found = self.family.positions(self.model, input_ids, attention_mask, extras)
-            if found is not None:
-                return found
+            positions = self.family.positions(self.model, input_ids, attention_mask, extras)
+            if positions is not None:
+                return positions
         if not count or attention_mask is None:
             return None
         return (attention_mask.long().cumsum(1) - 1).clamp(min=0)
@@ -179,21 +185,25 @@ class Backbone:
         positions: Tensor | None,
         explicit: bool = False,
     ) -> Tensor | None:
-        """The stock causal mask for a prefill of `hidden` [B, n, d]; `explicit` never leaves it to
-        the kernel.
+        """Return the stock causal mask for a prefill of `hidden` [B, n, d].
+
+        Args:
+            explicit: always return a mask, also where the kernel could apply causality itself.
         """
         return create_causal_mask(
             self.config,
             hidden,
             attention_mask,
-            None,  # no cache; by position, for its name depends on the version of transformers
+            None,  # the cache, by position: its name depends on the version of transformers
             position_ids=positions if positions is None or positions.dim() == 2 else None,
             allow_is_causal_skip=not explicit,
         )
 
     def row_mask(self, visible: Tensor, dtype: torch.dtype) -> Tensor | None:
-        """Mask for one query a row: visible [B, m] -> [B, 1, 1, m] in the form the attention in use
-        takes.
+        """Return the mask of one query per row, in the form that the attention takes.
+
+        Args:
+            visible: bool [B, m], the keys that each row's query attends to.
         """
         if bool(visible.all()):
             return None
@@ -202,17 +212,17 @@ class Backbone:
         return self.mask_of(visible.bool()[:, None, None, :], dtype)
 
     def mask_of(self, visible: Tensor, dtype: torch.dtype) -> Tensor:
-        """bool [B or 1, 1, n, m] in the form that sdpa or eager attention takes."""
+        """Convert a bool mask [B or 1, 1, n, m] to the form that sdpa or eager attention takes."""
         if self.attention != "eager":
             return visible
         return torch.zeros_like(visible, dtype=dtype).masked_fill(~visible, torch.finfo(dtype).min)
 
     def rotary(self, hidden: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """Rotary cos and sin for positions [B or 1, n] (or [3, B, n])."""
+        """Return rotary cos and sin for positions [B or 1, n] or [3, B, n]."""
         if self.family.positions is not None and positions.dim() == 2:
             positions = positions[None].expand(3, -1, -1)
         return self.language.rotary_emb(hidden, position_ids=positions)
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """Final norm and head: [..., d] -> [..., V]."""
+        """Apply the final norm and the head: [..., d] -> [..., V]."""
         return self.base.lm_head(self.norm(hidden))

@@ -1,9 +1,8 @@
-"""Where the switches of an adaptive decoder sit (designs L and H).
+"""The units of an adaptive decoder (designs L and H).
 
-In: the Hugging Face text config of a decoder (or of a whole vision-language model). Out: a
-`SwitchLayout`, a small frozen value that says how many switches there are, which decoder layer each
-belongs to, and which query heads, key/value heads and MLP channels it turns off. It holds no
-tensors and imports no model.
+A `SwitchLayout` is a small frozen value, made from a Hugging Face config. It gives the number of
+units and the query heads, key/value heads and MLP channels of each. It holds no tensors and imports
+no model.
 """
 
 from __future__ import annotations
@@ -14,7 +13,7 @@ from typing import Any, Literal
 
 
 def text_config_of(config: Any) -> Any:
-    """The decoder's config: `config.text_config` of a vision-language config, else `config`."""
+    """Return the decoder's config: `config.text_config` if there is one, else `config`."""
     inner = getattr(config, "text_config", None)
     return config if inner is None else inner
 
@@ -31,27 +30,26 @@ def _dimension(config: Any, name: str) -> int:
 
 @dataclass(frozen=True)
 class SwitchLayout:
-    """The switches of one decoder, numbered 0..K-1 from the first switchable layer upwards.
+    """The units of one decoder, numbered 0..K-1 from the first switchable layer upwards.
 
-    Design "layers" (L): one switch per layer, off = the whole layer is the identity. Design "heads"
-    (H): `units_per_layer` switches per layer, each a run of whole key/value groups (a K/V head can
-    only be dropped with all its query heads) with a proportional run of MLP channels.
+    Design "layers" (L): one unit per layer; a layer that is off is the identity. Design "heads"
+    (H): `units_per_layer` units per layer, each a range of complete key/value groups (a K/V head
+    can only be off together with all its query heads) and a proportional range of MLP channels.
+    Source: dissertation chapter 5.
 
-    `first` is the first switchable layer (layers below always run); `unit` is the number of query
-    heads of a full unit: all of them in design L; in design H the last unit of a layer may be
-    smaller.
-
-    Raises ValueError where the numbers cannot belong to a decoder. Source: dissertation chapter 5.
+    Raises:
+        ValueError: the numbers cannot belong to a decoder.
     """
 
     design: Literal["layers", "heads"]
     num_layers: int
-    first: int
+    first: int  # first switchable layer; the layers below always run
     num_heads: int
     num_kv_heads: int
     head_dim: int
     hidden_size: int
     intermediate_size: int
+    #: query heads of a full unit: all in design L; in H a layer's last unit may be smaller
     unit: int
 
     def __post_init__(self) -> None:
@@ -90,7 +88,7 @@ class SwitchLayout:
 
     @classmethod
     def layers(cls, text_config: Any, first: int | None = None) -> SwitchLayout:
-        """Design L: one switch per layer from `first` (default: num_layers // 2) upwards."""
+        """Return design L: one unit per layer from `first` (default: num_layers // 2) upwards."""
         dimensions = _read(text_config)
         return cls(
             "layers", first=_first(first, dimensions), unit=dimensions["num_heads"], **dimensions
@@ -98,10 +96,10 @@ class SwitchLayout:
 
     @classmethod
     def heads(cls, text_config: Any, first: int | None = None, unit: int = 8) -> SwitchLayout:
-        """Design H: switches of about `unit` query heads, aligned to whole key/value groups.
+        """Return design H: units of about `unit` query heads, aligned to key/value groups.
 
         A unit is max(1, unit // group) key/value groups (group = query heads per K/V head), at most
-        a whole layer; where that does not divide the layer its last unit is smaller.
+        a complete layer. Where that does not divide the layer, its last unit is smaller.
         """
         if isinstance(unit, bool) or not isinstance(unit, int) or unit < 1:
             raise ValueError(f"unit is {unit!r}; it must be a positive number of query heads")
@@ -117,28 +115,20 @@ class SwitchLayout:
 
     @property
     def units_per_layer(self) -> int:
-        """Switches in each switchable layer (1 in design L)."""
+        """Units of each switchable layer (1 in design L)."""
         return -(-self.num_heads // self.unit)
 
     @property
     def num_units(self) -> int:
-        """K, the number of switches."""
+        """K, the number of units."""
         return (self.num_layers - self.first) * self.units_per_layer
 
-    def layer_of(self, unit: int) -> int:
-        """The decoder layer (0..num_layers-1) that switch `unit` (0..K-1) belongs to."""
-        if not 0 <= unit < self.num_units:
-            raise ValueError(
-                f"unit {unit} is not one of the {self.num_units} switches 0..{self.num_units - 1}"
-            )
-        return self.first + unit // self.units_per_layer
-
     def unit_slices(self, unit_in_layer: int) -> tuple[slice, slice, slice]:
-        """(query heads, key/value heads, MLP channels) of a layer's switch `unit_in_layer`.
+        """Return the query heads, key/value heads and MLP channels of a layer's unit.
 
-        The slices of a layer's switches are disjoint and together cover the layer exactly. MLP
-        boundaries are intermediate_size * head // num_heads, so groups of equally many heads differ
-        by at most one channel (13B: 13824 channels over 40 heads).
+        The slices of a layer's units are disjoint and cover the layer. MLP boundaries are
+        intermediate_size * head // num_heads, so that units of equally many heads differ by at most
+        one channel (13B: 13824 channels over 40 heads).
         """
         if not 0 <= unit_in_layer < self.units_per_layer:
             raise ValueError(
@@ -154,12 +144,12 @@ class SwitchLayout:
         )
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values for JSON; `from_dict` reads them back."""
+        """Return plain values for JSON; `from_dict` reads them."""
         return asdict(self)
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> SwitchLayout:
-        """The layout `to_dict` wrote; ValueError names missing and unknown keys."""
+        """Return the layout that `to_dict` wrote; ValueError names missing and unknown keys."""
         names = {field.name for field in fields(cls)}
         missing, unknown = sorted(names - set(values)), sorted(set(values) - names)
         if missing or unknown:
@@ -168,12 +158,12 @@ class SwitchLayout:
 
 
 def _first(first: int | None, dimensions: Mapping[str, int]) -> int:
-    # max(1, ...) so that a decoder of one layer meets the clear message about num_layers.
+    # max(1, ...) so that a decoder of one layer gets the error about num_layers
     return max(1, dimensions["num_layers"] // 2) if first is None else first
 
 
 def _read(config: Any) -> dict[str, int]:
-    """The dimensions a layout keeps, from any Hugging Face decoder config."""
+    """Read a layout's dimensions from any Hugging Face decoder config."""
     config = text_config_of(config)
     heads = _dimension(config, "num_attention_heads")
     hidden = _dimension(config, "hidden_size")

@@ -1,8 +1,8 @@
-"""The models of the paper as presets, and any other model by its Hugging Face config.
+"""Models and devices whose cost can be computed: the paper's presets, and any model by its config.
 
-In: a preset's name, a directory, a `config.json` or a hub name. Out: a `CostedModel`: text config,
-vision config and the mean prompt of the paper's benchmark, which is all the cost model needs. No
-weights are loaded.
+A `CostedModel` holds what the cost model needs: text config, vision config and the mean prompt of
+the paper's benchmark. No weights are loaded. `prefill_seconds` is the roofline time of a prefill on
+a `Device`.
 """
 
 from __future__ import annotations
@@ -28,14 +28,14 @@ from fmray.adallava.layout import text_config_of
 
 @dataclass(frozen=True)
 class CostedModel:
-    """What `fmray cost` prices. `visual_tokens` of the mean prompt `tokens` come from one image."""
+    """A model whose cost `fmray cost` computes."""
 
     name: str
     text_config: PreTrainedConfig
     vision_config: PreTrainedConfig | None = None
     feature_layer: int = -2
-    visual_tokens: int = 0
-    tokens: Fraction | None = None
+    visual_tokens: int = 0  # tokens of the mean prompt that come from one image
+    tokens: Fraction | None = None  # mean prompt length
 
 
 # Mean prompt on MME with LLaVA-1.5: 66.28 text tokens, the image, the latency token, one more.
@@ -43,10 +43,13 @@ _TEXT_TOKENS = Fraction("68.28")
 
 
 def preset(name: str) -> CostedModel:
-    """The preset called `name`: one of `PRESETS`, else ValueError.
+    """Return the preset called `name`.
 
-    The prompt of mipha-3b is the paper's text length plus its 729 visual tokens: Phi's tokenizer
-    may differ by a few tokens from Vicuna's, whose length this is.
+    The prompt of mipha-3b is the paper's text length, measured with Vicuna's tokenizer, plus 729
+    visual tokens; Phi's tokenizer may differ by a few tokens.
+
+    Raises:
+        ValueError: not one of `PRESETS`.
     """
     if name not in PRESETS:
         raise ValueError(f"preset {name!r} is unknown; there are {', '.join(PRESETS)}")
@@ -89,11 +92,15 @@ PRESETS = ("llava-1.5-7b", "llava-1.5-13b", "mipha-3b")
 
 
 def load(source: str) -> CostedModel:
-    """A model by directory, `config.json` or hub name; ValueError if it has no readable config."""
+    """Return a model by directory, `config.json` or hub name.
+
+    Raises:
+        ValueError: no readable config.
+    """
     path = Path(source)
     try:
         if path.is_file():
-            json.loads(path.read_text(encoding="utf-8"))  # for a message that names the line
+            json.loads(path.read_text(encoding="utf-8"))  # for an error that names the line
         config = AutoConfig.from_pretrained(source)
     except (OSError, ValueError, KeyError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
@@ -114,32 +121,31 @@ def load(source: str) -> CostedModel:
     )
 
 
-# The roofline time of a prefill: what a data sheet allows at best, never a measurement.
+# --- Roofline time of a prefill: a lower bound from data sheets, not a measurement ---
 #
-# In: a `CostModel` (for sizes), prompt lengths, a number of switches, a device. Out: seconds, the
-# sum over operators of max(operations / peak, bytes / bandwidth), with the operator list of
-# LLM-Viewer (Yuan et al. 2024), from which the paper's "prefill time" comes: projections, QK^T,
-# softmax, AV, norms, residual adds, activation, lm_head; 16-bit weights and activations; each
-# operator reads its inputs from memory and writes its output there (no fusion, no FlashAttention).
+# The sum over operators of max(operations / peak, bytes / bandwidth), with the operators of
+# LLM-Viewer (Yuan et al. 2024), the source of the paper's "prefill time": projections, QK^T,
+# softmax, AV, norms, residual adds, activation, lm_head. Weights and activations have 16 bits; each
+# operator reads its inputs from memory and writes its output to it (no fusion, no FlashAttention).
 #
-# Against the dissertation (tables 5.1 and C.2, V100, whole milliseconds) all 15 times of LLaVA-1.5
-# 7B, 13B, FastV, PruMerge and PruMerge+ come out within 0.6 ms; two of them would print one lower:
-# 7B at 0.60 is 48.4 (49 printed), PruMerge at 0.85 is 13.4 (14 printed).
+# All 15 times of the dissertation (tables 5.1 and C.2; V100; LLaVA-1.5 7B and 13B, FastV, PruMerge,
+# PruMerge+; rounded to milliseconds) are reproduced within 0.6 ms. Two would round to one less:
+# 7B at 0.60 is 48.4 (printed: 49), PruMerge at 0.85 is 13.4 (printed: 14).
 
 _BYTES = 2  # per weight and activation, float16 and bfloat16 alike
 
 
 @dataclass(frozen=True)
 class Device:
-    """Dense 16-bit peak (operations/s, float32 accumulation) and memory bandwidth (bytes/s)."""
+    """A GPU: dense 16-bit peak (operations/s, float32 accumulation) and bandwidth (bytes/s)."""
 
     name: str
     peak: float
     bandwidth: float
 
 
-# NVIDIA's data sheets. Where they print a figure with sparsity (L4, H100, H200) this is half of it.
-# V100 is the PCIe card (112e12), which the paper's times assume; the SXM2 card has 125e12.
+# From NVIDIA's data sheets; half of the figures with sparsity (L4, H100, H200). V100 is the PCIe
+# card, which the paper's times assume; the SXM2 card has 125e12.
 DEVICES = {
     device.name: device
     for device in (
@@ -154,17 +160,20 @@ DEVICES = {
 
 
 def device(name: str) -> Device:
-    """The device called `name`; ValueError lists the known ones."""
+    """Return the device called `name`; ValueError lists the known ones."""
     if name not in DEVICES:
         raise ValueError(f"device {name!r} is unknown; there are {', '.join(DEVICES)}")
     return DEVICES[name]
 
 
 def prefill_seconds(model: CostModel, tokens: Tokens, units_on: int, on: Device) -> float:
-    """Roofline seconds of one prompt with `units_on` switches (a number, 0..K), lm_head included.
+    """Return the roofline seconds of one prompt, lm_head included.
 
-    A switch of h query heads takes h/H of its layer's time, as in the cost model's attribution; the
-    switches on are the most expensive ones.
+    A unit of h query heads takes h/H of its layer's time, and the units on are the most expensive
+    ones, as in the cost model's attribution.
+
+    Args:
+        units_on: a number, 0..K.
     """
     layout = model.layout
     lengths = model.lengths(tokens)
@@ -175,13 +184,13 @@ def prefill_seconds(model: CostModel, tokens: Tokens, units_on: int, on: Device)
         for layer, heads in model.charged_units(tokens, units_on)
     )
     weights = layout.hidden_size * model.vocab_size
-    # LLM-Viewer counts one operation per multiply-accumulate here; memory decides either way.
+    # one operation per multiply-accumulate as in LLM-Viewer; memory dominates in any case
     lm_head = (weights, weights + layout.hidden_size + model.vocab_size)
     return total + _seconds([lm_head], on)
 
 
 def _layer_operators(model: CostModel, n: float) -> list[tuple[float, float]]:
-    """(operations, values moved) of each operator of one decoder layer at n tokens."""
+    """Return (operations, values moved) of each operator of one decoder layer at n tokens."""
     layout = model.layout
     hidden, mlp = layout.hidden_size, layout.intermediate_size
     query, key = layout.num_heads * layout.head_dim, layout.num_kv_heads * layout.head_dim

@@ -1,12 +1,12 @@
-"""The best static plan of a trained model at a budget, found without training.
+"""Plans that need no learned scheduler: by importance, or one static plan for all inputs.
 
-In: a door that scores plans (bool [P, K] -> float [P], larger is better) and how many switches may
-be on (`CostModel.max_units`), so that every plan tried keeps the budget. Out: one plan for all
-inputs, or for all inputs of one task. It is what a learned scheduler has to beat.
+A learned scheduler has to beat these (dissertation section 5.3.3). All of them score plans of one
+size, so that every plan tried keeps the budget (`CostModel.max_units`):
 
-The talk asks for "training-free algorithms for component selection, specialized for different
-tasks". The search here is a (mu + lambda) evolution over plans of equal size, begun at the most
-important switches; where there are few plans, all of them are tried instead.
+* `leave_one_out`: how much the loss grows without a unit; its largest values are a plan.
+* `best_static_plan`: all plans of a size where they are few, else units added one at a time.
+* `search_plan`: all plans where they are few, else a (mu + lambda) evolution that starts at the
+  most important units.
 """
 
 from __future__ import annotations
@@ -23,47 +23,64 @@ from torch import Tensor
 from fmray.adallava.model import AdaptiveVLM
 from fmray.adallava.passes import IGNORED
 
-# Plans that need no learned scheduler: by importance, and the best single plan for all inputs.
-#
-# In: an `AdaptiveVLM` and calibration batches (mappings of its forward arguments, with labels).
-# Out: one score a switch, or one plan. These are what a learned scheduler must beat (dissertation
-# section 5.3.3; `method/adallava.md` section 4).
-
-EXHAUSTIVE_LIMIT = 256  # plans tried one by one; beyond it, one switch is added at a time
+EXHAUSTIVE_LIMIT = 256  # `best_static_plan` scores at most so many plans one by one
 
 Batch = Mapping[str, Tensor]
+Evaluate = Callable[[Tensor], Tensor]  # plans, bool [P, K] -> one value per plan, [P, ...]
+
+
+def leave_one_out(loss: Evaluate, units: int) -> Tensor:
+    """Return how much the loss grows when one unit alone is off: [K, ...].
+
+    Args:
+        loss: plans of one size, bool [P, K] -> losses [P, ...].
+    """
+    full = loss(torch.ones(1, units, dtype=torch.bool))
+    return loss(~torch.eye(units, dtype=torch.bool)) - full
+
+
+def plans_of_size(units: int, units_on: int) -> Tensor:
+    """Return all plans with `units_on` of K units on, in lexicographic order: bool [C(K, k), K]."""
+    plans = torch.zeros(math.comb(units, units_on), units, dtype=torch.bool)
+    for plan, on in zip(plans, combinations(range(units), units_on), strict=True):
+        plan[list(on)] = True
+    return plans
+
+
+# --- On batches with labels ---
 
 
 @torch.no_grad()
 def importance_scores(model: AdaptiveVLM, batches: Iterable[Batch]) -> Tensor:
-    """How much the loss grows when one switch alone is turned off: float32 [K], larger is more
-    important.
+    """Return each unit's importance on calibration batches: float32 [K], larger is more important.
 
-    Training-free: `best_plan(scores.expand(B, -1), units_on)` gives the plans. Mean over supervised
-    tokens.
+    `best_plan(scores.expand(B, -1), units_on)` gives the plans. The loss is the mean over
+    supervised tokens.
     """
-    units = model.layout.num_units
-    plans = torch.cat((torch.ones(1, units), 1 - torch.eye(units))).bool()
-    losses = _losses(model, list(batches), plans)
-    return (losses[1:] - losses[0]).float()
+    batches = list(batches)
+    return leave_one_out(
+        lambda plans: _losses(model, batches, plans), model.layout.num_units
+    ).float()
 
 
 @torch.no_grad()
 def best_static_plan(model: AdaptiveVLM, batches: Iterable[Batch], units_on: int) -> Tensor:
-    """The plan with `units_on` switches that loses least on the batches, the same for every input:
-    bool [K].
+    """Return the plan with `units_on` units on that has the smallest loss on the batches: bool [K].
 
-    All C(K, k) plans are tried where they are at most 256; else switches are added one at a time,
-    each the one that helps most (K * k plans). Raises ValueError when units_on is not in 0..K.
+    Scores all C(K, k) plans where they are at most 256. Otherwise units are added one at a time,
+    each time the one that helps most (at most K * k plans).
+
+    Args:
+        batches: forward arguments of the model, with labels.
+
+    Raises:
+        ValueError: units_on is not in 0..K, or there is no batch.
     """
     units = model.layout.num_units
-    if not 0 <= units_on <= units:
-        raise ValueError(f"units_on must lie in 0..{units}, not {units_on}")
+    _check_size(units_on, units)
     batches = list(batches)
     if math.comb(units, units_on) <= EXHAUSTIVE_LIMIT:
-        plans = torch.zeros(math.comb(units, units_on), units, dtype=torch.bool)
-        for row, on in enumerate(combinations(range(units), units_on)):
-            plans[row, list(on)] = True
+        plans = plans_of_size(units, units_on)
         return plans[int(_losses(model, batches, plans).argmin())] if len(plans) > 1 else plans[0]
     plan = torch.zeros(units, dtype=torch.bool)
     for _ in range(units_on):
@@ -74,10 +91,15 @@ def best_static_plan(model: AdaptiveVLM, batches: Iterable[Batch], units_on: int
     return plan
 
 
+def _check_size(units_on: int, units: int) -> None:
+    if not 0 <= units_on <= units:
+        raise ValueError(f"units_on must lie in 0..{units}, not {units_on}")
+
+
 def _losses(model: AdaptiveVLM, batches: Sequence[Batch], plans: Tensor) -> Tensor:
-    """Mean loss of each plan [P, K] over all supervised tokens of the batches: float64 [P]."""
+    """Return each plan's mean loss over all supervised tokens of the batches: float64 [P]."""
     if not batches:
-        raise ValueError("no calibration batch was given")
+        raise ValueError("calibration needs at least one batch")
     was_training = model.training
     model.eval()
     total = torch.zeros(len(plans), dtype=torch.float64)
@@ -88,26 +110,26 @@ def _losses(model: AdaptiveVLM, batches: Sequence[Batch], plans: Tensor) -> Tens
             count = int((batch["labels"][:, 1:] != IGNORED).sum())
             tokens += count
             for index, plan in enumerate(plans.to(batch["input_ids"].device)):
-                total[index] += (
-                    model(**batch, plan=plan.expand(rows, -1)).loss.double().cpu() * count
-                )
+                loss = model(**batch, plan=plan.expand(rows, -1)).loss
+                total[index] += loss.double().cpu() * count
     finally:
         model.train(was_training)
     return total / tokens
 
 
-Evaluate = Callable[[Tensor], Tensor]
+# --- On any score ---
+
 _Plan = tuple[bool, ...]
 
 
 @dataclass(frozen=True)
-class FoundPlan:
-    """plan: bool [K]. evaluations: plans that were scored. exhaustive: they were all there are."""
+class SearchedPlan:
+    """The best plan of a search."""
 
-    plan: Tensor
+    plan: Tensor  # bool [K]
     score: float
-    evaluations: int
-    exhaustive: bool
+    evaluations: int  # plans scored
+    exhaustive: bool  # whether these are all plans of the size
 
 
 def search_plan(
@@ -119,26 +141,30 @@ def search_plan(
     generations: int = 8,
     seed: int = 0,
     starts: Sequence[Tensor] = (),
-) -> FoundPlan:
-    """The best plan found with exactly `units_on` of K switches on.
+) -> SearchedPlan:
+    """Search for the plan with exactly `units_on` of K units on and the largest score.
 
-    evaluate: the score of each plan, bool [P, K] -> float [P]; no plan is asked for twice.
-    importance: [K], larger is more important: the search begins at its top `units_on`, at noisy
-    copies of that, at the plans in `starts` (bool [K] each) and at random ones. At most population
-    * (generations + 1) plans are scored; where there are no more than that, all of them are. Equal
-    scores: the plan that was scored first. The same seed finds the same plan.
+    At most population * (generations + 1) plans are scored, none twice. Where there are no more
+    than that, all are scored. Of equal scores, the plan scored first wins. The same seed gives the
+    same plan.
 
-    Raises ValueError for a size outside 0..K, a start of another size, a population below 2, and
-    scores that are not one number a plan.
+    Args:
+        evaluate: plans, bool [P, K] -> scores [P], larger is better.
+        importance: [K], larger is more important. The first population holds the `units_on` most
+            important units, noisy copies of that plan, and random plans.
+        starts: further plans of the first population, bool [K] each.
+
+    Raises:
+        ValueError: a size outside 0..K, a start of another size, a population below 2, or scores
+            that are not one number per plan.
     """
     units = importance.shape[0] if importance.dim() == 1 else 0
     if not units or not bool(importance.isfinite().all()):
         raise ValueError(
-            f"importance must be K finite numbers, one a switch, not {list(importance.shape)} with "
+            f"importance must be K finite numbers, one per unit, not {list(importance.shape)} with "
             f"{int((~importance.isfinite()).sum())} that are not finite"
         )
-    if not 0 <= units_on <= units:
-        raise ValueError(f"units_on must lie in 0..{units}, not {units_on}")
+    _check_size(units_on, units)
     if population < 2 or generations < 0:
         raise ValueError(
             "a search needs a population of 2 or more and 0 or more generations, not "
@@ -147,18 +173,18 @@ def search_plan(
     for number, start in enumerate(starts):
         if start.shape != (units,) or int(start.bool().sum()) != units_on:
             raise ValueError(
-                f"starts[{number}] must have {units_on} of {units} switches on, not "
+                f"starts[{number}] must have {units_on} of {units} units on, not "
                 f"{int(start.bool().sum())} of {list(start.shape)}"
             )
     scores: dict[_Plan, float] = {}
     exhaustive = math.comb(units, units_on) <= population * (generations + 1)
     if exhaustive:
-        chosen = combinations(range(units), units_on)
-        _score(evaluate, [tuple(unit in on for unit in range(units)) for on in chosen], scores)
+        plans = plans_of_size(units, units_on).tolist()
+        _score(evaluate, [tuple(plan) for plan in plans], scores)
     else:
         generator = np.random.default_rng(seed)
-        first = _first(importance.double().cpu().numpy(), units_on, starts, population, generator)
-        _score(evaluate, first, scores)
+        ranking = importance.double().cpu().numpy()
+        _score(evaluate, _first_plans(ranking, units_on, starts, population, generator), scores)
         for _ in range(generations):
             parents = _best(scores, population)
             children: list[_Plan] = []
@@ -170,20 +196,24 @@ def search_plan(
                 children.append(_unseen(child, {*scores, *children}, generator))
             _score(evaluate, children, scores)
     [best] = _best(scores, 1)
-    return FoundPlan(torch.tensor(best), scores[best], len(scores), exhaustive)
+    return SearchedPlan(torch.tensor(best), scores[best], len(scores), exhaustive)
 
 
 def plan_score(correct: np.ndarray, loss: np.ndarray) -> np.ndarray:
-    """How good plans are: the mean over questions of right (1 or 0) - loss / (1 + loss).
+    """Score plans by the mean over questions of correct (1 or 0) - loss / (1 + loss).
 
-    correct: bool [..., Q]; loss: [..., Q] in nats, summed over an answer's tokens. The bounded loss
-    tells apart plans that answer as many questions, and no single question decides.
+    The bounded loss separates plans that answer equally many questions, and no single question
+    dominates.
+
+    Args:
+        correct: bool [..., Q].
+        loss: [..., Q] in nats, summed over an answer's tokens.
     """
     return (correct - loss / (1 + loss)).mean(-1)
 
 
 def swapped(plan: _Plan, generator: np.random.Generator) -> _Plan:
-    """The plan with one switch that is on and one that is off exchanged."""
+    """Return the plan with one unit that is on and one that is off exchanged."""
     states = np.array(plan)
     on, off = np.flatnonzero(states), np.flatnonzero(~states)
     states[generator.choice(on)], states[generator.choice(off)] = False, True
@@ -191,22 +221,22 @@ def swapped(plan: _Plan, generator: np.random.Generator) -> _Plan:
 
 
 def crossed(a: _Plan, b: _Plan, generator: np.random.Generator) -> _Plan:
-    """Switches that are on in both plans, filled up with some that are on in one of the two."""
-    first, second = np.array(a), np.array(b)
-    states = first & second
-    either = np.flatnonzero(first ^ second)
-    states[generator.choice(either, int(first.sum() - states.sum()), replace=False)] = True
+    """Return the units on in both plans, filled up with random ones that are on in one of them."""
+    left, right = np.array(a), np.array(b)
+    states = left & right
+    either = np.flatnonzero(left ^ right)
+    states[generator.choice(either, int(left.sum() - states.sum()), replace=False)] = True
     return tuple(states.tolist())
 
 
-def _first(
+def _first_plans(
     importance: np.ndarray,
     units_on: int,
     starts: Sequence[Tensor],
     population: int,
     generator: np.random.Generator,
 ) -> list[_Plan]:
-    """The first population: all starts and the most important switches, then noise and chance."""
+    """Return the first population: most important units, starts, noisy copies, random plans."""
     plans = [_top(importance, units_on)]
     plans += [tuple(start.bool().tolist()) for start in starts]
     plans = list(dict.fromkeys(plans))[:population]
@@ -226,10 +256,9 @@ def _top(scores: np.ndarray, units_on: int) -> _Plan:
 
 
 def _unseen(plan: _Plan, seen: set[_Plan], generator: np.random.Generator) -> _Plan:
-    """The plan, or where it was seen, the first new one on a walk of swaps from it.
+    """Return the plan, or if it was seen, the first new one on a random walk of swaps from it.
 
-    The walk ends: swaps lead from each plan to every other of its size, and there are more plans
-    than a search scores.
+    The walk ends, because swaps connect all plans of a size and a search scores fewer than all.
     """
     while plan in seen:
         plan = swapped(plan, generator)
@@ -237,16 +266,16 @@ def _unseen(plan: _Plan, seen: set[_Plan], generator: np.random.Generator) -> _P
 
 
 def _score(evaluate: Evaluate, plans: list[_Plan], scores: dict[_Plan, float]) -> None:
-    """Score plans, none of which has been scored before."""
-    found = evaluate(torch.tensor(plans, dtype=torch.bool))
-    if found.shape != (len(plans),) or bool(found.isnan().any()):
+    """Score plans and add them to `scores`."""
+    values = evaluate(torch.tensor(plans, dtype=torch.bool))
+    if values.shape != (len(plans),) or bool(values.isnan().any()):
         raise ValueError(
-            f"evaluate must give one number for each of {len(plans)} plans, not "
-            f"{list(found.shape)} with {int(found.isnan().sum())} NaN"
+            f"evaluate must return one number for each of {len(plans)} plans, not "
+            f"{list(values.shape)} with {int(values.isnan().sum())} NaN"
         )
-    scores |= dict(zip(plans, found.tolist(), strict=True))
+    scores |= dict(zip(plans, values.tolist(), strict=True))
 
 
 def _best(scores: dict[_Plan, float], count: int) -> list[_Plan]:
-    """The plans with the largest scores; of equal ones those scored first."""
+    """Return the plans with the largest scores; of equal ones those scored first."""
     return sorted(scores, key=lambda plan: -scores[plan])[:count]

@@ -25,7 +25,7 @@ from rich.progress import track
 from torch import Tensor
 
 from fmray.adallava import AdaptiveVLM, best_plan
-from fmray.adallava.static_plans import plan_score, search_plan
+from fmray.adallava.static_plans import leave_one_out, plan_score, search_plan
 from fmray.adallava.store import WEIGHTS
 from fmray.config import LoadedRecipe
 from fmray.config.search import PlansRecipe
@@ -167,7 +167,10 @@ def search_plans(loaded: LoadedRecipe[PlansRecipe], run_id: str) -> PlansResult:
     (run_dir / "recipe.yaml").write_text(loaded.dump(), encoding="utf-8")
     print(loaded.dump(), flush=True)
     with tracking.open_job_run(recipe, run_id, "plans") as run:
-        importance = _importance(answers, model.layout.num_units)
+        # of each unit for each question: [K, Q]
+        importance = leave_one_out(
+            lambda plans: torch.from_numpy(answers.of(plans)[1]), model.layout.num_units
+        )
         found: list[StaticPlan] = []
         for units_on in sorted(sizes):
             learned = _learned(model, calibration, units_on)
@@ -182,16 +185,6 @@ def search_plans(loaded: LoadedRecipe[PlansRecipe], run_id: str) -> PlansResult:
             run.artifact(path)
     print(result.table(), flush=True)
     return PlansResult(found, result)
-
-
-def _importance(answers: PlanAnswers, units: int) -> Tensor:
-    """How much the loss of each question grows without each switch: float64 [K, Q].
-
-    The mean over questions orders switches as `baselines.importance_scores` does.
-    """
-    [full] = answers.of(torch.ones(1, units, dtype=torch.bool))[1]
-    without = answers.of(~torch.eye(units, dtype=torch.bool))[1]
-    return torch.from_numpy(without - full)
 
 
 @torch.no_grad()

@@ -33,7 +33,7 @@ def total_loss(model, batches, plan: torch.Tensor) -> float:
 
 
 @pytest.mark.parametrize("k", [1, 2, 4])
-def test_best_static_plan_is_the_best_of_all(model, batches, k: int) -> None:
+def test_best_static_plan_has_the_smallest_loss_of_all_plans(model, batches, k: int) -> None:
     def plan_of(on: tuple[int, ...]) -> torch.Tensor:
         plan = torch.zeros(5, dtype=torch.bool)
         plan[list(on)] = True
@@ -46,16 +46,18 @@ def test_best_static_plan_is_the_best_of_all(model, batches, k: int) -> None:
     assert torch.equal(best_static_plan(model, batches, k), expected)
 
 
-def test_one_at_a_time_beyond_the_limit(model, batches, monkeypatch) -> None:
+def test_best_static_plan_adds_units_one_at_a_time_beyond_the_limit(
+    model, batches, monkeypatch
+) -> None:
     monkeypatch.setattr("fmray.adallava.static_plans.EXHAUSTIVE_LIMIT", 1)
-    one = best_static_plan(model, batches, 1)
-    two = best_static_plan(model, batches, 2)
-    assert int(two.sum()) == 2 and bool((two & one).sum())
+    single = best_static_plan(model, batches, 1)
+    pair = best_static_plan(model, batches, 2)
+    assert int(pair.sum()) == 2 and bool((pair & single).sum())
     assert best_static_plan(model, batches, 0).sum() == 0
     assert best_static_plan(model, batches, 5).sum() == 5
 
 
-def test_importance_is_the_loss_of_leaving_one_out(model, batches) -> None:
+def test_importance_is_the_loss_added_by_leaving_one_unit_out(model, batches) -> None:
     scores = importance_scores(model, batches)
     tokens = sum(int((data["labels"][:, 1:] != -100).sum()) for data in batches)
     full = total_loss(model, batches, torch.ones(5).bool())
@@ -66,8 +68,8 @@ def test_importance_is_the_loss_of_leaving_one_out(model, batches) -> None:
         assert float(scores[unit]) == pytest.approx(expected, abs=1e-5)
 
 
-def test_wrong_arguments(model, batches) -> None:
+def test_wrong_arguments_are_errors(model, batches) -> None:
     with pytest.raises(ValueError, match=r"0\.\.5"):
         best_static_plan(model, batches, 6)
-    with pytest.raises(ValueError, match="no calibration batch"):
+    with pytest.raises(ValueError, match="at least one batch"):
         importance_scores(model, [])

@@ -1,4 +1,4 @@
-"""The cost model against published numbers, torch's operation counter and brute force."""
+"""The cost model against published numbers, formulas written out and brute force."""
 
 import itertools
 import math
@@ -56,7 +56,7 @@ def test_fastv_buys_18_layers_at_60_percent():
     assert model.share(FASTV, 2) <= 0.6
 
 
-def test_utilisation():
+def test_budgets_are_used_as_published():
     model = published("llava-1.5-7b")
     used = [model.share(644, model.max_units(b, 644)) / b for b in (0.95, 0.85, 0.75, 0.65)]
     assert [round(100 * share, 1) for share in used] == [98.7, 99.3, 100.0, 96.2]
@@ -72,7 +72,7 @@ def test_utilisation():
     ],
 )
 @pytest.mark.parametrize("convention", ["exact", "llm-viewer"])
-def test_budgets_on_the_grid(name, design, denominator, convention):
+def test_budgets_on_a_grid_buy_their_units(name, design, denominator, convention):
     model = published(name, convention, design)
     tokens = random.Random(0).sample(range(1, 3000), 3)
     for hundredths in range(50, 101):
@@ -83,7 +83,7 @@ def test_budgets_on_the_grid(name, design, denominator, convention):
         assert model.max_units(step / denominator, 644) == step - denominator // 2
 
 
-def test_vision_lines():
+def test_vision_operations():
     source = preset("llava-1.5-7b")
     model = published("llava-1.5-7b", "exact")
     cost = model.vision(source.vision_config)
@@ -103,7 +103,7 @@ def test_vision_lines():
         model.vision(source.vision_config, feature_layer=-26)
 
 
-def test_llm_viewer_formula():
+def test_llm_viewer_formula_written_out():
     config = LlamaConfig(
         hidden_size=64, num_hidden_layers=6, num_attention_heads=4, intermediate_size=96,
         vocab_size=50,
@@ -151,7 +151,7 @@ def random_tokens(draw, layers):
 
 @settings(max_examples=300, deadline=None)
 @given(data=st.data(), design=st.sampled_from(["layers", "heads"]))
-def test_a_budget_is_used_up_and_never_exceeded(data, design):
+def test_a_budget_is_used_and_never_exceeded(data, design):
     model = random_model(data.draw, design)
     tokens = random_tokens(data.draw, model.layout.num_layers)
     smallest = model.min_budget(tokens)
@@ -176,8 +176,12 @@ def test_a_budget_is_used_up_and_never_exceeded(data, design):
     assert float(model.layers_cost(tokens, units)) == float(exact_layers(model, tokens, units))
 
 
+def layer_of(layout, unit):
+    return layout.first + unit // layout.units_per_layer
+
+
 def exact_layers(model, tokens, units_on):
-    """Brute force for a number of switches, written apart from the cost model."""
+    """Cost of the layers by brute force, independent of the cost model."""
     layout = model.layout
     lengths = tokens if isinstance(tokens, list) else [tokens] * layout.num_layers
     viewer = model.convention == "llm-viewer"
@@ -191,7 +195,7 @@ def exact_layers(model, tokens, units_on):
     for unit in range(layout.num_units):
         heads = layout.unit_slices(unit % layout.units_per_layer)[0]
         share = Fraction(heads.stop - heads.start, layout.num_heads)
-        charges.append(costs[layout.layer_of(unit)] * share)
+        charges.append(costs[layer_of(layout, unit)] * share)
     worst = sorted(charges, reverse=True)[:units_on]
     return sum(costs[: layout.first]) + sum(worst, Fraction())
 
@@ -222,7 +226,7 @@ def test_plans_of_heads_are_counted_at_their_true_sizes(data):
         on = [
             layout.unit_slices(unit % layout.units_per_layer)
             for unit in range(layout.num_units)
-            if plan[unit] and layout.layer_of(unit) == index
+            if plan[unit] and layer_of(layout, unit) == index
         ]
         heads, kv_heads, channels = (
             sum(part[kind].stop - part[kind].start for part in on) for kind in range(3)
@@ -236,7 +240,7 @@ def test_plans_of_heads_are_counted_at_their_true_sizes(data):
     assert model.layers_cost(n, np.array(plan)) == model.layers_cost(n, torch.tensor(plan))
     everything = [True] * layout.num_units
     assert model.layers_cost(n, everything) == model.layers_cost(n, layout.num_units)
-    # Against the charge: one channel a switch, and element-wise work of layers that run in part.
+    # against the charge: one channel per unit, and element-wise work of layers that run in part
     rounding = 2 * n * layout.hidden_size * (model.mlp_matrices + 9) * layout.num_units
     assert expected <= model.layers_cost(n, sum(plan)) + rounding
 
@@ -250,8 +254,8 @@ def test_plans_of_heads_are_counted_at_their_true_sizes(data):
         ("llava-1.5-13b", "llm-viewer", 7e-5),
     ],
 )
-def test_what_the_charge_of_heads_leaves_out(name, convention, bound):
-    """The plan of k switches with the largest MLP groups, spread over all layers."""
+def test_charge_of_heads_is_low_by_at_most_the_documented_bound(name, convention, bound):
+    """The plan of k units with the largest MLP groups, spread over all layers."""
     model = published(name, convention, "heads")
     layout, full = model.layout, model.layers_cost(644, model.layout.num_units)
     widths = [layout.unit_slices(unit)[2] for unit in range(layout.units_per_layer)]
@@ -266,7 +270,7 @@ def test_what_the_charge_of_heads_leaves_out(name, convention, bound):
         assert model.layers_cost(644, plan) - model.layers_cost(644, count) <= bound * full
 
 
-def test_layers_run():
+def test_layers_run_counts_units_as_parts_of_layers():
     model = published("llava-1.5-13b", design="heads")
     assert model.layers_run(644, 0) == 20
     assert model.layers_run(644, 16) == Fraction("23.2")
@@ -285,7 +289,7 @@ def test_mean_lengths_are_exact():
     assert model.prefill(torch.full((32,), 644), np.int64(3)) == model.prefill(644, 3)
 
 
-def test_survives_pickling():
+def test_cost_model_survives_pickling():
     model = published("llava-1.5-7b")
     assert pickle.loads(pickle.dumps(model)).max_units("0.6", 644) == 3
 
@@ -296,12 +300,12 @@ def test_survives_pickling():
      1.01, "1.0000000000000000001", "1e999999999", 2, 0.49, "0.49", 0, "0", -0.6, "1e-999999999",
      "0e999999999", 1 + 0j, Fraction(499, 1000), np.float32(0.4), "0." + "6" * 99],
 )  # fmt: skip
-def test_bad_budgets_name_the_smallest(budget):
+def test_wrong_budgets_name_the_smallest(budget):
     with pytest.raises(ValueError, match=r"the smallest budget here is 0\.5, the largest 1"):
         published("llava-1.5-7b").max_units(budget, 644)
 
 
-def test_the_smallest_budget_is_accepted_when_it_is_no_decimal():
+def test_the_smallest_budget_is_accepted_although_it_is_no_decimal():
     config = LlamaConfig(
         hidden_size=8, num_hidden_layers=3, num_attention_heads=2, intermediate_size=8
     )
@@ -319,7 +323,10 @@ def test_the_smallest_budget_is_accepted_when_it_is_no_decimal():
         (lambda m: m.prefill(-3, 1), "positive length"),
         (lambda m: m.prefill(math.nan, 1), "tokens is 'nan'"),
         (lambda m: m.prefill(True, 1), "tokens is True"),
-        (lambda m: m.prefill([644] * 31, 1), r"31 entries; one length or one per layer \(32\)"),
+        (
+            lambda m: m.prefill([644] * 31, 1),
+            r"31 entries; it must be one length, or one per layer \(32\)",
+        ),
         (lambda m: m.max_units(0.6, None), "tokens is None"),
         (lambda m: m.prefill(644, 17), r"0\.\.16"),
         (lambda m: m.prefill(644, -1), "units_on is -1"),
@@ -329,17 +336,17 @@ def test_the_smallest_budget_is_accepted_when_it_is_no_decimal():
         (lambda m: m.prefill(644, [2] * 16), "truth values"),
     ],
 )
-def test_mistakes_are_named(call, message):
+def test_wrong_arguments_are_errors(call, message):
     with pytest.raises(ValueError, match=message):
         call(published("llava-1.5-7b"))
 
 
-def test_models_without_a_cost():
+def test_unsupported_decoders_are_errors():
     config = LlamaConfig(num_hidden_layers=4)
     layout = SwitchLayout.layers(config)
     with pytest.raises(ValueError, match="'llm-viewer'"):
         CostModel(config, layout, "flops")
-    with pytest.raises(ValueError, match="num_layers 4 but the config says 5"):
+    with pytest.raises(ValueError, match="num_layers 4 but the config has 5"):
         CostModel(LlamaConfig(num_hidden_layers=5), layout)
     mixture = MixtralConfig(num_hidden_layers=4)
     with pytest.raises(ValueError, match="mixture of experts"):

@@ -1,4 +1,4 @@
-"""The cost model's convention "exact" against the operations torch counts in stock models."""
+"""The "exact" convention against the operations that torch counts in stock models."""
 
 import pytest
 import torch
@@ -48,7 +48,7 @@ DECODERS = [
 
 
 @pytest.mark.parametrize("kind", ["clip", "siglip"])
-def test_vision_is_what_the_tower_does(kind):
+def test_vision_cost_is_what_torch_counts_in_the_tower(kind):
     size = {
         "hidden_size": 32,
         "intermediate_size": 48,
@@ -71,7 +71,7 @@ def test_vision_is_what_the_tower_does(kind):
 
 
 def counted(model, prefix, *args, **kwargs):
-    """Operations torch counts in the decoder layers and in the lm_head."""
+    """Operations that torch counts in the decoder layers and in the lm_head."""
     with torch.no_grad(), FlopCounterMode(depth=4, display=False) as counter:
         output = model(*args, **kwargs)
     counts = {
@@ -85,7 +85,7 @@ def counted(model, prefix, *args, **kwargs):
 
 
 @pytest.mark.parametrize("config", DECODERS, ids=lambda config: config.model_type)
-def test_exact_is_what_the_stock_model_does(config):
+def test_exact_cost_is_what_torch_counts_in_the_stock_model(config):
     model = AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
     cost = CostModel(config, SwitchLayout.layers(config))
     full = cost.layout.num_units
@@ -98,7 +98,7 @@ def test_exact_is_what_the_stock_model_does(config):
     cache = {name: getattr(output, name)}
     layers, head, _ = counted(model, "model.layers", ids[:, :1], **cache)
     assert layers + head == cost.decode(24, full)
-    # Fewer layers in the model and fewer switches on are the same amount of work.
+    # one layer less in the model is as much work as one unit less on
     del model.model.layers[3]
     layers, head, _ = counted(model, "model.layers", ids, logits_to_keep=1, use_cache=False)
     assert layers + head == cost.prefill(23, full - 1)

@@ -1,4 +1,4 @@
-"""Families whose pictures take several tiles: full plans are the stock model, small ones skip."""
+"""Families that cut images into tiles: full plans equal the stock model, small ones skip."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from support.tiny_models import IMAGE, VOCABULARY, adaptive
 
 
 @pytest.mark.parametrize("make", [llava_next, llava_onevision])
-def test_tiled_pictures(make) -> None:
+def test_models_with_tiled_images(make) -> None:
     torch.manual_seed(0)
     base = make().eval()
     data = {

@@ -1,4 +1,4 @@
-"""The switch layout: which heads and channels each switch owns, for all decoder configs."""
+"""The layout: heads and channels of each unit, for all decoder configs."""
 
 import json
 
@@ -27,7 +27,7 @@ def llama(**changes):
     return LlamaConfig(**{**values, **changes})
 
 
-def test_published_sizes():
+def test_numbers_of_units_are_the_published_ones():
     seven = LlamaConfig(
         hidden_size=4096, num_hidden_layers=32, num_attention_heads=32, intermediate_size=11008
     )
@@ -44,18 +44,16 @@ def test_published_sizes():
     assert sorted(part.stop - part.start for part in sizes) == [2764, 2765, 2765, 2765, 2765]
 
 
-def test_defaults_and_layer_numbers():
+def test_default_layout_and_slices():
     layout = SwitchLayout.layers(llama())
     assert (layout.first, layout.num_units, layout.units_per_layer) == (3, 4, 1)
-    assert [layout.layer_of(unit) for unit in range(4)] == [3, 4, 5, 6]
     assert layout.unit_slices(0) == (slice(0, 8), slice(0, 8), slice(0, 172))
     heads = SwitchLayout.heads(llama(), first=5, unit=3)
     assert (heads.units_per_layer, heads.num_units) == (3, 6)
-    assert [heads.layer_of(unit) for unit in range(6)] == [5, 5, 5, 6, 6, 6]
     assert [heads.unit_slices(u)[0] for u in range(3)] == [slice(0, 3), slice(3, 6), slice(6, 8)]
 
 
-def test_key_value_groups_stay_whole():
+def test_key_value_groups_stay_complete():
     config = llama(num_attention_heads=12, num_key_value_heads=3, hidden_size=96)
     layout = SwitchLayout.heads(config, unit=8)  # two groups of four query heads
     assert layout.unit == 8
@@ -100,7 +98,7 @@ def test_key_value_groups_stay_whole():
     ],
     ids=lambda config: type(config).__name__,
 )
-def test_families(config):
+def test_layout_reads_every_family(config):
     text = getattr(config, "text_config", config)
     layout = SwitchLayout.heads(config, unit=2)
     assert layout == SwitchLayout.heads(text, unit=2)
@@ -121,7 +119,7 @@ def test_families(config):
     layers=st.integers(2, 9),
     data=st.data(),
 )
-def test_switches_cover_each_layer_once(group, kv_heads, extra, unit, layers, data):
+def test_units_cover_each_layer_once(group, kv_heads, extra, unit, layers, data):
     heads = group * kv_heads
     config = LlamaConfig(
         hidden_size=heads * 4,
@@ -161,7 +159,6 @@ def test_switches_cover_each_layer_once(group, kv_heads, extra, unit, layers, da
         (lambda: SwitchLayout.heads(llama(), unit="8"), "unit is '8'"),
         (lambda: SwitchLayout.layers({"hidden_size": 3}), "dict.num_attention_heads is None"),
         (lambda: SwitchLayout.layers(llama(intermediate_size=7)), "intermediate_size 7"),
-        (lambda: SwitchLayout.layers(llama()).layer_of(4), "0..3"),
         (lambda: SwitchLayout.layers(llama()).unit_slices(1), "0..0"),
         (lambda: SwitchLayout.from_dict({"design": "layers", "colour": 1}), "unknown keys"),
         (lambda: SwitchLayout("rows", 2, 1, 1, 1, 1, 1, 1, 1), "'rows'"),
@@ -169,6 +166,6 @@ def test_switches_cover_each_layer_once(group, kv_heads, extra, unit, layers, da
         (lambda: SwitchLayout("heads", 2, 1, 4, 2, 1, 1, 4, 1), "unit 1 is not a multiple"),
     ],
 )
-def test_mistakes_are_named(make, message):
+def test_wrong_layouts_are_errors(make, message):
     with pytest.raises(ValueError, match=message):
         make()

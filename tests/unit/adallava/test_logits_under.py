@@ -1,4 +1,4 @@
-"""One batch under many plans at once: equal to a forward each, with fewer layers run."""
+"""One batch under many plans: equal to one forward per plan, with fewer layers run."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def plans_of_size(units: int, units_on: int) -> torch.Tensor:
 @pytest.mark.parametrize("design", ["layers", "heads"])
 @pytest.mark.parametrize("family", ["llama", "phi", "qwen2_vl"])
 @pytest.mark.parametrize("side", ["right", "left"])
-def test_equal_to_a_forward_each(family: str, design: str, token: str, side: str) -> None:
+def test_logits_equal_one_forward_per_plan(family: str, design: str, token: str, side: str) -> None:
     qwen = family == "qwen2_vl"
     model = adaptive(tiny_qwen2_vl() if qwen else tiny_llava(family), design, latency_token=token)
     data = (qwen_batch if qwen else batch)([7, 12, 9], side)
@@ -37,7 +37,7 @@ def test_equal_to_a_forward_each(family: str, design: str, token: str, side: str
         assert seen == set(range(len(plans)))
 
 
-def test_what_plans_begin_with_alike_is_computed_once() -> None:
+def test_layers_that_plans_share_from_the_start_run_once() -> None:
     model = adaptive(tiny_llava(layers=6), first=2, latency_token="probe")
     calls = [0] * 6
     for index, layer in enumerate(model.backbone.layers):
@@ -46,12 +46,12 @@ def test_what_plans_begin_with_alike_is_computed_once() -> None:
         )
     plans = plans_of_size(4, 2)
     assert len(list(model.logits_under(plans, **batch([8, 6])))) == 6
-    # a switch that is on runs once for each of the distinct beginnings that end with it
+    # a unit that is on runs once for each distinct beginning of a plan that ends with it
     expected = [len({tuple(p[: end + 1]) for p in plans.tolist() if p[end]}) for end in range(4)]
     assert calls == [1, 1, *expected]
 
 
-def test_plans_of_different_sizes_are_refused() -> None:
+def test_plans_of_different_sizes_are_an_error() -> None:
     model = adaptive(tiny_llava(layers=6), first=2)
     with pytest.raises(
         ValueError, match=r"plans must be \[P, 4\] with the same number .* \[1, 4\]"

@@ -17,7 +17,7 @@ from support.tiny_models import (
 )
 from torch.utils.flop_counter import FlopCounterMode
 
-from fmray.adallava import AdaptiveVLM, CostModel, SwitchLayout
+from fmray.adallava import AdaptiveModel, AdaptiveVLM, CostModel, SwitchLayout
 from fmray.adallava.passes import Draw, prefill
 
 FAMILIES = ["llama", "qwen2", "phi", "qwen2_vl"]
@@ -45,11 +45,11 @@ def test_full_probe_plan_is_the_stock_model(family: str, design: str, execution:
     data = inputs(family, [9, 9, 9])
     with torch.no_grad():
         expected = base(**data).logits
-        found = model(**data, budget=1.0, execution=execution).logits
+        logits = model(**data, budget=1.0, execution=execution).logits
     if execution == "skipped":
-        assert torch.equal(found, expected)
-    else:  # one token more in the lower half's matrix products
-        torch.testing.assert_close(found, expected, atol=2e-5, rtol=1e-4)
+        assert torch.equal(logits, expected)
+    else:  # one more token in the matrix products of the lower layers
+        torch.testing.assert_close(logits, expected, atol=2e-5, rtol=1e-4)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -67,15 +67,13 @@ def test_full_probe_plan_is_the_stock_model_padded(family: str, side: str) -> No
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_inline_full_plan_is_the_stock_model_on_the_same_embeddings(family: str) -> None:
-    """The stock decoder, given the embeddings with the latency token put in by hand, gives the same
-    bits.
-    """
+    """The stock decoder gives the same bits for embeddings with the latency token inserted."""
     base = make(family)
     model = adaptive(base, latency_token="inline")
     data = inputs(family, [9])
     extras = {k: v for k, v in data.items() if k in ("image_grid_thw", "mm_token_type_ids")}
     with torch.no_grad():
-        found = model(**data, budget="1").logits
+        logits = model(**data, budget="1").logits
         embeddings = model.backbone.embed(data["input_ids"], data["pixel_values"], extras)
         token = model.latency_encoder(torch.ones(1))
         positions = model.backbone.positions(
@@ -87,8 +85,8 @@ def test_inline_full_plan_is_the_stock_model_on_the_same_embeddings(family: str)
             inputs_embeds=torch.cat((embeddings, token[:, None]), dim=1), position_ids=positions
         ).last_hidden_state
         expected = base.lm_head(hidden)
-    assert torch.equal(found[:, -1], expected[:, -1])
-    assert torch.equal(found[:, :-1], expected[:, :-2])
+    assert torch.equal(logits[:, -1], expected[:, -1])
+    assert torch.equal(logits[:, :-1], expected[:, :-2])
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -108,10 +106,10 @@ def test_masked_equals_skipped(family: str, design: str, token: str, side: str) 
         skipped.logits[attended], masked.logits[attended], atol=1e-4, rtol=1e-4
     )
     torch.testing.assert_close(skipped.plan_logits, masked.plan_logits, atol=1e-4, rtol=1e-4)
-    assert torch.equal(skipped.logits, twice.logits)  # the second time from packed weights
+    assert torch.equal(skipped.logits, twice.logits)  # the second time with cached cut weights
 
 
-def test_heads_that_do_not_divide() -> None:
+def test_heads_that_units_do_not_divide() -> None:
     """5 heads in units of 2: the last unit has one; 90 channels over 5 heads."""
     base = tiny_llava("phi", heads=5)
     model = adaptive(base, "heads", unit=2)
@@ -124,8 +122,8 @@ def test_heads_that_do_not_divide() -> None:
     torch.testing.assert_close(skipped, masked, atol=1e-4, rtol=1e-4)
 
 
-def test_packed_weights_follow_the_model() -> None:
-    """A weight changed after packing is not answered from the old cut."""
+def test_cut_weights_follow_changes_of_the_model() -> None:
+    """A weight that changed after cutting is cut again."""
     model = adaptive(tiny_llava(), "heads")
     data, plan = batch([9, 9]), random_plans(2, model.layout.num_units, seed=3)
     plan[1, ::2] = True
@@ -140,7 +138,7 @@ def test_packed_weights_follow_the_model() -> None:
     torch.testing.assert_close(after, masked, atol=1e-4, rtol=1e-4)
 
 
-def test_off_layers_are_not_called() -> None:
+def test_layers_that_are_off_are_not_called() -> None:
     model = adaptive(tiny_llava(layers=8), first=2)
     calls: list[tuple[int, int]] = []
     for index, layer in enumerate(model.backbone.layers):
@@ -157,7 +155,7 @@ def test_off_layers_are_not_called() -> None:
 
 
 @pytest.mark.parametrize("design", DESIGNS)
-def test_off_layers_hold_no_keys(design: str) -> None:
+def test_layers_that_are_off_store_no_keys(design: str) -> None:
     model = adaptive(tiny_llava(layers=4), design)
     data = batch([9, 9])
     plan = torch.zeros(2, model.layout.num_units, dtype=torch.bool)
@@ -175,7 +173,7 @@ def test_off_layers_hold_no_keys(design: str) -> None:
 @pytest.mark.parametrize("token", TOKENS)
 @pytest.mark.parametrize("family", ["llama", "phi", "qwen2_vl"])
 def test_cached_decoding_equals_recomputing(design: str, token: str, family: str) -> None:
-    """32 greedy tokens, against a fresh pass over prompt and answer for each of them."""
+    """32 greedy tokens against one pass over prompt and answer."""
     model = adaptive(make(family), design, latency_token=token)
     data = inputs(family, [9])
     plan = random_plans(5, model.layout.num_units, seed=5)[2:3]
@@ -195,7 +193,9 @@ def test_cached_decoding_equals_recomputing(design: str, token: str, family: str
 @pytest.mark.parametrize("token", TOKENS)
 @pytest.mark.parametrize("side", SIDES)
 @pytest.mark.parametrize("family", ["llama", "phi", "qwen2_vl"])
-def test_mixed_budgets_equal_one_by_one(design: str, token: str, side: str, family: str) -> None:
+def test_mixed_budgets_equal_one_row_at_a_time(
+    design: str, token: str, side: str, family: str
+) -> None:
     model = adaptive(make(family), design, latency_token=token)
     data = inputs(family, [7, 12, 9, 8], side)
     budgets = [0.5, "1", 0.75, 0.9]
@@ -222,7 +222,7 @@ def test_generate_at_full_budget_is_the_stock_generate(family: str, side: str) -
 
 
 @pytest.mark.parametrize("token", TOKENS)
-def test_lower_half_does_not_depend_on_the_budget(token: str) -> None:
+def test_lower_layers_do_not_depend_on_the_budget(token: str) -> None:
     model = adaptive(tiny_llava(), latency_token=token)
     data = batch([9])
     seen = []
@@ -254,7 +254,7 @@ def test_plan_does_not_see_the_answer(token: str) -> None:
 
 @pytest.mark.parametrize("design", DESIGNS)
 @pytest.mark.parametrize("token", TOKENS)
-def test_training_reaches_every_part(design: str, token: str) -> None:
+def test_every_parameter_gets_a_gradient(design: str, token: str) -> None:
     model = adaptive(tiny_llava(), design, latency_token=token).train()
     model.gradient_checkpointing_enable()
     data = batch([9, 7], answers=[3, 5])
@@ -301,7 +301,7 @@ def test_every_scheduler_keeps_the_budget(design: str, scheduler: str) -> None:
 
 
 @pytest.mark.parametrize("scheduler", ["static", "random", "deterministic"])
-def test_baselines_train(scheduler: str) -> None:
+def test_baseline_schedulers_train(scheduler: str) -> None:
     model = adaptive(tiny_llava(), scheduler=scheduler).train()
     data = batch([9, 7], answers=[3, 5])
     output = model(
@@ -333,6 +333,10 @@ def test_cost_model_counts_what_runs(design: str, text: str) -> None:
         assert cost.prefill(12, plan.tolist()) == flops - extra.get_total_flops()
 
 
+def test_text_only_name_is_an_alias() -> None:
+    assert AdaptiveModel is AdaptiveVLM
+
+
 def test_saved_model_reloads_bit_identically(tmp_path) -> None:
     from transformers import LlavaForConditionalGeneration
 
@@ -348,15 +352,15 @@ def test_saved_model_reloads_bit_identically(tmp_path) -> None:
         assert torch.equal(stock(**data).logits, base(**data).logits)
     for name, value in model.state_dict().items():
         assert torch.equal(again.state_dict()[name], value)
-    # the adaptive parts alone, over a base that lies elsewhere
+    # the adaptive parts alone, with a base in another directory
     stock.config._name_or_path = str(tmp_path / "saved")
     light = AdaptiveVLM.from_base(stock, model.layout)
     light.load_state_dict(model.state_dict())
     light.save_pretrained(tmp_path / "light", include_base=False)
     assert not list((tmp_path / "light").glob("model*.safetensors"))
     with torch.no_grad():
-        found = AdaptiveVLM.from_pretrained(tmp_path / "light")(**data, budget=0.7).logits
-        assert torch.equal(found, model(**data, budget=0.7).logits)
+        logits = AdaptiveVLM.from_pretrained(tmp_path / "light")(**data, budget=0.7).logits
+        assert torch.equal(logits, model(**data, budget=0.7).logits)
 
 
 def damage_missing_description(path):
@@ -402,7 +406,7 @@ def damage_layout(path):
         (damage_layout, "asks for"),
     ],
 )
-def test_damaged_directories(tmp_path, damage, message: str) -> None:
+def test_damaged_directories_are_errors(tmp_path, damage, message: str) -> None:
     adaptive(tiny_llava()).save_pretrained(tmp_path / "m")
     damage(tmp_path / "m")
     with pytest.raises(ValueError, match=message):
@@ -421,16 +425,14 @@ def test_damaged_directories(tmp_path, damage, message: str) -> None:
         (torch.tensor([0.6], dtype=torch.bfloat16), "bfloat16"),
     ],
 )
-def test_wrong_budgets(budget, message: str) -> None:
+def test_wrong_budgets_are_errors(budget, message: str) -> None:
     model = adaptive(tiny_llava())
     with pytest.raises(ValueError, match=message):
         model(**batch([9, 9]), budget=budget)
 
 
 def test_float32_budgets_are_read_as_written() -> None:
-    """float32 0.6 is a little more than 0.6, bfloat16 0.85 more than 0.85: neither may buy a
-    switch.
-    """
+    """float32 0.6 is a little more than 0.6, which must not add a unit."""
     base = tiny_llava(layers=20)
     model = adaptive(base)
     tokens = torch.tensor([9])
@@ -438,12 +440,12 @@ def test_float32_budgets_are_read_as_written() -> None:
     assert model.units_for(0.85, tokens).tolist() == [7]
 
 
-def test_wrong_plans() -> None:
+def test_wrong_plans_are_errors() -> None:
     model = adaptive(tiny_llava())
     data = batch([9, 9])
     with pytest.raises(ValueError, match=r"plan must be \[2, 3\]"):
         model(**data, plan=torch.ones(2, 4).bool())
-    with pytest.raises(ValueError, match="row 0 has 3 switches on; its budget allows 0"):
+    with pytest.raises(ValueError, match="row 0 has 3 units on; its budget allows 0"):
         model(**data, plan=torch.ones(2, 3).bool(), budget=0.5)
     with pytest.raises(ValueError, match="no prompt"):
         model(input_ids=data["input_ids"][:, 5:], labels=data["input_ids"][:, 5:], budget=0.5)
@@ -451,7 +453,7 @@ def test_wrong_plans() -> None:
         model(**data, budget=0.5, execution="fast")
 
 
-def test_unknown_family() -> None:
+def test_unknown_family_is_an_error() -> None:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     config = LlamaConfig(

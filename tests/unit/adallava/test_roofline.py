@@ -1,4 +1,4 @@
-"""Roofline times against the dissertation's V100 figures and by hand."""
+"""Roofline times against the dissertation's V100 times and a formula written out."""
 
 from fractions import Fraction
 
@@ -24,7 +24,7 @@ MEAN = preset("llava-1.5-7b").tokens
     ],
     ids=["7b", "13b", "fastv", "prumerge", "prumerge+"],
 )
-def test_published_times(name, tokens, published):
+def test_times_are_the_published_ones(name, tokens, published):
     text = preset(name).text_config
     model = CostModel(text, SwitchLayout.layers(text))
     for budget, milliseconds in zip(("1", "0.85", "0.6"), published, strict=True):
@@ -33,14 +33,14 @@ def test_published_times(name, tokens, published):
         assert abs(measured - milliseconds) <= 0.6
 
 
-def test_by_hand():
+def test_formula_written_out():
     config = LlamaConfig(
         hidden_size=8, num_hidden_layers=2, num_attention_heads=2, intermediate_size=16,
         num_key_value_heads=1, vocab_size=10,
     )  # fmt: skip
     model = CostModel(config, SwitchLayout.layers(config))
     n, d, f = 5, 8, 16
-    # A device without a memory limit counts operations, one without a peak counts bytes.
+    # infinite bandwidth leaves operations, an infinite peak leaves bytes
     operations = 2 * n * (2 * d * d + 2 * d * 4 + 3 * d * f) + 4 * n * n * d
     operations += 5 * 2 * n * n + 18 * d * n
     compute = prefill_seconds(model, n, 1, Device("compute", 1.0, float("inf")))
@@ -54,7 +54,7 @@ def test_by_hand():
     assert max(compute, memory) <= both <= compute + memory
 
 
-def test_heads_take_their_share():
+def test_heads_take_their_share_of_a_layer():
     text = preset("llava-1.5-7b").text_config
     heads = CostModel(text, SwitchLayout.heads(text))
     layers = CostModel(text, SwitchLayout.layers(text))
@@ -65,7 +65,7 @@ def test_heads_take_their_share():
         )
 
 
-def test_unknown_device():
+def test_unknown_device_is_an_error():
     assert device("L4").bandwidth == 300e9
     with pytest.raises(ValueError, match="'TPU' is unknown; there are V100, A100-80GB"):
         device("TPU")

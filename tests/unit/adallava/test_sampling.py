@@ -1,4 +1,4 @@
-"""Sampling against the Plackett-Luce law, brute force and a loop written out."""
+"""Sampling of plans against the Plackett-Luce law, brute force and a loop written out."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from fmray.adallava.sampling import gumbel_noise, threshold_plan
 
 
 def plackett_luce(logits: torch.Tensor, chosen: tuple[int, ...]) -> float:
-    """Probability of a set: over all orders it can be picked in."""
+    """Probability of a set: the sum over all orders of picking it."""
     weights = logits.double().exp()
     total = 0.0
     for order in permutations(chosen):
@@ -50,10 +50,8 @@ def test_frequencies_follow_plackett_luce(k: int) -> None:
     assert chi_square < chi2.ppf(0.9999, len(sets) - 1)
 
 
-def test_gradient_is_that_of_the_picks_written_out() -> None:
-    """Pick after pick, softmax over what is left of logits + noise: the same plan and the same
-    gradient.
-    """
+def test_gradient_is_that_of_a_loop_over_picks() -> None:
+    """A loop over picks, each a softmax over the remaining logits + noise, gives the same plan."""
     torch.manual_seed(0)
     logits = torch.randn(6, 7, requires_grad=True)
     units_on = torch.tensor([0, 1, 3, 5, 6, 7])
@@ -96,8 +94,8 @@ def test_extreme_logits_keep_finite_gradients() -> None:
     assert torch.isfinite(logits.grad).all()
 
 
-def test_best_plan_is_the_mode_by_brute_force() -> None:
-    """The likeliest ordered draw, over every ordered draw there is."""
+def test_best_plan_is_the_most_probable_by_brute_force() -> None:
+    """The most probable of all ordered draws."""
     generator = torch.Generator().manual_seed(0)
     for units, k in product((3, 5), (1, 2, 3)):
         for _ in range(5):
@@ -125,7 +123,7 @@ def test_best_plan_is_the_mode_by_brute_force() -> None:
         max_size=8,
     )
 )
-def test_any_draw_has_exactly_k_on(rows: list[tuple[list[float], int]]) -> None:
+def test_every_draw_has_exactly_k_units_on(rows: list[tuple[list[float], int]]) -> None:
     logits = torch.tensor([values for values, _ in rows])
     units_on = torch.tensor([k for _, k in rows])
     for plan in (
@@ -169,13 +167,15 @@ def test_threshold_plan_is_hard_with_a_gradient() -> None:
         (torch.zeros(1, 3), torch.tensor([1.0]), "integers"),
     ],
 )
-def test_wrong_arguments(logits: torch.Tensor, units_on: torch.Tensor, message: str) -> None:
+def test_wrong_shapes_and_sizes_are_errors(
+    logits: torch.Tensor, units_on: torch.Tensor, message: str
+) -> None:
     for function in (sample_plan, best_plan):
         with pytest.raises(ValueError, match=message):
             function(logits, units_on)
 
 
-def test_wrong_tau_and_noise() -> None:
+def test_wrong_tau_and_noise_are_errors() -> None:
     with pytest.raises(ValueError, match="tau"):
         sample_plan(torch.zeros(1, 3), torch.tensor([1]), tau=0.0)
     with pytest.raises(ValueError, match="noise"):

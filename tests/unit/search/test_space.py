@@ -34,7 +34,7 @@ from fmray.train.fewshot.select import choose_for_run
 
 FEWSHOT = FewshotRecipe.model_validate({"name": "few", "target": {"collection": "mnist"}})
 ADAPTIVE = AdaLlavaRecipe.model_validate({"name": "adaptive", "adaptive": {}})
-# the worked example of method/fewshot.md section 3: {A, B} for 0 <= p < 12, {A} above
+# worked example of the coverage rule (dissertation): {A, B} for 0 <= p < 12, {A} above
 TASKS = Tasks(["A", "B"], ["A", "B", "C", "D"], [0.97, 0.89, 0.0, -1.0], [1, 13, 143 / 57, 2])
 
 
