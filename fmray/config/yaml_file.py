@@ -303,14 +303,16 @@ def explain(
     """
     mistakes = error.errors(include_url=False)
     mistake = _first(mistakes)
-    keys, reason = _key_and_reason(mistake, model, prefix, secret)
+    keys = _keys_of(mistake)
+    is_unknown = mistake["type"] == "extra_forbidden"
+    reason = unknown_key(keys, model, prefix) if is_unknown else reason_of(mistake, secret)
     where, entry = origin, tree
     for key in keys:
         entry = entry and entry.child(key)
         if entry is None:
             break
         where = entry.origin
-    if secret and mistake["type"] == "extra_forbidden":
+    if secret and is_unknown:
         keys = keys[:-1]
     dotted = ".".join([prefix, *keys] if prefix else keys)
     more = f" (and {len(mistakes) - 1} more)" if len(mistakes) > 1 else ""
@@ -341,38 +343,47 @@ def _first(mistakes: Sequence[ErrorDetails]) -> ErrorDetails:
     return next((m for m in unknown if m["loc"][:-1] == first["loc"][:-1]), first)
 
 
-def _key_and_reason(
-    mistake: ErrorDetails, model: type[BaseModel], prefix: str, secret: bool
-) -> tuple[list[str], str]:
-    """Return the key below `prefix`, and what is wrong with its value and what would be right."""
-    kind, context, message = mistake["type"], mistake.get("ctx", {}), mistake["msg"]
-    keys = [str(key) for key in mistake["loc"]]
-    if keys and keys[-1].endswith("]"):  # a branch of a union, or a dict's `[key]`
-        keys.pop()
+def reason_of(mistake: ErrorDetails, secret: bool = False) -> str:
+    """Return what is wrong with a value and what would be right, without its key.
+
+    Args:
+        mistake: one of `ValidationError.errors()`; with `secret` it needs no `input`.
+        secret: the value is not quoted.
+    """
+    kind, message = mistake["type"], mistake["msg"]
+    context = mistake.get("ctx", {})
     quoted = "" if secret else f", not {_short(mistake['input'])}"
     match kind:
         case "conflict":
-            return [*keys, *context["key"].split(".")], context["text"]
-        case "extra_forbidden":
-            return keys, unknown_key(keys, model, prefix)
+            return context["text"]
         case "missing" if isinstance(mistake["loc"][-1], int):
-            return keys, "is missing (the list is too short)"
+            return "is missing (the list is too short)"
         case "missing":
-            return keys, "is missing"
+            return "is missing"
         case "credentials":
-            return keys, message
+            return message
         case "value_error":
-            return keys, message.removeprefix("Value error, ")
+            return message.removeprefix("Value error, ")
         case "too_short":
-            return keys, f"should be a list of {context['min_length']} or more{quoted}"
+            return f"should be a list of {context['min_length']} or more{quoted}"
         case "tuple_type":
-            return keys, f"should be a list such as [1, 2]{quoted}"
+            return f"should be a list such as [1, 2]{quoted}"
         case "model_type":
-            return keys, f"should be a mapping of keys{quoted}"
+            return f"should be a mapping of keys{quoted}"
         case "string_pattern_mismatch":
-            return keys, f"should match {context['pattern']}{quoted}"
-    wanted = message.removeprefix("Input ")
-    return keys, f"{wanted[0].lower()}{wanted[1:]}{quoted}"
+            return f"should match {context['pattern']}{quoted}"
+    expected = message.removeprefix("Input ")
+    return f"{expected[0].lower()}{expected[1:]}{quoted}"
+
+
+def _keys_of(mistake: ErrorDetails) -> list[str]:
+    """Return the path to the mistake, relative to the model."""
+    keys = [str(key) for key in mistake["loc"]]
+    if keys and keys[-1].endswith("]"):  # a branch of a union, or a dict's `[key]`
+        keys.pop()
+    if mistake["type"] == "conflict":
+        keys += mistake["ctx"]["key"].split(".")
+    return keys
 
 
 def _short(value: Any) -> str:

@@ -23,6 +23,9 @@ from pydantic import (
     ValidationError,
     model_validator,
 )
+from pydantic_core import ErrorDetails
+
+from fmray.config.yaml_file import reason_of
 
 MAX_DEPTH = 32
 MAX_VALUES = 50_000
@@ -326,11 +329,12 @@ def parse_request(body: bytes) -> ChatRequest:
     try:
         return ChatRequest.model_validate_json(body)
     except ValidationError as error:
-        problems = error.errors(include_input=False, include_url=False, include_context=False)
-    raise _explain(problems)
+        problems = error.errors(include_input=False, include_url=False)
+    raise _api_error(problems)
 
 
-def _explain(problems: list[Any]) -> ApiError:
+def _api_error(problems: list[ErrorDetails]) -> ApiError:
+    """Return the answer to an invalid request; `fmray.config.yaml_file` words the reason."""
     # Every branch of a union reports an error; the branch that was meant has the deepest location.
     # An unknown field is the most helpful error of all.
     problem = max(problems, key=lambda item: (item["type"] == "extra_forbidden", len(item["loc"])))
@@ -345,7 +349,7 @@ def _explain(problems: list[Any]) -> ApiError:
         return ApiError(
             400, f"{name} is not supported by this server", code="unsupported_field", param=place
         )
-    text = problem["msg"].removeprefix("Value error, ")
+    text = reason_of(problem, secret=True)
     if not problem["loc"] or place == "":
         head, colon, rest = text.partition(": ")
         place, text = (head, rest) if colon and head.isidentifier() else (None, text)
