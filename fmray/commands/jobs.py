@@ -1,7 +1,8 @@
 """What each job script does: the table of kinds of recipe, and the one function behind `jobs/*.py`.
 
-A script parses `--config`, `--set` and `--run-id`, calls the function that the recipe's kind has
-for its action, and exits with an exit code. Functions are named here and imported when they are
+A script parses `--config`, `--set`, `--run-id` and `--verbose`, calls the function that the
+recipe's kind has for its action, and exits with an exit code. The terminal shows fmray's lines; the
+rest goes to `log.txt` in the run's folder. Functions are named here and imported when they are
 called: their imports take seconds, and no job needs them all.
 """
 
@@ -18,6 +19,9 @@ from fmray.config.arguments import job_arguments
 from fmray.config.fewshot import FewshotRecipe
 from fmray.config.search import PlansRecipe, SearchRecipe
 from fmray.errors import exit_code
+from fmray.runtime.console import open_log, say
+
+LOG = "log.txt"  # in the run's folder
 
 #: action -> `--help` of its script
 ACTIONS = {
@@ -92,12 +96,18 @@ def _run(action: str, old_name: str | None) -> None:
     if old_name is not None:
         print(f"jobs/{old_name} is now jobs/{script_of(action)}.py", file=sys.stderr)
     kinds = [kind.recipe for kind in KINDS.values() if getattr(kind, action) is not None]
-    loaded, run_id = job_arguments(None, ACTIONS[action], kinds)
-    function = KINDS[loaded.recipe.kind].function(action)
-    if action == "prepare":
-        function(loaded.recipe)
-    else:
-        function(loaded, run_id)
+    loaded, run_id, verbose = job_arguments(None, ACTIONS[action], kinds)
+    storage = loaded.recipe.cluster.storage
+    prepares = action == "prepare"  # the only action without a run
+    log = storage / f"prepare-{loaded.recipe.name}.log" if prepares else storage / run_id / LOG
+    with open_log(log, verbose):
+        # the imports, too, are not silent
+        function = KINDS[loaded.recipe.kind].function(action)
+        if prepares:
+            function(loaded.recipe)
+        else:
+            function(loaded, run_id)
+        say(f"full log: {log}")
 
 
 def script_of(action: str) -> str:

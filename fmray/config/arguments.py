@@ -1,4 +1,4 @@
-"""The command line of jobs (`--config`, `--set`, `--run-id`), and the location of `jobs/`."""
+"""The command line of jobs (`--config`, `--set`, `--run-id`, `--verbose`), and the location of `jobs/`."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ def add_overrides(parser: argparse.ArgumentParser, example: str = "train.lr=1e-5
 
 def job_arguments(
     argv: Sequence[str] | None, description: str, kinds: Sequence[type[R]] = (AdaLlavaRecipe,)
-) -> tuple[LoadedRecipe[R], str]:
-    """Parse the command line of a job into its recipe and run id.
+) -> tuple[LoadedRecipe[R], str, bool]:
+    """Parse the command line of a job into its recipe, its run id and `--verbose`.
 
     The default run id is the recipe's name, the time in UTC and four hex digits.
 
@@ -46,6 +46,9 @@ def job_arguments(
     parser.add_argument("--config", type=Path, required=True, help="recipe (YAML)")
     add_overrides(parser)
     parser.add_argument("--run-id", help="name of the run; that of an earlier run resumes it")
+    parser.add_argument(
+        "--verbose", action="store_true", help="show everything that the log file gets"
+    )
     arguments = parser.parse_args(argv)
     loaded = load(arguments.config, arguments.overrides, kinds)
     run_id = arguments.run_id

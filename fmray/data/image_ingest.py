@@ -22,7 +22,6 @@ from typing import Any, TypeVar
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-from tqdm import tqdm
 
 from fmray.config import ClusterConfig
 from fmray.config.fewshot import FewshotRecipe
@@ -45,6 +44,7 @@ from fmray.data.image_sources import Collection, Piece, find_collection, splits_
 from fmray.data.image_store import INDEX_SCHEMA, SPECIFICATION, SPLITS, ImageManifest
 from fmray.data.ray_tasks import run_tasks
 from fmray.data.records import BadRow, stop_at_bad_rows
+from fmray.runtime.console import say, track
 from fmray.runtime.files import atomic_path, write_atomic, write_json
 
 DUPLICATES_ROWS = 2_000_000  # rows whose digests one task compares, about
@@ -83,7 +83,7 @@ def prepare_images(recipe: FewshotRecipe) -> ImageManifest:
         find_collection(name, config, recipe.seed, PORTION)
         for name, config in sorted(images.collections.items())
     ]
-    print(splits_table({c.name: (c.split_source, c.splits) for c in collections}))
+    say(splits_table({c.name: (c.split_source, c.splits) for c in collections}))
     bad = [row for collection in collections for row in collection.bad]
     stop_at_bad_rows(store, bad, "images.on_bad_row", images.on_bad_row)
     splits = [[c.name, *item] for c in collections for item in c.splits.items()]
@@ -102,9 +102,9 @@ def prepare_images(recipe: FewshotRecipe) -> ImageManifest:
 
     # complete the store
     manifest = _complete(store, recipe, contents)
-    print(_table(contents))
+    say(_table(contents))
     done = f"{len(missing)} of {len(collections)} collections made"
-    print(f"store {images.store}: {done}, {manifest.rows} images")
+    say(f"store {images.store}: {done}, {manifest.rows} images")
     return manifest
 
 
@@ -200,7 +200,7 @@ def _run_step(
         for leftover in folder.glob(".*.partial"):  # of a run that was killed
             leftover.unlink()
     running = run_tasks(function, missing, cluster)
-    progress = tqdm(running, total=len(all_tasks), initial=len(results), desc=step, unit="task")
+    progress = track(running, step, "task", total=len(all_tasks), done=len(results))
     results |= {task.path: result for task, result in progress}
     return {name: [(task, results[task.path]) for task in group] for name, group in tasks.items()}
 

@@ -27,7 +27,6 @@ from typing import TYPE_CHECKING, Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import UnidentifiedImageError
-from tqdm import tqdm
 
 from fmray.config import AdaLlavaRecipe
 from fmray.data import shapes
@@ -47,6 +46,7 @@ from fmray.data.records import (
     stop_at_bad_rows,
 )
 from fmray.data.store import Manifest
+from fmray.runtime.console import say, track
 from fmray.runtime.files import atomic_folder, atomic_path, sha256
 
 if TYPE_CHECKING:
@@ -91,7 +91,7 @@ def prepare(recipe: AdaLlavaRecipe) -> Manifest:
     processor = None if recipe.model.source == "scratch" else _base_processor(recipe)
     manifest = Manifest.read(store) if Manifest.exists(store) else None
     if manifest is not None and _is_current(manifest, store, settings, processor):
-        print(f"store {recipe.data.store}: up to date, {manifest.summary()}")
+        say(f"store {recipe.data.store}: up to date, {manifest.summary()}")
         return manifest
 
     # read the records; a new processor makes the old store invalid
@@ -137,7 +137,7 @@ def prepare(recipe: AdaLlavaRecipe) -> Manifest:
     manifest = Manifest(settings, processor_hash, counts, bad_rows=len(bad))
     manifest.write(store)
     written = f"{len(missing)} of {len(tasks)} shards written"
-    print(f"store {recipe.data.store}: {written}, {manifest.summary()}")
+    say(f"store {recipe.data.store}: {written}, {manifest.summary()}")
     return manifest
 
 

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fmray.config import ClusterConfig
+from fmray.runtime import console
 
 if TYPE_CHECKING:
     from ray.job_submission import JobSubmissionClient
@@ -103,6 +104,9 @@ def _on_head_node() -> bool:
 def submit(session: Session, script: Path, arguments: Sequence[str], submission_id: str) -> int:
     """Run a job script as a Ray job, print its log as it arrives, and return its exit code.
 
+    While a log is open (`console.open_log`), the job's log goes there; only fmray's lines and the
+    reason of a failure are shown.
+
     If jobs run on this machine, the job gets the working directory, the Python and the paths of
     this process. Otherwise it gets a copy of the script's folder as working directory, fmray must
     be installed, and paths in `arguments` are relative to that folder or shared by all nodes.
@@ -121,15 +125,24 @@ def submit(session: Session, script: Path, arguments: Sequence[str], submission_
     client = JobSubmissionClient(session.dashboard)
     logging.getLogger("ray.dashboard.modules.job.sdk").setLevel(logging.WARNING)
     if session.on_head_node:
-        command = shlex.join([sys.executable, str(script.resolve()), *arguments])
-        entrypoint, environment = f"cd {shlex.quote(os.getcwd())} && exec {command}", None
+        # `env`, as a runtime environment would keep Ray from starting workers in advance
+        variables = [f"{name}={value}" for name, value in console.environment().items()]
+        words = ["env", *variables, sys.executable, str(script.resolve()), *arguments]
+        entrypoint = f"cd {shlex.quote(os.getcwd())} && exec {shlex.join(words)}"
+        environment = None
     else:
         entrypoint = shlex.join(["python", script.name, *arguments])
-        environment = {"working_dir": str(script.resolve().parent)}
+        environment = {
+            "working_dir": str(script.resolve().parent),
+            "env_vars": console.environment(),
+        }
     _submit_when_ready(client, entrypoint, environment, submission_id)
     try:
         asyncio.run(_print_log(client, submission_id))
-        return _exit_code(client, submission_id)
+        code = _exit_code(client, submission_id)
+        if code != 0 and console.environment():  # otherwise the log has been printed
+            console.say(_reason(client.get_job_logs(submission_id)))
+        return code
     except BaseException:  # ctrl-C above all: nothing would wait for the job any more
         client.stop_job(submission_id)
         raise
@@ -159,6 +172,14 @@ def _submit_when_ready(
 async def _print_log(client: JobSubmissionClient, job: str) -> None:
     async for lines in client.tail_job_logs(job):
         print(lines, end="", flush=True)
+
+
+def _reason(log: str) -> str:
+    """Return the line of a job's log that tells why it failed."""
+    lines = [line for line in log.splitlines() if line.strip()]
+    errors = [line for line in lines if line.startswith("fmray: ")]
+    others = [line for line in lines if not line.startswith(console.NOTE)]  # a traceback's end
+    return [*others, *errors][-1] if others else "the job wrote no log"
 
 
 def _exit_code(client: JobSubmissionClient, job: str) -> int:

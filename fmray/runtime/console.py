@@ -26,6 +26,8 @@ from pathlib import Path
 from typing import Any, Protocol, TextIO, TypeVar
 
 from pydantic import BaseModel
+from rich.console import Console as RichConsole
+from rich.progress import BarColumn, Progress, TextColumn
 
 from fmray.config import LoadedRecipe
 from fmray.config.yaml_file import dump_value
@@ -74,6 +76,13 @@ def say(text: str) -> None:
         print("\n".join(LINE_MARK + line for line in text.split("\n")), flush=True)
     else:
         print(text, flush=True)
+
+
+def rich_console() -> RichConsole | None:
+    """Return the console of the terminal, for live displays; None where lines are shown."""
+    if _console is not None:
+        return _console.rich
+    return RichConsole() if sys.stdout.isatty() else None
 
 
 class Reporter:
@@ -221,6 +230,11 @@ class _Console:
         with suppress(OSError):
             self.log.write(text.encode("utf-8", "backslashreplace"))
 
+    @property
+    def rich(self) -> RichConsole | None:
+        """The rich console of a display in a terminal."""
+        return self._display.console if isinstance(self._display, _Bars) else None
+
     def close(self) -> None:
         """End the display."""
         with self._lock:
@@ -258,10 +272,10 @@ class _Stream(io.TextIOBase):
         return len(text)
 
     def flush(self) -> None:
-        """Log an incomplete line as it is, such as one of a progress bar."""
-        if rest := getattr(self._parts, "text", ""):
+        """Log the parts of an incomplete line that a progress bar has overwritten."""
+        if "\r" in (text := getattr(self._parts, "text", "")):
             self._parts.text = ""
-            self._console.write(rest)
+            self._console.write(text)
 
 
 class _Warnings(logging.Handler):
@@ -336,15 +350,12 @@ class _Bars:
     """Lines above a progress bar, in a terminal."""
 
     def __init__(self, file: TextIO) -> None:
-        from rich.console import Console
-        from rich.progress import BarColumn, Progress, TextColumn
-
-        self._console = Console(file=file, soft_wrap=True)
+        self.console = RichConsole(file=file, soft_wrap=True)
         self._bars = Progress(
             TextColumn("{task.description}"),
             BarColumn(bar_width=24),
             TextColumn("{task.fields[text]}"),
-            console=self._console,
+            console=self.console,
             redirect_stdout=False,
             redirect_stderr=False,
             transient=True,
@@ -352,7 +363,7 @@ class _Bars:
         self._tasks: dict[str, Any] = {}
 
     def line(self, text: str) -> None:
-        self._console.print(text, markup=False, highlight=False)
+        self.console.print(text, markup=False, highlight=False)
 
     def progress(self, step: Step) -> None:
         if step.done >= step.total:

@@ -18,6 +18,7 @@ from pathlib import Path
 
 from fmray.config import BaseRecipe
 from fmray.runtime.cluster import start_or_join
+from fmray.runtime.console import say
 from fmray.runtime.placement import Finding, machines_of_cluster, preflight
 
 PACKAGES = ("fmray", "ray", "torch", "deepspeed", "transformers", "timm", "pyarrow")
@@ -193,7 +194,7 @@ def session(recipe: BaseRecipe) -> Iterator[None]:
         if len(machines) > 1:
             shared = {} if cluster.mirror else {"cluster.storage": cluster.storage}
             nodes = check_nodes(shared)
-            print("\n".join(map(str, nodes)), flush=True)
+            say("\n".join(map(str, nodes)))
             findings += nodes
         if failures := [finding.text for finding in findings if finding.level == "FAIL"]:
             raise ValueError("; ".join(failures))

@@ -32,6 +32,7 @@ from fmray.config.search import PlansRecipe
 from fmray.data.loader import Batch, evaluation_batches
 from fmray.data.processor import load_processor
 from fmray.runtime import tracking
+from fmray.runtime.console import changed_settings, say
 from fmray.search.state import append_line, whole_lines
 from fmray.train.adallava.batches import model_inputs, score_answers
 from fmray.train.adallava.evaluate import BudgetReport, Plan, measure, random_plans, row_ids
@@ -165,7 +166,7 @@ def search_plans(loaded: LoadedRecipe[PlansRecipe], run_id: str) -> PlansResult:
     run_dir.mkdir(parents=True, exist_ok=True)
     answers = PlanAnswers(run_dir / "answers.jsonl", model, calibration, origin)
     (run_dir / "recipe.yaml").write_text(loaded.dump(), encoding="utf-8")
-    print(loaded.dump(), flush=True)
+    say(changed_settings(loaded, run_dir / "recipe.yaml"))
     with tracking.open_job_run(recipe, run_id, "plans") as run:
         # of each unit for each question: [K, Q]
         importance = leave_one_out(
@@ -183,7 +184,7 @@ def search_plans(loaded: LoadedRecipe[PlansRecipe], run_id: str) -> PlansResult:
         run.log(0, **{f"evaluate/{p.plans}/{p.budget:g}": p.accuracy for p in result.points})
         for path in (out, run_dir / "plans.json"):
             run.artifact(path)
-    print(result.table(), flush=True)
+    say(result.table())
     return PlansResult(found, result)
 
 
@@ -242,7 +243,7 @@ def _search(
                 best.exhaustive,
             )
         )
-        print(_line(found[-1]), flush=True)
+        say(_line(found[-1]))
     return found
 
 

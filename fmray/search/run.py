@@ -26,6 +26,7 @@ from fmray.data.image_store import ImageStore
 from fmray.runtime import placement as places
 from fmray.runtime import tracking
 from fmray.runtime.cluster import start_or_join
+from fmray.runtime.console import changed_settings, say
 from fmray.runtime.nodes import POLL_SECONDS
 from fmray.runtime.placement import machines_of_cluster
 from fmray.search.pareto import front_of, recommend, rule_of
@@ -79,12 +80,12 @@ def search(loaded: LoadedRecipe[SearchRecipe], run_id: str) -> SearchResult:
     _check_same(recipe, base.model_dump(mode="json"), run_dir / "search.json")
     finished = read_finished(run_dir / "trials.jsonl")
     (run_dir / "recipe.yaml").write_text(loaded.dump(), encoding="utf-8")
-    print(loaded.dump(), flush=True)
+    say(changed_settings(loaded, run_dir / "recipe.yaml"))
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", POLL_SECONDS)
     os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")  # Tune's own table beside ours
     with start_or_join(recipe.cluster, log_to_driver=False):
         together, why = places.concurrency(base.cluster, machines_of_cluster())
-        print(why, flush=True)
+        say(why)
 
         @cache
         def measured() -> Measured:
@@ -116,7 +117,7 @@ def search(loaded: LoadedRecipe[SearchRecipe], run_id: str) -> SearchResult:
                 table,
             )
             if finished:
-                print(f"run {run_id} goes on: {books.trained()} trials have ended", flush=True)
+                say(f"run {run_id} goes on: {books.trained()} trials have ended")
             _run_trials(recipe, books, together, base.train.eval_every, base.train.steps)
             notes = _task_notes(base, finished, measured) if "tasks" in space.names else []
             result = _result(recipe, base, books, notes)
@@ -156,12 +157,11 @@ def _run_trials(recipe: SearchRecipe, books: Books, together: int, every: int, s
     finally:
         books.settle()
     if books.suggester.ended is not None:
-        print(f"the search ends early: {books.suggester.ended}", flush=True)
+        say(f"the search ends early: {books.suggester.ended}")
     if books.running or not suggestions.exhausted:
-        print(
+        say(
             f"{books.trained()} of {recipe.trials} trials have ended; the same command with"
-            f" --run-id {books.run_id} goes on",
-            flush=True,
+            f" --run-id {books.run_id} goes on"
         )
         raise KeyboardInterrupt
 
@@ -254,23 +254,24 @@ def _result(recipe: SearchRecipe, base: BaseRecipe, books: Books, notes: list[st
         rule = f"best {recipe.objectives[0].metric}"
         recommended = next(iter(front_of(finished, recipe.objectives)), None)
     names = [objective.metric for objective in recipe.objectives]
-    print(final_table(finished, names), flush=True)
+    say(final_table(finished, names))
     chosen = None
     if recommended is not None:
         chosen = (rule, recommended)
         model = books.model_dir(recommended.number)
         budget = recommended.metrics.get("budget")
         at = "" if budget is None else f" at budget {budget:g}"
-        print(
+        say(
             f"{rule}: trial {recommended.number}{at}: {describe(recommended.values)}\n"
             f"model: {model}"
         )
         if isinstance(base, FewshotRecipe):
             notes += _verdict(base, books, recommended)
-    print("".join(f"{note}\n" for note in notes), end="")
+    for note in notes:
+        say(note)
     title = f"Search {books.run_id}"
     write_report(path, finished, recipe.objectives, title, chosen, notes)
-    print(f"report: {path}\nTensorBoard: tensorboard --logdir {books.run_dir / 'tune'}", flush=True)
+    say(f"report: {path}\nTensorBoard: tensorboard --logdir {books.run_dir / 'tune'}")
     return SearchResult(finished, recommended, books.parent, books.run_dir)
 
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 import math
 import shutil
-import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -30,6 +29,7 @@ from rich.table import Table
 from fmray.config import ConfigError, LoadedRecipe, TrackingConfig
 from fmray.config.search import ObjectiveConfig
 from fmray.runtime import tracking
+from fmray.runtime.console import rich_console, say
 from fmray.search.space import Space
 from fmray.search.state import Finished, Status, append
 from fmray.search.suggest import Suggester, Suggestion
@@ -68,8 +68,10 @@ class TrialTable:
         self._live: Live | None = None
 
     def __enter__(self) -> TrialTable:
-        if sys.stdout.isatty():
-            self._live = Live(self._table(), refresh_per_second=2)
+        if (terminal := rich_console()) is not None:
+            self._live = Live(
+                self._table(), console=terminal, refresh_per_second=2, redirect_stdout=False
+            )
             self._live.start()
         return self
 
@@ -83,7 +85,7 @@ class TrialTable:
         if self._live is not None:
             self._live.update(self._table())
         else:
-            print(self._line(row), flush=True)
+            say(self._line(row))
 
     def _line(self, row: Row) -> str:
         parts = [f"trial {row.number}: {row.status}"]

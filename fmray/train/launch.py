@@ -19,6 +19,7 @@ from ray.train import UserCallback
 from fmray.config import AdaLlavaRecipe, BaseRecipe, LoadedRecipe
 from fmray.config.fewshot import FewshotRecipe
 from fmray.runtime import tracking
+from fmray.runtime.console import changed_settings, say
 from fmray.runtime.nodes import session
 from fmray.train import checkpoint as checkpoints
 from fmray.train.method import JOB_NAMES, Evaluation, TrainJob, training_settings
@@ -68,7 +69,7 @@ def train(
     run_dir.mkdir(parents=True, exist_ok=True)
     (run_dir / "recipe.yaml").write_text(loaded.dump(), encoding="utf-8")
     put_files(mirror, "recipe.yaml")
-    print(loaded.dump(), flush=True)
+    say(changed_settings(loaded, run_dir / "recipe.yaml"))
 
     # The driver's MLflow run is open before the workers' (with sqlite it creates the database), and
     # it ends the run whatever becomes of them.
@@ -101,7 +102,7 @@ def train(
         model_version=version,
         tasks=list(tasks),
     )
-    print("\n".join([*_summary(recipe, run_id, result), *outcome.lines()]), flush=True)
+    say("\n".join([*_summary(recipe, run_id, result), *outcome.lines()]))
     return result
 
 
@@ -139,7 +140,7 @@ def _check_resume(
     if newest is not None:
         where, state = newest
         checkpoints.check_settings(state, training_settings(recipe, tasks), where)
-        print(f"run {run_id}: resuming from {where}", flush=True)
+        say(f"run {run_id}: resuming from {where}")
 
 
 def _earlier_tasks(run_dir: Path, mirror: Mirror | None) -> list[str]:

@@ -66,7 +66,7 @@ def train_worker(config: dict[str, Any]) -> dict[str, Any]:
     with (
         tracking.open_job_run(recipe, job.run_id, name, enabled=is_rank_zero) as run,
         StepLog(job.run_dir / "log.jsonl", keep_until=start, enabled=is_rank_zero) as log,
-        Progress(total, start, enabled=is_rank_zero) as progress,
+        Progress(total, start, is_rank_zero, job.run_id) as progress,
         PreemptionNotice(worker.rank) as worker.preemption,
         StatusFile(job.run_dir, name, start, total, cpus, worker.device) as status,
     ):

@@ -43,7 +43,7 @@ from ray.train.torch import TorchConfig, TorchTrainer
 
 from fmray.config import BaseRecipe
 from fmray.errors import GaveUp, raised_by_fmray
-from fmray.runtime import ray_private
+from fmray.runtime import console, ray_private
 from fmray.runtime.placement import count_of
 from fmray.runtime.run_log import event
 from fmray.runtime.tracking import Run
@@ -367,6 +367,7 @@ def _trainer(
 ) -> TorchTrainer:
     cluster = recipe.cluster
     gpu = cluster.gpus_per_worker > 0
+    environment = {} if gpu else {"DS_ACCELERATOR": "cpu"}
     resources = {"CPU": cluster.cpus_per_worker}
     if gpu:
         resources["GPU"] = cluster.gpus_per_worker
@@ -384,7 +385,7 @@ def _trainer(
             failure_config=FailureConfig(
                 max_failures=0, controller_failure_limit=0, max_preemption_failures=0
             ),
-            worker_runtime_env={"env_vars": {} if gpu else {"DS_ACCELERATOR": "cpu"}},
+            worker_runtime_env={"env_vars": environment | console.environment()},
             logging_config=LoggingConfig(log_level="CRITICAL"),  # `fit` logs failures
         ),
     )

@@ -31,6 +31,7 @@ from fmray.data.processor import load_processor
 from fmray.data.store import StoreSplit
 from fmray.plots import budget as plots
 from fmray.runtime import tracking
+from fmray.runtime.console import say
 from fmray.runtime.files import atomic_path, write_json
 from fmray.train.adallava.batches import draw, model_inputs, score_answers
 from fmray.train.mirror import find_model
@@ -230,37 +231,57 @@ class BudgetReport:
     questions: Path  #: the table of questions
 
     def table(self) -> str:
-        """For the terminal: accuracy with its 95 % interval, a line per budget.
+        """Format everything for the terminal, in 80 columns for three kinds of plans.
 
-        Below, on the same questions: how much better learned plans are than each other kind, with a
-        95 % interval and McNemar's p, and what plans tell of the type of question.
+        Accuracy by budget; how much better learned plans are than each other kind on the same
+        questions, with McNemar's p; and whether plans depend on the type of question.
         """
-        kinds = list(dict.fromkeys(point.plans for point in self.points))
-        tested = [kind for kind in kinds if any(kind == other for other, _ in self.paired)]
-        accuracy = [["budget", "share", *kinds]]
-        better = [["budget"]]
-        for kind in tested:
-            better[0] += [f"over {kind} [95 %]", "p"]
-        better[0] += ["plan tells of type", "p"] if self.dependence else []
-        for budget in sorted({point.budget for point in self.points}):
-            row = {point.plans: point for point in self.points if point.budget == budget}
-            share = next(iter(row.values())).share
-            accuracy.append([f"{budget:g}", f"{share:.3f}", *(_cell(row[kind]) for kind in kinds)])
-            line = [f"{budget:g}"]
-            for test in (self.paired[kind, budget] for kind in tested):
-                interval = f"[{test.low:+.3f}, {test.high:+.3f}]"
-                line += [f"{test.difference:+.3f} {interval}", f"{test.p_value:.1g}"]
-            if (found := self.dependence.get(budget)) is not None:
-                bits = f"{found.bits:.2f} bits ({found.shuffled_bits:.2f} shuffled)"
-                line += [bits, f"{found.p_value:.1g}"]
-            better.append(line)
-        text = _columns(accuracy) if kinds else []
+        tables = [self.accuracy_table(), self._paired_table(), self._dependence_table()]
+        return "\n\n".join(table for table in tables if table)
+
+    def accuracy_table(self) -> str:
+        """Format accuracy with its 95 % interval, a line per budget."""
+        rows = [["budget", "share", *self._kinds()]]
+        for budget in self._budgets():
+            points = {point.plans: point for point in self.points if point.budget == budget}
+            share = next(iter(points.values())).share
+            rows.append(
+                [f"{budget:g}", f"{share:.3f}", *(_cell(points[kind]) for kind in self._kinds())]
+            )
+        text = _columns(rows) if self.points else []
         questions = f"{self.base.questions} questions"
-        text.append(f"base model, no budget: {_cell(self.base)} over {questions}")
-        if len(better[0]) > 1:
-            text += ["", "learned plans against others, and the plans themselves:"]
-            text += _columns(better)
-        return "\n".join(text)
+        return "\n".join([*text, f"base model, no budget: {_cell(self.base)} over {questions}"])
+
+    def _paired_table(self) -> str:
+        kinds = [kind for kind in self._kinds() if any(kind == other for other, _ in self.paired)]
+        if not kinds:
+            return ""
+        rows = [["budget"]]
+        for kind in kinds:
+            rows[0] += [f"over {kind} [95 %]", "p"]
+        for budget in self._budgets():
+            row = [f"{budget:g}"]
+            for test in (self.paired[kind, budget] for kind in kinds):
+                interval = f"[{test.low:+.3f}, {test.high:+.3f}]"
+                row += [f"{test.difference:+.3f} {interval}", f"{test.p_value:.1g}"]
+            rows.append(row)
+        return "\n".join(["accuracy of learned plans minus that of others:", *_columns(rows)])
+
+    def _dependence_table(self) -> str:
+        if not self.dependence:
+            return ""
+        rows = [["budget", "information", "shuffled", "p"]]
+        for budget, value in sorted(self.dependence.items()):
+            bits = [f"{value.bits:.2f} bits", f"{value.shuffled_bits:.2f} bits"]
+            rows.append([f"{budget:g}", *bits, f"{value.p_value:.1g}"])
+        title = "what learned plans tell about the type of question:"
+        return "\n".join([title, *_columns(rows)])
+
+    def _kinds(self) -> list[str]:
+        return list(dict.fromkeys(point.plans for point in self.points))
+
+    def _budgets(self) -> list[float]:
+        return sorted({point.budget for point in self.points})
 
 
 def evaluate(
@@ -362,9 +383,17 @@ def measure(
 
 
 def evaluate_run(loaded: LoadedRecipe, run_id: str) -> BudgetReport:
+    """Evaluate the model of a training run, and show the tables; see `measure_run`."""
+    result = measure_run(loaded, run_id)
+    say(result.table())
+    return result
+
+
+def measure_run(loaded: LoadedRecipe, run_id: str) -> BudgetReport:
     """Evaluate the model of the training run `run_id`; write to its folder and its MLflow run.
 
-    Raises ValueError when the run has no model yet.
+    Raises:
+        ValueError: the run has no model yet.
     """
     recipe = loaded.recipe
     run_dir = recipe.cluster.storage / run_id
@@ -381,7 +410,6 @@ def evaluate_run(loaded: LoadedRecipe, run_id: str) -> BudgetReport:
         metrics = {f"evaluate/{p.plans}/{p.budget:g}": p.accuracy for p in result.points}
         run.log(0, **metrics, **{f"evaluate/{BASE}": result.base.accuracy})
         run.artifact(out)
-    print(result.table(), flush=True)
     return result
 
 
@@ -505,7 +533,7 @@ def _point(kind: str, budget: float, rows: dict[str, np.ndarray]) -> Point:
 
 
 def _cell(point: Point) -> str:
-    return f"{point.accuracy:.4f} [{point.low:.3f}-{point.high:.3f}]"
+    return f"{point.accuracy:.3f} [{point.low:.3f}-{point.high:.3f}]"
 
 
 def _columns(lines: list[list[str]]) -> list[str]:

@@ -30,6 +30,7 @@ from fmray.data.image_store import ImageManifest, ImageStore
 from fmray.fewshot import Encoder, confidence_interval
 from fmray.plots import fewshot as fewshot_plots
 from fmray.runtime import tracking
+from fmray.runtime.console import changed_settings, say
 from fmray.runtime.nodes import session
 from fmray.train.fewshot.comparison import (
     Cell,
@@ -61,7 +62,7 @@ def compare(loaded: LoadedRecipe[FewshotRecipe], run_id: str) -> Comparison:
     run_dir = recipe.cluster.storage / run_id
     run_dir.mkdir(parents=True, exist_ok=True)
     (run_dir / "recipe.yaml").write_text(loaded.dump(), encoding="utf-8")
-    print(loaded.dump(), flush=True)
+    say(changed_settings(loaded, run_dir / "recipe.yaml"))
     if not ImageManifest.path(recipe.images.store).is_file():
         prepare_images(recipe)
     with tracking.open_job_run(recipe, run_id, "compare_fewshot") as run:
@@ -78,8 +79,8 @@ def compare(loaded: LoadedRecipe[FewshotRecipe], run_id: str) -> Comparison:
             for shots in dict.fromkeys(shots for _, shots in columns):
                 means = [values.mean() for (_, n), values in columns.items() if n == shots]
                 run.log(0, **{f"mean/{line}/{shots_name(shots)}": float(np.mean(means))})
-    print(result.table(), flush=True)
-    print(f"results: {run_dir / 'results.json'}", flush=True)
+    say(result.table())
+    say(f"results: {run_dir / 'results.json'}")
     return result
 
 
@@ -145,9 +146,7 @@ def _selections(
                 _write_json(path, settings | {"tasks": chosen.names})
             names = json.loads(path.read_text(encoding="utf-8"))["tasks"]
             label = selection if seed is None else f"{selection} {seed}"
-            print(
-                f"{target.collection}: {label}: {len(names)} tasks: {', '.join(names)}", flush=True
-            )
+            say(f"{target.collection}: {label}: {len(names)} tasks: {', '.join(names)}")
             yield selection, seed, names
 
 
@@ -167,10 +166,9 @@ def _run(
     for cell in cells:
         if cell.key not in found:
             groups.setdefault(cell.training, []).append(cell)
-    print(
+    say(
         f"{len(cells)} cells; {sum(cell.key in found for cell in cells)} are there already,"
-        f" {len(groups)} trainings to run",
-        flush=True,
+        f" {len(groups)} trainings to run"
     )
     if not groups:
         return found
@@ -186,10 +184,9 @@ def _run(
                 f"{shots_name(shots)} {percent(confidence_interval(values))}"
                 for shots, values in found[cell.key].accuracies.items()
             )
-            print(
+            say(
                 f"[{done}/{len(groups)}] {cell.name}: {accuracies}"
-                f" ({found[cell.key].seconds:.0f} s of training)",
-                flush=True,
+                f" ({found[cell.key].seconds:.0f} s of training)"
             )
     return found
 

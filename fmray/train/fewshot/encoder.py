@@ -22,6 +22,7 @@ from fmray.config import ClusterConfig
 from fmray.config.fewshot import EncoderConfig
 from fmray.data.image_store import ImageStore
 from fmray.fewshot import Encoder, Preprocess, create_encoder
+from fmray.runtime.console import say
 from fmray.selection import TaskMoments
 from fmray.selection.moments import CentralSums
 
@@ -256,7 +257,7 @@ def _room(wanted: int, needs: dict[str, float]) -> int:
             " cluster.cpus_per_worker or cluster.gpus_per_worker, or set cluster.workers: 0"
         )
     if count < wanted:
-        print(f"embedding with {count} actors, not {wanted}: the cluster has no room for more")
+        say(f"embedding with {count} actors, not {wanted}: the cluster has no room for more")
     return min(wanted, count)
 
 

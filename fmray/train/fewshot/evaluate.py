@@ -30,6 +30,7 @@ from fmray.fewshot import (
     paired_interval,
 )
 from fmray.runtime import tracking
+from fmray.runtime.console import say
 from fmray.train.fewshot.encoder import Pictures, embed, load_encoder
 from fmray.train.mirror import find_model
 
@@ -103,7 +104,7 @@ def evaluate_encoder(loaded: LoadedRecipe[FewshotRecipe], run_id: str) -> Evalua
             },
         )
         run.artifact(out)
-    print(result.table(), flush=True)
+    say(result.table())
     return result
 
 
@@ -138,10 +139,9 @@ def task_samplers(
                 f" classes have {shots} support + {config.queries} query images, and a task needs 2"
             )
         if ways < config.ways:
-            print(
+            say(
                 f"target {target.collection}, split {target.split}, {shots}-shot: {ways}-way, not"
-                f" {config.ways}-way: no more classes have {shots + config.queries} images",
-                flush=True,
+                f" {config.ways}-way: no more classes have {shots + config.queries} images"
             )
         samplers[shots] = EpisodeSampler(
             rows.labels, ways, shots, config.queries, seed, target.split

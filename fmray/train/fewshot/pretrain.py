@@ -22,6 +22,7 @@ from fmray.data.image_store import ImageStore
 from fmray.fewshot import Encoder, create_encoder
 from fmray.fewshot.pretrain import MoCo, SimCLR, Supervised, augment
 from fmray.runtime import tracking
+from fmray.runtime.console import changed_settings, say
 from fmray.runtime.run_log import Progress, StepLog
 from fmray.train.engine import lr_factor
 from fmray.train.fewshot.encoder import Pictures, decode_all, export_encoder
@@ -44,9 +45,9 @@ def pretrain_encoder(loaded: LoadedRecipe[FewshotRecipe], run_id: str) -> Pretra
     run_dir = recipe.cluster.storage / run_id
     run_dir.mkdir(parents=True, exist_ok=True)
     (run_dir / "recipe.yaml").write_text(loaded.dump(), encoding="utf-8")
-    print(loaded.dump(), flush=True)
+    say(changed_settings(loaded, run_dir / "recipe.yaml"))
     result = pretrain(recipe, run_dir, run_id)
-    print(f"use it with --set encoder.checkpoint={result.model_dir}", flush=True)
+    say(f"use it with --set encoder.checkpoint={result.model_dir}")
     return result
 
 
@@ -66,7 +67,7 @@ def pretrain(recipe: FewshotRecipe, run_dir: Path, run_id: str) -> Pretrained:
     }
     state = _read_state(run_dir / "state.pt", settings)
     if target.is_dir():
-        print(f"{run_id}: pretrained before, {target}", flush=True)
+        say(f"{run_id}: pretrained before, {target}")
         return Pretrained(target, {})
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.manual_seed(recipe.seed)  # of the first weights and of MoCo's queue
@@ -82,16 +83,15 @@ def pretrain(recipe: FewshotRecipe, run_dir: Path, run_id: str) -> Pretrained:
         objective.load_state_dict(state["objective"])
         optimizer.load_state_dict(state["optimizer"])
         start = state["step"]
-    print(
+    say(
         f"{run_id}: {config.objective} of {recipe.encoder.name} on {len(rows)} images, steps"
-        f" {start + 1} to {config.steps}, in this process",
-        flush=True,
+        f" {start + 1} to {config.steps}, in this process"
     )
     metrics: dict[str, float] = {}
     with (
         tracking.open_job_run(recipe, run_id, "pretrain_encoder") as run,
         StepLog(run_dir / "log.jsonl", keep_until=start, enabled=True) as log,
-        Progress(config.steps, start, enabled=True) as progress,
+        Progress(config.steps, start, True, run_id) as progress,
     ):
         for step in range(start, config.steps):
             began = time.monotonic()
@@ -127,7 +127,7 @@ def pretrain(recipe: FewshotRecipe, run_dir: Path, run_id: str) -> Pretrained:
                 torch.save(values, run_dir / ".state.pt.partial")
                 os.replace(run_dir / ".state.pt.partial", run_dir / "state.pt")
         export_encoder(encoder, target)
-    print(f"model: {target}", flush=True)
+    say(f"model: {target}")
     return Pretrained(target, metrics)
 
 

@@ -28,6 +28,7 @@ from fmray.fewshot import Encoder, EpisodeSampler
 from fmray.plots import fewshot as fewshot_plots
 from fmray.runtime import tracking
 from fmray.runtime.cluster import start_or_join
+from fmray.runtime.console import changed_settings, say
 from fmray.runtime.files import write_json
 from fmray.selection import Selection as Choice
 from fmray.selection import TaskMoments, choose_peer, select_tasks
@@ -243,7 +244,7 @@ def choose_for_run(recipe: FewshotRecipe, path: Path) -> list[str]:
                 f" {', '.join(candidates)}"
             )
     write_json(path, selection)
-    print(f"finetuning on {len(tasks)} tasks: {', '.join(tasks)}", flush=True)
+    say(f"finetuning on {len(tasks)} tasks: {', '.join(tasks)}")
     return tasks
 
 
@@ -262,7 +263,7 @@ def select_run(loaded: LoadedRecipe[FewshotRecipe], run_id: str) -> Selected:
     out = run_dir / "selection"
     out.mkdir(parents=True, exist_ok=True)
     (run_dir / "recipe.yaml").write_text(loaded.dump(), encoding="utf-8")
-    print(loaded.dump(), flush=True)
+    say(changed_settings(loaded, run_dir / "recipe.yaml"))
     with (
         tracking.open_job_run(recipe, run_id, "select_tasks") as run,
         nullcontext() if recipe.cluster.workers == 0 else start_or_join(recipe.cluster),
@@ -285,9 +286,9 @@ def select_run(loaded: LoadedRecipe[FewshotRecipe], run_id: str) -> Selected:
             run.log(rank, **{"select/similarity": similarity, "select/coverage": covered})
         run.log(0, **{"select/tasks": len(selected.names)})
         run.artifact(out)
-    print(table(selected), flush=True)
-    print(f"{len(selected.names)} of {len(selected.order)} tasks: {', '.join(selected.names)}")
-    print(f"written to {out}", flush=True)
+    say(table(selected))
+    say(f"{len(selected.names)} of {len(selected.order)} tasks: {', '.join(selected.names)}")
+    say(f"written to {out}")
     return selected
 
 
