@@ -186,12 +186,9 @@ def _finish(folder: Path, adaptive: _Stage, elapsed: str) -> None:
     say(
         f"""
 Done in {elapsed}. The model is registered as {MODEL}, version {version}, in production.
-
-  plot       {evaluation / "budget_curve.png"}
-  plans      {evaluation / "plans.png"}
-  table      {evaluation / "results.json"}
-  full log   {folder / LOG}
-
+  table  {evaluation / "results.json"}
+  plots  {evaluation / "budget_curve.png"}, {evaluation / "plans.png"}
+  log    {folder / LOG}
 Next:
   mlflow ui --backend-store-uri {tracking_uri(tracking, storage)}
   fmray ask {image} {question!r} --budget 0.5{options}

@@ -121,9 +121,7 @@ def prepare(recipe: AdaLlavaRecipe) -> Manifest:
             for leftover in folder.glob(".*.partial"):  # of a run that was killed
                 leftover.unlink()
         writing = run_tasks(write_shard, missing, recipe.cluster)
-        progress = tqdm(
-            writing, total=len(tasks), initial=len(results), desc="ingest", unit="shard"
-        )
+        progress = track(writing, "ingest", "shard", total=len(tasks), done=len(results))
         results |= {task.path: result for task, result in progress}
 
     # complete the store

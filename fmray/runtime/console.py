@@ -36,9 +36,11 @@ T = TypeVar("T")
 
 RELAY = "FMRAY_CONSOLE"  # set where another process shows what this one reports
 LINE_MARK, PROGRESS_MARK = "fmray| ", "fmray~ "
-LINE_SECONDS = 10.0  # between two progress lines of a task
+LINE_SECONDS = 10.0  # at least, between two progress lines of a task
+LONGEST_SECONDS = 60.0  # ... at most, unless it advances by LINE_SHARE earlier
+LINE_SHARE = 0.2
 RELAY_SECONDS = 1.0  # between two updates that are sent to the process with the terminal
-WIDTH = 88
+WIDTH = 100
 VALUE_LENGTH = 60  # longer values of settings are cut
 NOTE = "full log: "
 
@@ -303,20 +305,23 @@ class _Display(Protocol):
 
 
 class _Lines:
-    """Plain lines, progress at most every ten seconds."""
+    """Plain lines; of progress about six for a short task, and one a minute for a long one."""
 
     def __init__(self, file: TextIO, verbose: bool) -> None:
         self._file, self._verbose = file, verbose
-        self._shown: dict[str, float] = {}  # task -> time of its last line
+        self._shown: dict[str, tuple[float, int]] = {}  # task -> time and step of its last line
 
     def line(self, text: str) -> None:
         print(text, file=self._file, flush=True)
 
     def progress(self, step: Step) -> None:
         now = time.monotonic()
-        last = self._shown.get(step.task)
-        if last is None or step.done >= step.total or now - last >= LINE_SECONDS:
-            self._shown[step.task] = now
+        before, done = self._shown.get(step.task, (-LONGEST_SECONDS, 0))
+        advanced = step.done - done >= LINE_SHARE * step.total
+        seconds = now - before
+        due = seconds >= LONGEST_SECONDS or (seconds >= LINE_SECONDS and advanced)
+        if due or step.done < done or step.done >= step.total:  # fewer steps: it was restarted
+            self._shown[step.task] = (now, step.done)
             self.line(str(step))
 
     def foreign(self, text: str) -> None:
@@ -405,23 +410,31 @@ def changed_settings(loaded: LoadedRecipe[Any], path: Path | None = None) -> str
     Args:
         path: where the full recipe lies.
     """
-    groups: dict[str, list[str]] = {}
+    groups: dict[str, dict[str, list[str]]] = {}  # source -> section -> settings
     for key, value in _changes(loaded.recipe, ""):
         origin = loaded.origins.get(key, "default")
         if origin != "default":
             # `/somewhere/recipe.yaml:12` -> `recipe.yaml`; the full recipe has the lines
             source = re.sub(r":\d+$", "", origin).rpartition("/")[2]
+            section, _, name = key.rpartition(".")
             text = dump_value(value)
             text = text if len(text) <= VALUE_LENGTH else text[: VALUE_LENGTH - 3] + "..."
-            groups.setdefault(source, []).append(f"{key}={text}")
+            groups.setdefault(source, {}).setdefault(section, []).append(f"{name}={text}")
     where = f" (full recipe: {path})" if path is not None else ""
     lines = [f"settings that differ from the defaults{where}:"]
-    for source, settings in groups.items():
-        text = f"  {source}: {', '.join(settings)}"
+    for source, sections in groups.items():
+        text = f"  {source}: {', '.join(_shortened(*item) for item in sections.items())}"
         lines += textwrap.wrap(
             text, WIDTH, subsequent_indent="    ", break_long_words=False, break_on_hyphens=False
         )
     return "\n".join(lines)
+
+
+def _shortened(section: str, settings: list[str]) -> str:
+    """Return the settings of a section, such as `train.{lr=0.1, steps=5}`."""
+    if not section:
+        return ", ".join(settings)
+    return f"{section}." + (settings[0] if len(settings) == 1 else f"{{{', '.join(settings)}}}")
 
 
 def _changes(section: BaseModel, prefix: str) -> Iterator[tuple[str, Any]]:

@@ -192,19 +192,24 @@ def _summary(recipe: BaseRecipe, run_id: str, result: Result) -> list[str]:
     if isinstance(recipe, FewshotRecipe) and "loss" in metrics:  # some step was left to take
         lines.append(f"{'':>12}{'loss':>10}{'accuracy':>10}")
         lines.append(f"{'last step':>12}{metrics['loss']:>10.4f}{metrics['accuracy']:>10.4f}")
-    if result.evaluation is not None:
+    scores = result.evaluation.scores if result.evaluation is not None else []
+    if len(scores) == 1 and scores[0].loss is not None:
+        lines[0] += f", accuracy {scores[0].accuracy:.4f}, loss {scores[0].loss:.4f}"
+    elif scores:
         what = "shots" if isinstance(recipe, FewshotRecipe) else "budget"
         lines.append(f"{what:>13}  {'accuracy':>8}  {'loss':>8}")
-        for score in result.evaluation.scores:
+        for score in scores:
             loss = "" if score.loss is None else f"{score.loss:8.4f}"
             lines.append(f"{score.name:>13}  {score.accuracy:8.4f}  {loss}".rstrip())
     lines.append(f"model: {result.model_dir}")
     if result.model_version is not None:
         name = recipe.tracking.register_as
         lines.append(f"registered as models:/{name}@production (version {result.model_version})")
+    where = []
     if result.best_checkpoint is not None:
-        lines.append(f"best checkpoint: {result.best_checkpoint}")
+        where.append(f"best checkpoint: {result.best_checkpoint.name}")
     if result.mlflow_run_id is not None:
-        experiment = recipe.tracking.experiment
-        lines.append(f"MLflow run: {result.mlflow_run_id} (experiment {experiment})")
-    return lines
+        where.append(
+            f"MLflow run: {result.mlflow_run_id} (experiment {recipe.tracking.experiment})"
+        )
+    return [*lines, *(["; ".join(where)] if where else [])]

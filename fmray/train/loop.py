@@ -87,7 +87,8 @@ def train_worker(config: dict[str, Any]) -> dict[str, Any]:
                 scores = evaluation.metrics()
                 log.write(step, scores)
                 run.log(step, **{f"eval/{key}": value for key, value in scores.items()})
-                progress.say(f"step {step}: {evaluation}")
+                if not last:  # the job's summary has the last one
+                    progress.say(f"step {step}: {evaluation}")
 
             # once in a while, and before an early end: save
             if save_now:

@@ -380,11 +380,6 @@ class CheckpointManager:
         self._folder_ranks = folder_ranks
         self._leads_folder = self._rank == folder_ranks[0]
 
-    @property
-    def group(self) -> dist.ProcessGroup:
-        """The process group of collectives that wait for storage or an evaluation."""
-        return self._group
-
     @classmethod
     def open(cls, cluster: ClusterConfig, run_dir: Path) -> CheckpointManager:
         """Open the checkpoints of the run in `run_dir`, and its mirror; collective.

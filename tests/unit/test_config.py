@@ -437,10 +437,11 @@ def test_a_mirror_is_a_store_without_credentials(tmp_path: Path, uri: str, words
 
 def test_job_arguments(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = write(tmp_path, "name: a\n")
-    loaded, run_id = job_arguments(
+    loaded, run_id, verbose = job_arguments(
         ["--config", str(path), "--set", "seed=4", "--set", "seed=5"], "A job."
     )
     assert loaded.recipe.seed == 5
+    assert not verbose and job_arguments(["--config", str(path), "--verbose"], "A job.")[2]
     assert run_id.startswith("a-20")
     assert job_arguments(["--config", str(path), "--run-id", "mine"], "A job.")[1] == "mine"
     assert job_arguments(["--config", str(path)], "A job.")[1] != run_id
@@ -454,5 +455,5 @@ def test_job_arguments(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> No
 
 def test_job_path_names_the_missing_file() -> None:
     assert job_path("recipes/shapes_tiny.yaml").is_file()
-    with pytest.raises(FileNotFoundError, match=r"there is no recipes/none.yaml in jobs/"):
+    with pytest.raises(FileNotFoundError, match=r"no recipes/none.yaml in jobs/"):
         job_path("recipes/none.yaml")

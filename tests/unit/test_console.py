@@ -172,4 +172,4 @@ def test_changed_settings_leave_the_defaults_out(tmp_path: Path) -> None:
     assert lines[0] == "  child.yaml: name=child"
     assert lines[1].startswith("  --set: cluster.workers=2, train.lr=0.5, evaluate.budgets=[")
     assert lines[-1] == "  parent.yaml: train.weight_decay=0.25"
-    assert "...\n" in text and max(map(len, lines)) <= 88
+    assert "...\n" in text and max(map(len, lines)) <= 100
