@@ -1,4 +1,4 @@
-"""The command line of jobs (`--config`, `--set`, `--run-id`, `--verbose`), and the location of `jobs/`."""
+"""Command line of jobs: `--config`, `--set`, `--run-id`, `--verbose`; location of `jobs/`."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def job_arguments(
         raise ConfigError(
             f"--run-id {run_id!r}: letters, digits, `_`, `.` and `-` only (it names a folder)"
         )
-    return loaded, run_id
+    return loaded, run_id, arguments.verbose
 
 
 def job_path(name: str) -> Path:

@@ -455,5 +455,5 @@ def test_job_arguments(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> No
 
 def test_job_path_names_the_missing_file() -> None:
     assert job_path("recipes/shapes_tiny.yaml").is_file()
-    with pytest.raises(FileNotFoundError, match=r"no recipes/none.yaml in jobs/"):
+    with pytest.raises(FileNotFoundError, match=r"there is no recipes/none.yaml in jobs/"):
         job_path("recipes/none.yaml")
