@@ -1,7 +1,6 @@
-"""`fmray cost`: what budgets buy on a model, as a table for people or as JSON.
+"""`fmray cost`: the units, operations and roofline times of a model under budgets.
 
-In: the command line's options. Out: text on standard output. A user's mistake is a ValueError of
-one line (the command line turns it into exit code 2). No weights are loaded and nothing is timed.
+It prints a table, or JSON. No weights are loaded and nothing is timed.
 """
 
 from __future__ import annotations
@@ -39,7 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--first", type=int, help="first switchable layer; default: half")
     parser.add_argument(
-        "--unit", type=int, default=8, help="heads per switch, --design heads; default: 8"
+        "--unit", type=int, default=8, help="heads per unit, --design heads; default: 8"
     )
     parser.add_argument(
         "--tokens",
@@ -71,7 +70,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Print what the parsed options of `add_arguments` ask for; returns the exit code 0."""
+    """Print the costs; return the exit code 0."""
+    # The model, its prompt, and the budgets to price.
     source = preset(args.preset) if args.preset else load(args.config)
     layout = (
         SwitchLayout.layers(source.text_config, args.first)
@@ -85,6 +85,7 @@ def run(args: argparse.Namespace) -> int:
     if budgets is None:
         smallest = model.min_budget(tokens)
         budgets = [budget for budget in DEFAULT_BUDGETS if float(budget) >= smallest]
+    # One row per budget.
     rows = []
     for budget in budgets:
         units = model.max_units(budget, tokens)
@@ -119,7 +120,7 @@ def run(args: argparse.Namespace) -> int:
 def _schedule(
     args: argparse.Namespace, source: CostedModel, layout: SwitchLayout
 ) -> Fraction | list[Fraction]:
-    """The prompt length, or one per layer, that the options mean."""
+    """Return the prompt length, or one per layer, from `--tokens` and `--fastv`."""
     if args.tokens is None and source.tokens is None:
         raise ValueError("--tokens (prompt length with image tokens) is needed with --config")
     parts = [source.tokens] if args.tokens is None else args.tokens.split(",")
@@ -134,7 +135,7 @@ def _schedule(
     layer, share = int(layer_text), exact_number(share_text, "--fastv's R")
     if not 1 <= layer < layout.first:
         raise ValueError(
-            f"--fastv's K is {layer}; it must be in 1..{layout.first - 1}, below the first switch"
+            f"--fastv's K is {layer}; it must be in 1..{layout.first - 1}, below the first unit"
         )
     if not 0 <= share <= 1:
         raise ValueError(f"--fastv's R is {share_text}; the dropped share of image tokens is 0..1")
@@ -169,15 +170,15 @@ def _table(rows: list[dict[str, Any]], model: CostModel, source: CostedModel) ->
         tokens = ", ".join(f"{tokens[i]:g} from layer {i}" for i in changes)
     else:
         tokens = f"{tokens:g}"
-    switches = (
-        "whole layers"
+    units = (
+        "complete layers"
         if layout.design == "layers"
-        else f"{layout.units_per_layer} a layer, of up to {layout.unit} heads"
+        else f"{layout.units_per_layer} per layer, of up to {layout.unit} heads"
     )
     devices = list(rows[0]["roofline_ms"])
     lines = [
-        f"{source.name}: {layout.num_layers} decoder layers, {layout.num_units} switches "
-        f"({switches}) from layer {layout.first}",
+        f"{source.name}: {layout.num_layers} decoder layers, {layout.num_units} units "
+        f"({units}) from layer {layout.first}",
         f"prompt tokens: {tokens}; MLP of {model.mlp_matrices} matrices",
         f"operations: convention {model.convention}, one prefill with lm_head, vision not included",
         f"share: of the decoder layers; the smallest budget is {rows[0]['min_budget']}",
@@ -208,8 +209,8 @@ def _table(rows: list[dict[str, Any]], model: CostModel, source: CostedModel) ->
             f"  {label:<45}{vision[key] / 1e12:.4f} T"
             for label, key in (
                 ("patch embedding", "patch_embedding"),
-                ("vision tower, up to the layer that is used", "tower"),
-                ("vision tower, layers nobody reads", "unread"),
+                ("vision tower, up to the layer in use", "tower"),
+                ("vision tower, unused layers", "unread"),
                 ("projector", "projector"),
             )
         ]

@@ -183,7 +183,7 @@ class EvaluateConfig(Section):
 
 
 class AdaLlavaRecipe(BaseRecipe):
-    """One AdaLLaVA job: prepare_data, train_adallava and evaluate read the same recipe."""
+    """One AdaLLaVA job: prepare_data, train and evaluate read the same recipe."""
 
     kind: Literal["adallava"] = "adallava"
     model: ModelConfig = ModelConfig()

@@ -1,6 +1,6 @@
 """The recipe of the few-shot jobs (`kind: fewshot`): images, encoder, episodes, finetuning, tasks.
 
-prepare_data, pretrain_encoder, select_tasks, train_fewshot, evaluate and compare_fewshot read it.
+jobs/{prepare_data,pretrain,select_tasks,train,evaluate,compare}.py read it.
 """
 
 from __future__ import annotations
@@ -184,7 +184,7 @@ class FewshotEvaluateConfig(Section):
 
 
 class CompareConfig(Section):
-    """The table of `jobs/compare_fewshot.py`: target x (method, selection)."""
+    """The table of `jobs/compare.py`: target x (method, selection)."""
 
     targets: tuple[TargetConfig, ...] = ()
     methods: tuple[Method, ...] = ("direct", "standard", "lp_ft", "maml", "multitask")

@@ -1,4 +1,4 @@
-"""The `fmray` command: exit codes, one-line mistakes, and that it starts without torch or Ray."""
+"""The `fmray` command: exit codes, errors of one line, and a start without torch or Ray."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from fmray.cli import COMMANDS, main
 from fmray.errors import exit_code
 
 
-def test_help_names_all_commands_and_imports_nothing_heavy() -> None:
+def test_help_lists_all_commands_and_imports_nothing_heavy() -> None:
     program = (
         "import sys\nfrom fmray.cli import main\n"
         "try:\n    main(['--help'])\nexcept SystemExit as stop:\n    assert stop.code == 0\n"
@@ -26,7 +26,7 @@ def test_help_names_all_commands_and_imports_nothing_heavy() -> None:
     assert all(name in done.stdout for name in COMMANDS)
 
 
-def test_wrong_command_and_no_command(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_wrong_or_missing_command_is_an_error(capsys: pytest.CaptureFixture[str]) -> None:
     for words in (["trian"], []):
         with pytest.raises(SystemExit) as stopped:
             main(words)
@@ -42,7 +42,7 @@ def test_config_prints_origins_and_schema(
     assert main(["config", str(recipe), "--set", "seed=3"]) == 0
     assert "seed: 3  # --set\n" in capsys.readouterr().out
     assert main(["config", "--schema"]) == 0
-    schema = json.loads(capsys.readouterr().out)  # of searches, then of the other kinds
+    schema = json.loads(capsys.readouterr().out)  # nested by kind, the last one outside
     assert "extends" in schema["then"]["properties"]
     assert main(["config"]) == 2
     assert main(["config", str(recipe), "--schema"]) == 2
@@ -70,7 +70,7 @@ def test_exit_code_tells_mistakes_from_bugs(capsys: pytest.CaptureFixture[str]) 
 
 
 @pytest.mark.parametrize("lines", [1, 100_000])
-def test_a_reader_that_closes_the_pipe_is_no_bug(lines: int) -> None:
+def test_a_closed_pipe_is_not_an_error(lines: int) -> None:
     program = (
         "import sys; from fmray.errors import exit_code\n"
         f"sys.exit(exit_code(print, 'many lines\\n' * {lines}))"

@@ -1,4 +1,4 @@
-"""`fmray cost`: the JSON contract, the table, FastV schedules, configs on disk, and mistakes."""
+"""`fmray cost`: the JSON contract, the table, FastV schedules, configs on disk, and errors."""
 
 import argparse
 import json
@@ -21,7 +21,7 @@ def cost(capsys):
     return call
 
 
-def test_one_budget_is_one_object(cost):
+def test_one_budget_prints_one_object(cost):
     answer = json.loads(
         cost("--preset llava-1.5-7b --tokens 644 --budget 0.85 --convention llm-viewer --json")
     )
@@ -33,7 +33,7 @@ def test_one_budget_is_one_object(cost):
     assert answer["roofline_ms"]["V100"] == pytest.approx(69, abs=0.6)
 
 
-def test_several_budgets_are_a_list(cost):
+def test_several_budgets_print_a_list(cost):
     answer = json.loads(
         cost("--preset llava-1.5-13b --design heads --budget 0.6 --budget 0.85 --device L4 --json")
     )
@@ -44,7 +44,7 @@ def test_several_budgets_are_a_list(cost):
     assert row["layers_run"] == 19.5
 
 
-def test_fastv(cost):
+def test_fastv_equals_the_lengths_it_stands_for(cost):
     line = "--preset llava-1.5-7b --tokens 644 --fastv 2:0.5 --budget 0.6 --json"
     answer = json.loads(cost(line))
     assert answer["tokens"] == [644] * 2 + [356] * 30
@@ -55,7 +55,7 @@ def test_fastv(cost):
 
 
 @pytest.mark.parametrize("name", PRESETS)
-def test_table(cost, name):
+def test_the_table_has_a_row_per_budget(cost, name):
     text = cost(f"--preset {name}")
     lines = text.splitlines()
     assert "roofline, not measured" in text
@@ -70,7 +70,7 @@ def test_table(cost, name):
     assert "projector" in text
 
 
-def test_default_budgets_leave_out_what_is_too_small(cost):
+def test_default_budgets_omit_those_below_the_smallest(cost):
     text = cost("--preset llava-1.5-7b --fastv 2:0.5 --device V100")
     assert "644.28 from layer 0, 356.28 from layer 2" in text
     rows = [
@@ -79,7 +79,7 @@ def test_default_budgets_leave_out_what_is_too_small(cost):
     assert rows == ["1", "0.95", "0.85", "0.75", "0.65", "0.6"]
 
 
-def test_configs_on_disk(cost, tmp_path):
+def test_configs_on_disk_are_priced(cost, tmp_path):
     text = LlamaConfig(
         hidden_size=64, num_hidden_layers=4, num_attention_heads=4, intermediate_size=96
     )
@@ -122,13 +122,13 @@ def test_configs_on_disk(cost, tmp_path):
         ("--preset mipha-3b --design heads --unit 0", "unit is 0"),
     ],
 )
-def test_mistakes_are_named(cost, line, message):
+def test_wrong_options_are_errors_of_one_line(cost, line, message):
     with pytest.raises(ValueError, match=message) as error:
         cost(line)
     assert "\n" not in str(error.value)
 
 
-def test_bad_configs(cost, tmp_path):
+def test_unreadable_configs_are_errors(cost, tmp_path):
     (tmp_path / "broken.json").write_text("{")
     (tmp_path / "other.json").write_text('{"model_type": "abacus"}')
     (tmp_path / "bytes.json").write_bytes(b"\xff\xfe\x00")
