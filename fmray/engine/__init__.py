@@ -1,5 +1,6 @@
-"""The adaptive engine: continuous batching of requests that each run their own plan. Knows torch
-and the adaptive model, and no platform.
+"""Adaptive inference engine: continuous batching, load control and fairness between callers.
+
+Uses torch and the adaptive model only, no platform package.
 """
 
 from fmray.engine.engine import Engine

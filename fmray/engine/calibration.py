@@ -1,18 +1,16 @@
-"""How long steps take on this machine: a cost-to-time model, measured at start-up, kept fresh.
+"""Cost-to-time model: how long an engine's steps take, measured at start and updated live.
 
-In: an engine to measure, or `StepTiming`s. Out: `CostToTime`, seconds of a prefill and of a decode
-step by tokens, rows, switches on, layers and context; its own error; JSON.
+`CostToTime` predicts the seconds of a prefill and of a decode step. Both are linear in the amount
+of work, with coefficients >= 0, so a time never falls with more units, tokens or rows; the searches
+of the policy rely on that::
 
-Both are linear in what a step does, with coefficients >= 0, so a time never falls with more
-switches, tokens or rows: the policy's searches rest on that.
+    prefill  1, new tokens, tokens x keys, units x keys, units x keys^2, pixel values
+    decode   1, layers run, rows, units, keys, units x keys / rows
 
-    prefill  1, new tokens, tokens x keys, switches x keys, switches x keys^2, picture values
-    decode   1, layers run, rows, switches, keys, switches x keys / rows
-
-A prefill's upper layers see every token, reused prefixes included ("keys"); the lower ones only new
-tokens. Layers are apart from switches because a layer that runs for one row reads its weights for
-all. Where the plans are not known yet, the number of layers is its expectation under independent
-plans.
+The upper layers of a prefill process every token, including cached prefixes ("keys"), the always-on
+layers only new tokens. Layers and units are separate features because a layer that runs for one row
+reads its weights for all rows. Where the plans are not known yet, the number of layers is its
+expectation under independent plans.
 """
 
 from __future__ import annotations
@@ -22,7 +20,6 @@ import math
 import os
 import platform
 import statistics
-import tempfile
 import time
 import warnings
 from collections import deque
@@ -38,35 +35,41 @@ from torch import Tensor
 
 from fmray.adallava.layout import SwitchLayout
 from fmray.engine.requests import Request, Sampling, StepTiming
+from fmray.runtime.files import atomic_path
 
-# A non-negative, robust, forgetting least-squares fit of times.
-#
-# In: rows of features and seconds. Out: `TimeRegression`, seconds = sum of coefficient x feature
-# with coefficients >= 0, fitted for small *relative* errors and refreshed one observation at a
-# time.
-#
-# Fit: non-negative least squares (Lawson and Hanson 1974) on features / scale and seconds / scale;
-# the scale is the seconds themselves at first and the prediction after (dividing by noisy seconds
-# favours the short ones), with Huber weights so that a stall counts like a small error. Refresh:
-# exponentially forgotten normal equations, joined to those of the first fit *at today's speed* (the
-# median of recent measured / first predicted). Traffic excites few directions, and forgetting alone
-# would lose the others.
+# --- Regression -----------------------------------------------------------------------------
 
 FOLDS = 5
 ROUNDS = 4  # of reweighting
 HUBER = 2.0  # in robust standard deviations
-PRIOR = 50.0  # observations that the first fit counts as, beside the live ones
+PRIOR = 50.0  # weight of the first fit, in live observations
 REFRESH = 8  # live observations between two solutions
-SPEED = 48  # live observations that today's speed is the median of
-RECENT = 256  # live observations that the error is the median of
+SPEED = 48  # live observations whose median is the current speed
+RECENT = 256  # live observations whose median is the error
 
 
 class TimeRegression:
-    """names: of the features, p of them. memory: live observations remembered (time constant)."""
+    """Robust non-negative linear regression of times, updated by single observations.
+
+    Minimizes relative errors. The fit is non-negative least squares (Lawson and Hanson 1974) on
+    features / scale and seconds / scale. The scale is the seconds at first and the prediction
+    after that (dividing by noisy seconds would favour the short ones), with Huber weights, so that
+    a stall counts like a small error.
+
+    Live updates use exponentially weighted normal equations, added to those of the first fit *at
+    the current speed* (the median of recent measured / first predicted). Traffic excites few
+    directions, and exponential weights alone would lose the others.
+    """
 
     def __init__(self, names: tuple[str, ...], memory: float = 200.0) -> None:
+        """Create an unfitted regression.
+
+        Args:
+            names: names of the p features.
+            memory: time constant of the live updates, in observations.
+        """
         if memory <= REFRESH:
-            raise ValueError(f"memory is {memory}; more than {REFRESH} observations are needed")
+            raise ValueError(f"memory must be above {REFRESH} observations, not {memory}")
         self.names = names
         self.memory = memory
         self.coefficients = np.zeros(len(names))
@@ -83,19 +86,22 @@ class TimeRegression:
         self._speeds: deque[float] = deque(maxlen=SPEED)
 
     def fit(self, features: np.ndarray, seconds: np.ndarray) -> None:
-        """features [m, p], seconds [m] > 0. Forgets what was live. ValueError for no or bad rows.
+        """Fit to features [m, p] >= 0 and seconds [m] > 0; drops all live observations.
 
-        Its error is cross-validated: measured on rows whose features the fit has not seen.
+        The error is cross-validated on rows whose features the fit has not seen.
+
+        Raises:
+            ValueError: there are no rows, or a value is out of range.
         """
         features, seconds = np.asarray(features, float), np.asarray(seconds, float)
         if features.ndim != 2 or features.shape != (len(seconds), len(self.names)):
             raise ValueError(
-                f"features are {list(features.shape)}, seconds {list(seconds.shape)}; "
-                f"[m, {len(self.names)}] and [m] are needed"
+                f"features and seconds must be [m, {len(self.names)}] and [m], not "
+                f"{list(features.shape)} and {list(seconds.shape)}"
             )
-        sound = np.isfinite(features).all() and np.isfinite(seconds).all()
-        if not len(seconds) or not sound or seconds.min() <= 0 or features.min() < 0:
-            raise ValueError("timings must be finite, seconds positive, and there must be some")
+        finite = np.isfinite(features).all() and np.isfinite(seconds).all()
+        if not len(seconds) or not finite or seconds.min() <= 0 or features.min() < 0:
+            raise ValueError("a fit needs timings, all finite and with positive seconds")
         self.coefficients = _robust(features, seconds)
         self.fitted = True
         self.fit_error = _held_out_error(features, seconds, self.coefficients)
@@ -103,20 +109,26 @@ class TimeRegression:
         self.live_count = 0
         self._clear_live()
         rows = features / np.maximum(features @ self.coefficients, 1e-12)[:, None]
-        # Two solutions that fit alike must not be told apart by rounding: a whiff of ridge.
+        # A tiny ridge, so that rounding does not decide between two solutions that fit equally.
         products = rows.T @ rows / len(rows)
         products += np.diag(np.maximum(np.diag(products), 1e-30)) * 1e-8
         self._prior = PRIOR * products
 
     def update(self, features: np.ndarray, seconds: float) -> None:
-        """One live observation: features [p]. One that is no positive time is a ValueError."""
-        assert self.fitted, "fit comes first"
+        """Add one live observation with features [p].
+
+        Raises:
+            ValueError: seconds is not a positive number.
+        """
+        assert self.fitted, "call fit first"
         if not math.isfinite(seconds) or seconds <= 0:
-            raise ValueError(f"a step took {seconds!r} seconds; a positive time is needed")
+            raise ValueError(f"the seconds of a step must be a positive number, not {seconds!r}")
+        # Errors of the current and of the first fit, before this observation is learned.
         predicted = max(float(features @ self.coefficients), 1e-9)
         first = max(float(features @ self._first), 1e-9)
         self.live_errors.append(abs(predicted - seconds) / seconds)
         self._speeds.append(math.log(seconds / first))
+        # Exponentially weighted normal equations, with a Huber weight against outliers.
         residual = seconds / predicted - 1
         limit = 3 * max(0.05, statistics.median(self.live_errors))
         weight = min(1.0, limit / abs(residual)) if residual else 1.0
@@ -130,7 +142,7 @@ class TimeRegression:
 
     def _refresh(self) -> None:
         speed = math.exp(statistics.median(self._speeds))
-        # The prior's rows say: first prediction x speed. Its targets follow from its coefficients.
+        # The targets of the prior's rows are the first predictions x speed.
         products = self._prior + self._products
         targets = self._prior @ self._first * speed + self._targets
         scale = 1 / np.sqrt(np.maximum(np.diag(products), 1e-30))
@@ -141,20 +153,22 @@ class TimeRegression:
 
     @property
     def speed(self) -> float:
-        """Recent measured / first predicted: 1.5 says the machine is now 1.5 times slower."""
+        """Recent measured / first predicted; 1.5 means 1.5 times slower than at the fit."""
         return math.exp(statistics.median(self._speeds)) if self._speeds else 1.0
 
     @property
     def error(self) -> float:
-        """Median relative error: of live predictions made before they were learnt from (20 or
-        more), else the fit's, cross-validated."""
+        """Median relative error of live predictions, each before its observation was learned.
+
+        The cross-validated error of the fit for fewer than 20 live observations.
+        """
         if len(self.live_errors) >= 20:
             return statistics.median(self.live_errors)
         return self.fit_error
 
     def state(self) -> dict[str, Any]:
-        """Plain values for JSON: the fit as it stands now. Live figures are not kept."""
-        assert self.fitted, "fit comes first"
+        """Return the current fit as values for JSON, without the live observations."""
+        assert self.fitted, "call fit first"
         return {
             "names": list(self.names),
             "coefficients": self.coefficients.tolist(),
@@ -163,14 +177,18 @@ class TimeRegression:
         }
 
     def restore(self, state: dict[str, Any]) -> None:
-        """What `state` gave; ValueError if it is of other features or no numbers."""
+        """Load the values of `state`.
+
+        Raises:
+            ValueError: they are of other features, or out of range.
+        """
         size = len(self.names)
         coefficients = np.asarray(state["coefficients"], float)
         prior = np.asarray(state["prior"], float)
         if tuple(state["names"]) != self.names or prior.shape != (size, size):
             raise ValueError(f"the stored fit has features {state['names']}, not {self.names}")
         if coefficients.shape != (size,) or not (coefficients >= 0).all():
-            raise ValueError("the stored fit has coefficients that are no times")
+            raise ValueError("the stored fit has negative or missing coefficients")
         self.coefficients, self.fit_error, self.fitted = coefficients, float(state["error"]), True
         self.live_errors.clear()
         self.live_count = 0
@@ -179,28 +197,30 @@ class TimeRegression:
 
 
 def _robust(features: np.ndarray, seconds: np.ndarray) -> np.ndarray:
-    """Coefficients [p] >= 0 by reweighted non-negative least squares."""
+    """Return coefficients [p] >= 0 by reweighted non-negative least squares."""
     scale, weights = seconds, np.ones(len(seconds))
     coefficients = np.zeros(features.shape[1])
     for _ in range(ROUNDS):
         rows = features * (weights / scale)[:, None]
         size = np.sqrt((rows**2).sum(0))
-        size[size == 0] = 1.0  # a feature nobody showed: its coefficient stays 0
+        size[size == 0] = 1.0  # a feature that is always 0 keeps the coefficient 0
         solution, _ = nnls(rows / size, weights * seconds / scale)
         coefficients = solution / size
         predicted = features @ coefficients
         if (predicted <= 0).any():
-            break  # nothing explains some row: relative residuals make no sense
+            break  # no feature explains some row, so relative residuals are undefined
         residual = np.abs(seconds / predicted - 1)
         limit = HUBER * max(1.4826 * float(np.median(residual)), 1e-6)
-        # weights multiply rows, so their square weighs the squared error
+        # Weights multiply rows, so the square of a weight multiplies the squared error.
         scale, weights = predicted, np.sqrt(np.minimum(1.0, limit / np.maximum(residual, 1e-12)))
     return coefficients
 
 
 def _held_out_error(features: np.ndarray, seconds: np.ndarray, coefficients: np.ndarray) -> float:
-    """Median relative error over folds that split *distinct* feature rows; with too few of them,
-    the error of the fit itself."""
+    """Return the median relative error over folds that split *distinct* feature rows.
+
+    With too few distinct rows, the error of the fit itself.
+    """
     _, group = np.unique(features, axis=0, return_inverse=True)
     group = group.reshape(-1)
     groups = int(group.max()) + 1
@@ -210,34 +230,38 @@ def _held_out_error(features: np.ndarray, seconds: np.ndarray, coefficients: np.
     errors = np.zeros(len(seconds))
     for number in range(FOLDS):
         out = fold == number
-        found = _robust(features[~out], seconds[~out])
-        errors[out] = np.abs(features[out] @ found / seconds[out] - 1)
+        fold_coefficients = _robust(features[~out], seconds[~out])
+        errors[out] = np.abs(features[out] @ fold_coefficients / seconds[out] - 1)
     return float(np.median(errors))
 
 
+# --- Cost-to-time model ---------------------------------------------------------------------
+
+# Feature names; stored calibrations contain them.
 PREFILL = ("step", "tokens", "tokens x keys", "units x keys", "units x keys^2", "picture values")
 DECODE = ("step", "layers", "rows", "units", "keys", "units x keys / row")
 VERSION = 1
 
-#: a float, or an array of them: predictions are made for many numbers of switches at once
+#: a number, or an array: predictions are vectorized over the number of units
 Amount = Any
 
 
 @dataclass(frozen=True)
 class CalibrationError:
-    """Median relative errors: of live predictions, or cross-validated before there are any."""
+    """Median relative errors of `TimeRegression.error`."""
 
     prefill: float
     decode: float
 
 
 class CostToTime:
-    """Seconds of an engine's steps. `layout`: of its model's switches; `machine`: where measured.
+    """Predicted seconds of an engine's steps.
 
     Not thread-safe. Amounts may be numpy arrays that broadcast.
     """
 
     def __init__(self, layout: SwitchLayout, machine: str | None = None) -> None:
+        """Create an unfitted model; machine: the machine of the timings, default this one."""
         self.layout = layout
         self.machine = machine_name() if machine is None else machine
         self._prefill = TimeRegression(PREFILL)
@@ -247,24 +271,24 @@ class CostToTime:
     def from_coefficients(
         cls, layout: SwitchLayout, prefill: Iterable[float], decode: Iterable[float]
     ) -> CostToTime:
-        """A model of known coefficients (`PREFILL` and `DECODE` say which), for simulations."""
-        made = cls(layout, machine="simulated")
-        for regression, values in ((made._prefill, prefill), (made._decode, decode)):
+        """Create a model with known coefficients, in the order of `PREFILL` and `DECODE`."""
+        model = cls(layout, machine="simulated")
+        for regression, values in ((model._prefill, prefill), (model._decode, decode)):
             size = len(regression.names)
             state = {"names": regression.names, "coefficients": list(values), "error": 0.0}
             regression.restore({**state, "prior": np.eye(size).tolist()})
-        return made
-
-    # -- predictions -----------------------------------------------------------------------
+        return model
 
     def prefill(
         self, tokens: Amount, units_on: Amount, keys: Amount = None, pixels: Amount = 0
     ) -> Amount:
         """Seconds of the prefill of one prompt.
 
-        tokens: to be computed in the lower layers. units_on: switches. keys: tokens in all, reused
-        ones included (default: `tokens`). pixels: picture values (numbers in `pixel_values`) that
-        the vision tower has to read; 0 where its features are at hand.
+        Args:
+            tokens: tokens that the always-on layers compute.
+            units_on: units on.
+            keys: all tokens, cached prefixes included; default: `tokens`.
+            pixels: values of `pixel_values` that the vision tower reads; 0 with cached features.
         """
         keys = tokens if keys is None else keys
         c = self._ready(self._prefill)
@@ -278,8 +302,14 @@ class CostToTime:
         )
 
     def decode(self, rows: int, units_on: Amount, context: Amount, layers: Amount = None) -> Amount:
-        """Seconds of one decode step. rows >= 1; units_on and context: sums over the rows; layers:
-        decoder layers in which any row runs (default: expected, see the module's text)."""
+        """Seconds of one decode step.
+
+        Args:
+            rows: at least 1.
+            units_on: sum over the rows.
+            context: keys, sum over the rows.
+            layers: decoder layers in which at least one row runs; default: the expected number.
+        """
         layers = self.expected_layers(rows, units_on) if layers is None else layers
         c = self._ready(self._decode)
         return (
@@ -294,14 +324,16 @@ class CostToTime:
     def answer(
         self, tokens: Amount, units_on: Amount, new_tokens: Amount, rows: int = 1, pixels: int = 0
     ) -> Amount:
-        """Seconds of the machine that one whole answer takes: its prefill and its part of the
-        decode steps of `rows` alike."""
+        """Machine seconds of one complete answer: its prefill, and its part of the decode steps.
+
+        Each decode step is shared by `rows` equal requests.
+        """
         context = rows * (tokens + new_tokens / 2)
         step = self.decode(rows, rows * units_on, context)
         return self.prefill(tokens, units_on, pixels=pixels) + (new_tokens - 1) * step / rows
 
     def expected_layers(self, rows: int, units_on: Amount) -> Amount:
-        """Layers in which any of `rows` runs, when they have `units_on` switches in sum."""
+        """Expected layers in which at least one row runs; units_on: sum over the rows."""
         layout = self.layout
         off = 1 - units_on / (rows * layout.num_units)
         switchable = layout.num_layers - layout.first
@@ -310,19 +342,23 @@ class CostToTime:
     @staticmethod
     def _ready(regression: TimeRegression) -> list[float]:
         if not regression.fitted:
-            raise ValueError("nothing is measured yet; fit, load or calibrate comes first")
+            raise ValueError("the cost model has not been measured; call fit, load or calibrate")
         return regression.coefficients.tolist()
 
-    # -- learning --------------------------------------------------------------------------
-
     def fit(self, timings: list[StepTiming], pixels: list[int] | None = None) -> None:
-        """Fit to a list of steps, prefills and decodes both; pixels: picture values read in each
-        (default none). ValueError where a kind is missing."""
+        """Fit to timings of prefills and decode steps.
+
+        Args:
+            pixels: values of `pixel_values` read in each step; default: 0.
+
+        Raises:
+            ValueError: there is no prefill or no decode step.
+        """
         pixels = [0] * len(timings) if pixels is None else pixels
         for kind, regression in (("prefill", self._prefill), ("decode", self._decode)):
             pairs = [
-                (self._features(timing, read), timing.seconds)
-                for timing, read in zip(timings, pixels, strict=True)
+                (self._features(timing, values), timing.seconds)
+                for timing, values in zip(timings, pixels, strict=True)
                 if timing.kind == kind
             ]
             if not pairs:
@@ -330,7 +366,7 @@ class CostToTime:
             regression.fit(*(np.array(column, float) for column in zip(*pairs, strict=True)))
 
     def update(self, timing: StepTiming, pixels: int = 0) -> None:
-        """Learn from one live step."""
+        """Update the model with one live step."""
         regression = self._prefill if timing.kind == "prefill" else self._decode
         self._ready(regression)
         regression.update(np.array(self._features(timing, pixels), float), timing.seconds)
@@ -345,23 +381,21 @@ class CostToTime:
 
     @property
     def coefficients(self) -> tuple[list[float], list[float]]:
-        """As they stand now, in the order of `PREFILL` and `DECODE`."""
+        """Current coefficients, in the order of `PREFILL` and `DECODE`."""
         return self._ready(self._prefill), self._ready(self._decode)
 
     @property
     def error(self) -> CalibrationError:
-        """Of both kinds of step."""
+        """Errors of both kinds of step."""
         return CalibrationError(self._prefill.error, self._decode.error)
 
     @property
     def speed(self) -> tuple[float, float]:
-        """Prefill, decode: recent measured / first fitted; 2 says twice as slow as calibrated."""
+        """Speed of prefills and decode steps; 2 is twice as slow as calibrated."""
         return self._prefill.speed, self._decode.speed
 
-    # -- storing ---------------------------------------------------------------------------
-
     def save(self, path: str | Path) -> None:
-        """Write JSON, whole or not at all."""
+        """Write the model to a JSON file, atomically."""
         path = Path(path)
         state = {
             "version": VERSION,
@@ -371,27 +405,30 @@ class CostToTime:
             "decode": self._decode.state(),
         }
         path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False) as file:
-            json.dump(state, file, indent=1)
-        os.replace(file.name, path)
+        with atomic_path(path, unique=True) as temporary:  # several replicas may write it
+            temporary.write_text(json.dumps(state, indent=1), encoding="utf-8")
 
     @classmethod
     def load(cls, path: str | Path) -> CostToTime:
-        """What `save` wrote; ValueError if it is not that."""
+        """Read the file of `save`.
+
+        Raises:
+            ValueError: it is not a calibration of this version.
+        """
         try:
-            state = json.loads(Path(path).read_text())
+            state = json.loads(Path(path).read_text(encoding="utf-8"))
             if state["version"] != VERSION:
-                raise ValueError(f"version {state['version']} is not {VERSION}")
-            made = cls(SwitchLayout.from_dict(state["layout"]), state["machine"])
-            made._prefill.restore(state["prefill"])
-            made._decode.restore(state["decode"])
+                raise ValueError(f"version {state['version']} instead of {VERSION}")
+            model = cls(SwitchLayout.from_dict(state["layout"]), state["machine"])
+            model._prefill.restore(state["prefill"])
+            model._decode.restore(state["decode"])
         except (KeyError, TypeError, ValueError) as error:
-            raise ValueError(f"{path} is no stored calibration: {error}") from error
-        return made
+            raise ValueError(f"{path} is not a stored calibration: {error}") from error
+        return model
 
 
 def machine_name() -> str:
-    """What times depend on, beside the model: processor, cores, threads, accelerator."""
+    """Describe the machine that times depend on: processor, cores, threads, accelerator."""
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "no accelerator"
     return (
         f"{platform.node()}, {platform.machine()}, {os.cpu_count()} cores, "
@@ -399,11 +436,11 @@ def machine_name() -> str:
     )
 
 
-# -- measuring -----------------------------------------------------------------------------
+# --- Measurement ----------------------------------------------------------------------------
 
 
 class Measurable(Protocol):
-    """The engine's doors that calibration uses (`fmray.engine.engine.Engine`)."""
+    """The part of `fmray.engine.engine.Engine` that calibration uses."""
 
     max_rows: int
 
@@ -423,35 +460,43 @@ def calibrate(
     seconds: float = 20.0,
     longest: int = 512,
     new_tokens: int = 8,
-    picture: dict[str, Tensor] | None = None,
+    image: dict[str, Tensor] | None = None,
     seed: int = 0,
     clock: Callable[[], float] = time.perf_counter,
 ) -> CostToTime:
-    """Measure an idle engine for about `seconds`: random prompts of log-uniform lengths up to
-    `longest` tokens, batches of 1 to max_rows, switches from none to all.
+    """Measure an idle engine, with random prompts, batches of 1 to max_rows, and all budgets.
 
-    model: its `AdaptiveVLM`. picture: inputs of one question about a picture, as the processor
-    gives them (any picture); without, the vision tower's time is learnt from live traffic only.
-    Prompts are random tokens and are not reused. ValueError if the engine is busy.
+    Prompts are random tokens of log-uniform length and not cached.
+
+    Args:
+        model: the engine's `AdaptiveVLM`.
+        seconds: approximate duration.
+        longest: most prompt tokens.
+        image: processor output for a prompt with any image; without it the time of the vision
+            tower is learned from live traffic only.
+
+    Raises:
+        ValueError: the engine is busy.
     """
     if engine.active:
-        raise ValueError(f"the engine has {engine.active} rows; calibration needs it idle")
+        raise ValueError(f"calibration needs an idle engine; this one has {engine.active} rows")
     cost = CostToTime(model.layout)
     random = np.random.default_rng(seed)
     timings: list[StepTiming] = []
     pixels: list[int] = []
     batches = _batch_sizes(engine.max_rows)
-    drawn = _PromptDraw(model, longest, picture, random)
-    sampling = Sampling(new_tokens, temperature=8.0)  # hot: a trained model must not just stop
-    _run(engine, [drawn.request("warm-up", sampling)])
+    prompts = RandomPrompts(model, longest, image, random)
+    sampling = Sampling(new_tokens, temperature=8.0)  # so high that a trained model does not stop
+    _run(engine, [prompts.request("warm-up", sampling)])
+    # Each batch size at least twice, unless that takes more than four times `seconds`.
     start, number = clock(), 0
     while number < 2 * len(batches) or clock() - start < seconds:
         rows = batches[number % len(batches)]
-        requests = [drawn.request(f"calibration-{number}-{row}", sampling)
+        requests = [prompts.request(f"calibration-{number}-{row}", sampling)
                     for row in range(rows)]  # fmt: skip
-        for timing, read in _run(engine, requests):
+        for timing, values in _run(engine, requests):
             timings.append(timing)
-            pixels.append(read)
+            pixels.append(values)
         number += 1
         if clock() - start > 4 * seconds and number >= len(batches):
             break
@@ -462,8 +507,10 @@ def calibrate(
 def calibrated(
     engine: Measurable, model: Any, path: str | Path | None = None, **options: Any
 ) -> CostToTime:
-    """The calibration stored at `path` if it is of this machine and layout; else measured now (see
-    `calibrate`) and stored there. A damaged file is measured anew."""
+    """Load the calibration at `path`, or measure it (see `calibrate`) and store it there.
+
+    Measures if the file is missing or damaged, or is of another machine or layout.
+    """
     if path is not None and Path(path).exists():
         try:
             stored = CostToTime.load(path)
@@ -478,38 +525,39 @@ def calibrated(
     return cost
 
 
-def picture_values(inputs: dict[str, Tensor]) -> int:
-    """Numbers in the pictures of a request's inputs: what the vision tower's time grows with."""
+def image_values(inputs: dict[str, Tensor]) -> int:
+    """Number of values in a request's images, which the vision tower's time is proportional to."""
     values = inputs.get("pixel_values")
     return 0 if values is None else values.numel()
 
 
-class _PromptDraw:
-    """Random questions for calibration."""
+class RandomPrompts:
+    """Random requests for calibration."""
 
     def __init__(
-        self, model: Any, longest: int, picture: dict[str, Tensor] | None, random: Any
+        self, model: Any, longest: int, image: dict[str, Tensor] | None, random: Any
     ) -> None:
         config = model.backbone.config
-        room = getattr(config, "max_position_embeddings", None) or longest
+        positions = getattr(config, "max_position_embeddings", None) or longest
         # The latency token and the answer need positions too.
-        self.longest = max(2, min(longest, room - 64 if room > 128 else room // 2))
-        self.units = model.layout.num_units
-        self.picture, self.random = picture, random
-        whole = model.base.config
+        available = positions - 64 if positions > 128 else positions // 2
+        self.longest = max(2, min(longest, available))
+        self.max_units = model.layout.num_units
+        self.image, self.random = image, random
         special = {
-            getattr(whole, name, None)
+            getattr(model.base.config, name, None)
             for name in ("image_token_id", "video_token_id", "image_token_index")
         }
         self.ids = np.array([i for i in range(config.vocab_size) if i not in special])
         self.device = next(model.parameters()).device
 
     def request(self, name: str, sampling: Sampling) -> Request:
-        """One question; with a picture, every third one is about it."""
-        # The grid's ends are drawn often: a line is best known from its ends.
-        units = int(self.random.choice([0, self.units, self.random.integers(self.units + 1)]))
-        if self.picture is not None and self.random.random() < 1 / 3:
-            return Request(name, self.picture, None, units, sampling=sampling)
+        """Return a random request; every third one has the image, if there is one."""
+        # A line is best determined by its ends, so they are frequent.
+        most = self.max_units
+        units = int(self.random.choice([0, most, self.random.integers(most + 1)]))
+        if self.image is not None and self.random.random() < 1 / 3:
+            return Request(name, self.image, None, units, sampling=sampling)
         length = round(float(np.exp(self.random.uniform(np.log(2), np.log(self.longest)))))
         ids = torch.from_numpy(self.random.choice(self.ids, (1, length))).to(self.device)
         inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
@@ -517,20 +565,22 @@ class _PromptDraw:
 
 
 def _batch_sizes(max_rows: int) -> list[int]:
-    """1, 2, 4, ... and max_rows itself."""
+    """Return 1, 2, 4, ... and max_rows."""
     return sorted({1 << power for power in range(max_rows.bit_length() - 1)} | {1, max_rows})
 
 
 def _run(engine: Measurable, requests: list[Request]) -> list[tuple[StepTiming, int]]:
-    """Answer requests together; each step's timing with the picture values it read."""
+    """Run requests in one batch; returns each step's timing and the image values it read."""
     waiting = list(requests)
-    pixels = {request.id: picture_values(request.inputs) for request in requests}
+    pixels = {request.id: image_values(request.inputs) for request in requests}
     steps = []
     while waiting or engine.active:
         while waiting and engine.can_start(waiting[0]):
             engine.start(waiting.pop(0))
         if not engine.active:
-            raise ValueError("the engine cannot hold one row of calibration; give it more KV bytes")
+            raise ValueError(
+                "the KV memory is too small for one calibration request; raise kv_bytes"
+            )
         events = engine.step()
         for event in events:
             if event.finished == "error":
@@ -538,8 +588,8 @@ def _run(engine: Measurable, requests: list[Request]) -> list[tuple[StepTiming, 
         timing = engine.timing
         if timing is None:
             continue
-        read = 0
+        values = 0
         if timing.kind == "prefill":
-            read = sum(pixels.pop(event.request, 0) for event in events)
-        steps.append((timing, read))
+            values = sum(pixels.pop(event.request, 0) for event in events)
+        steps.append((timing, values))
     return steps

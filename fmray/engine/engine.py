@@ -1,11 +1,10 @@
 """Continuous batching of requests that each run their own plan.
 
-In: an `AdaptiveVLM`, a tokenizer, requests that come and go. Out: events, a step at a time. A step
-is the prefill of one request or one token for every running request; both take turns while both
-have work. Every layer runs only the rows whose switch is on. One thread at a time: the caller's.
+A step is the prefill of one request, or one new token for every running request; the two alternate
+while both have work. Each layer runs only the rows whose plan has it on. Not thread-safe.
 
-An answer is that of `AdaptiveVLM.generate` for the request alone, whatever runs beside it, as far
-as the rounding of matrix products of other sizes goes.
+An answer equals that of `AdaptiveVLM.generate` for the request alone, whatever runs in the same
+batch, up to the rounding of matrix products of different sizes.
 """
 
 from __future__ import annotations
@@ -18,11 +17,11 @@ from typing import Any
 import torch
 
 from fmray.adallava import AdaptiveVLM
-from fmray.engine.forward import Decode, Prefill, Row, places_of
+from fmray.engine.forward import Decode, Prefill, Row, max_keys
 from fmray.engine.kv_memory import KVMemory
 from fmray.engine.requests import EngineStats, Event, FinishReason, Request, Result, StepTiming
 from fmray.engine.reuse import PrefixCache, TensorCache
-from fmray.engine.tokens import TextStream, draw, generator_of
+from fmray.engine.tokens import TextStream, generator_of, sample_tokens
 
 MIB = 1 << 20
 _COUNTERS = (
@@ -39,16 +38,9 @@ _COUNTERS = (
 
 
 class Engine:
-    """See the module's text.
+    """Batches requests of one adaptive model.
 
-    max_rows: requests at a time. kv_bytes, vision_bytes, prefix_bytes: bounds of the keys and
-    values, of the image features and of the prompts' lower halves that are kept (0: none are).
-    prefix_block: tokens in a block of the latter. eos: ids that end an answer; None: those of the
-    model's generation_config. tokenizer: None where texts and stop strings are not needed.
-
-    Puts the model in eval mode; its weights must not change while the engine holds prefixes. Raises
-    ValueError for an attention implementation other than sdpa and eager, and for rotary frequencies
-    that depend on the length.
+    Sets the model to eval mode. Its weights must not change while the engine caches prefixes.
     """
 
     def __init__(
@@ -63,8 +55,23 @@ class Engine:
         prefix_block: int = 16,
         eos: Sequence[int] | None = None,
     ) -> None:
+        """Create an engine without requests.
+
+        Args:
+            tokenizer: None if no texts and stop strings are needed.
+            max_rows: most requests at a time.
+            kv_bytes: bound of the keys and values of running requests.
+            vision_bytes: bound of the cached image features; 0: no cache.
+            prefix_bytes: bound of the cached prompt prefixes; 0: no cache.
+            prefix_block: tokens per block of the prefix cache.
+            eos: ids that end an answer; None: those of the model's generation_config.
+
+        Raises:
+            ValueError: the model's attention implementation is neither sdpa nor eager, or its
+                rotary frequencies depend on the length.
+        """
         if max_rows < 1:
-            raise ValueError(f"max_rows is {max_rows}; at least one is needed")
+            raise ValueError(f"max_rows must be at least 1, not {max_rows}")
         backbone = model.backbone
         if backbone.attention not in ("sdpa", "eager"):
             raise ValueError(
@@ -73,8 +80,8 @@ class Engine:
         rope = (getattr(backbone.config, "rope_parameters", None) or {}).get("rope_type")
         if rope in ("dynamic", "longrope"):
             raise ValueError(
-                f"rotary type {rope!r} changes with the length of the longest row, so rows would "
-                "depend on their neighbours; the engine cannot batch them"
+                f"the engine cannot batch rotary type {rope!r}: it depends on the longest row, so "
+                "rows would depend on each other"
             )
         self.model = model.eval()
         self.tokenizer = tokenizer
@@ -85,13 +92,13 @@ class Engine:
         self.eos = frozenset(eos)
         dtype = backbone.norm.weight.dtype
         self.memory = KVMemory(model.layout, dtype, kv_bytes, max_rows)
-        self.pictures = TensorCache(vision_bytes)
+        self.images = TensorCache(vision_bytes)
         self.prefixes = PrefixCache(prefix_bytes, prefix_block, model.base.config.image_token_id)
         self._prefill = Prefill(
-            model, self.memory, self.pictures, self.prefixes if prefix_bytes else None
+            model, self.memory, self.images, self.prefixes if prefix_bytes else None
         )
         self._decode = Decode(model, self.memory)
-        self._rows: dict[str, Row] = {}  # all of them, by request
+        self._rows: dict[str, Row] = {}  # all rows, by request
         self._waiting: deque[Row] = deque()
         self._running: list[Row] = []
         self._cancelled: list[Row] = []
@@ -99,35 +106,38 @@ class Engine:
         self._timing: StepTiming | None = None
         self._counts = dict.fromkeys(_COUNTERS, 0)
 
-    # -- requests come and go
+    # --- Requests ---------------------------------------------------------------------------
 
     def can_start(self, request: Request) -> bool:
-        """A free row, and room for the keys of its prompt and of the longest answer it may get."""
+        """Whether there is a free row, and memory for the prompt and the longest answer."""
         return len(self._rows) < self.max_rows and self.memory.has_room(
-            self._places(request), request.units_on
+            self._max_keys(request), request.units_on
         )
 
     def fits(self, request: Request) -> bool:
-        """Whether it could start if nothing else ran."""
-        return self.memory.fits(self._places(request), request.units_on)
+        """Whether the request could start if it were alone."""
+        return self.memory.fits(self._max_keys(request), request.units_on)
 
     def start(self, request: Request) -> None:
-        """Join; a later step does the prefill. Raises ValueError for a request that cannot start
-        now (`can_start`), has an id in use, or asks for switches that the model does not have.
+        """Add a request; a later step runs its prefill.
+
+        Raises:
+            ValueError: the request cannot start now (see `can_start`), its id is in use, or its
+                plan or number of units does not fit the model.
         """
         units = self.model.layout.num_units
         if request.id in self._rows:
             raise ValueError(f"request {request.id!r} is running already")
         if request.units_on > units:
             raise ValueError(
-                f"the request may have {request.units_on} switches on; the model has {units}"
+                f"the request asks for {request.units_on} units; the model has {units}"
             )
         if request.plan is not None and len(request.plan) != units:
-            raise ValueError(f"the plan has {len(request.plan)} switches; the model has {units}")
+            raise ValueError(f"the plan has {len(request.plan)} units; the model has {units}")
         if not self.can_start(request):
             raise ValueError(
-                f"no room for request {request.id!r}: {len(self._rows)} of {self.max_rows} rows, "
-                f"{self.memory.reserved} of {self.memory.bound} bytes are taken"
+                f"no room for request {request.id!r}: {len(self._rows)} of {self.max_rows} rows "
+                f"and {self.memory.reserved} of {self.memory.bound} bytes are in use"
             )
         row = Row(
             request,
@@ -135,28 +145,28 @@ class Engine:
             generator_of(request.sampling),
             time.perf_counter(),
         )
-        self.memory.reserve(row, self._places(request), request.units_on)
+        self.memory.reserve(row, self._max_keys(request), request.units_on)
         self._rows[request.id] = row
         self._waiting.append(row)
         self._counts["started"] += 1
 
     def cancel(self, request_id: str) -> None:
-        """End a request at the next step. One that is unknown, or has just ended, is let be."""
+        """Cancel a request at the next step; unknown and finished ids are ignored."""
         row = self._rows.get(request_id)
         if row is not None and row not in self._cancelled:
             self._cancelled.append(row)
 
-    def _places(self, request: Request) -> int:
-        return places_of(request, self.model.latency_token)
+    def _max_keys(self, request: Request) -> int:
+        return max_keys(request, self.model.latency_token)
 
-    # -- steps
+    # --- Steps ------------------------------------------------------------------------------
 
     @torch.no_grad()
     def step(self) -> list[Event]:
-        """One prefill or one token for every running row, after letting go what was cancelled.
+        """Remove cancelled requests, then run one prefill or one decode step.
 
-        A request whose prefill, logits or text fail ends with an `error` event, and no other does.
-        An exception of a decoding step as a whole is raised; the step may be repeated.
+        A request whose prefill, logits or text fail ends with an `error` event; the others are not
+        affected. An exception in a complete decode step is raised, and the step may be repeated.
         """
         events = [self._end(row, "cancelled") for row in self._cancelled]
         self._cancelled.clear()
@@ -174,8 +184,8 @@ class Engine:
         begin = time.perf_counter()
         try:
             logits = self._prefill(row)
-            tokens, sound = draw(logits, [(row.request.sampling, row.generator)])
-        except Exception as error:  # noqa: BLE001 - one request's failure is no other's
+            tokens, finite = sample_tokens(logits, [(row.request.sampling, row.generator)])
+        except Exception as error:  # noqa: BLE001 - a request's failure must not affect others
             return self._end(row, "error", error=f"{type(error).__name__}: {error}")
         finally:
             self._decode.changed()
@@ -187,13 +197,14 @@ class Engine:
             "prefill", 1, row.computed, sum(row.plan), row.layers, row.length, row.prefill_seconds
         )
         self._running.append(row)
-        return self._advance(row, tokens[0], sound[0])
+        return self._advance(row, tokens[0], finite[0])
 
     def _step_decode(self) -> list[Event]:
         rows = list(self._running)
         begin = time.perf_counter()
         logits = self._decode(rows)
-        tokens, sound = draw(logits, [(row.request.sampling, row.generator) for row in rows])
+        sampling = [(row.request.sampling, row.generator) for row in rows]
+        tokens, finite = sample_tokens(logits, sampling)
         self._counts["decode_steps"] += 1
         self._timing = StepTiming(
             "decode",
@@ -205,13 +216,13 @@ class Engine:
             time.perf_counter() - begin,
         )
         return [
-            self._advance(row, token, good)
-            for row, token, good in zip(rows, tokens, sound, strict=True)
+            self._advance(row, token, is_finite)
+            for row, token, is_finite in zip(rows, tokens, finite, strict=True)
         ]
 
-    def _advance(self, row: Row, token: int, sound: bool) -> Event:
-        """A row's new token: what to show of it, and whether it was the last."""
-        if not sound:
+    def _advance(self, row: Row, token: int, finite: bool) -> Event:
+        """Append a token to a row; returns its event, the last one if the answer ends."""
+        if not finite:
             return self._end(row, "error", error="the model's logits are not finite")
         ended = token in self.eos
         tokens = () if ended else (token,)
@@ -224,7 +235,7 @@ class Engine:
             text = "" if ended else row.stream.push(token)
             if reason is not None:
                 text += row.stream.finish()
-        except Exception as error:  # noqa: BLE001 - one request's failure is no other's
+        except Exception as error:  # noqa: BLE001 - a request's failure must not affect others
             return self._end(row, "error", tokens, error=f"{type(error).__name__}: {error}")
         if row.stream.stopped:
             reason = "stop"
@@ -241,51 +252,51 @@ class Engine:
         text: str = "",
         error: str | None = None,
     ) -> Event:
-        """Let a row go, with all that it held."""
+        """Remove a row and free its memory; returns its last event."""
         self.memory.release(row)
         self._rows.pop(row.request.id)
         if row in self._running:
-            # as in the arenas: the last one takes its place
-            place = self._running.index(row)
-            self._running[place] = self._running[-1]
+            # As in the arenas, the last row takes its place.
+            index = self._running.index(row)
+            self._running[index] = self._running[-1]
             self._running.pop()
         elif row in self._waiting:
             self._waiting.remove(row)
         self._decode.changed()
-        done = {"cancelled": "cancelled", "error": "failed"}.get(reason, "finished")
-        self._counts[done] += 1
+        counter = {"cancelled": "cancelled", "error": "failed"}.get(reason, "finished")
+        self._counts[counter] += 1
         return Event(row.request.id, tokens, text, reason, self._result(row), error)
 
     def _result(self, row: Row) -> Result:
         tokens = row.request.prompt_tokens
-        seen = tokens + (self.model.latency_token == "inline")
+        inline = self.model.latency_token == "inline"
         return Result(
             prompt_tokens=tokens,
             completion_tokens=row.tokens,
             units_on=sum(row.plan),
             plan=row.plan,
-            share=self.model.cost.share(seen, row.plan or 0),
+            share=self.model.cost.share(tokens + inline, row.plan or 0),
             prefill_seconds=row.prefill_seconds,
-            seconds=time.perf_counter() - row.started,
+            seconds=time.perf_counter() - row.started_at,
             vision_hit=row.vision_hit,
             prefix_tokens=row.prefix_tokens,
         )
 
-    # -- what is going on
+    # --- State ------------------------------------------------------------------------------
 
     @property
     def active(self) -> int:
-        """Requests started and not ended."""
+        """Number of requests that have started and not ended."""
         return len(self._rows)
 
     @property
     def timing(self) -> StepTiming | None:
-        """Of the last step; None where it had nothing to compute, or failed."""
+        """Timing of the last step; None if it computed nothing or failed."""
         return self._timing
 
     @property
     def stats(self) -> EngineStats:
-        """Counters, and bytes held now."""
+        """Counters, and the current rows and bytes."""
         blocks = self.prefixes.blocks
         return EngineStats(
             **self._counts,
@@ -294,10 +305,10 @@ class Engine:
             kv_bytes=self.memory.bytes,
             kv_reserved=self.memory.reserved,
             kv_bound=self.memory.bound,
-            vision_bytes=self.pictures.bytes,
-            vision_bound=self.pictures.bound,
-            vision_hits=self.pictures.hits,
-            vision_misses=self.pictures.misses,
+            vision_bytes=self.images.bytes,
+            vision_bound=self.images.bound,
+            vision_hits=self.images.hits,
+            vision_misses=self.images.misses,
             prefix_bytes=blocks.bytes,
             prefix_bound=blocks.bound,
             prefix_hits=blocks.hits,

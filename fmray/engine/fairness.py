@@ -1,8 +1,7 @@
-"""Who comes next, and who has had enough: fair queueing between callers, rate and budget limits.
+"""Fairness between callers: start-time fair queueing, rate limits and budget limits.
 
-In: requests with a caller's name and their cost in predicted seconds of the machine. Out:
-`FairQueue`, start-time fair queueing (Goyal, Vin and Cheng 1996); `Limits`, token buckets a caller.
-No clock of their own: the time is an argument.
+`FairQueue` implements Goyal, Vin and Cheng (1996), with predicted machine seconds as costs;
+`Limits` has one set of token buckets per caller. No clock: the time is an argument.
 """
 
 from __future__ import annotations
@@ -21,43 +20,39 @@ Item = TypeVar("Item", bound=Hashable)
 
 @dataclass
 class _Flow(Generic[Item]):
-    """One caller's requests. start: virtual time at which the first of them may start. finish:
-    where the last one served ends."""
+    """The waiting requests of one caller."""
 
     weight: float
     items: deque[Item] = field(default_factory=deque)
-    start: float = 0.0
-    finish: float = 0.0
-    arrival: int = 0
+    start: float = 0.0  #: virtual start time of the first item
+    finish: float = 0.0  #: virtual end of the item served last
+    arrival: int = 0  #: arrival number of the first item, to break ties
 
 
 class FairQueue(Generic[Item]):
-    """First come first served within a caller; between callers, shares of the machine by weight.
+    """First come first served within a caller; between callers, machine time by weight.
 
-    While two callers f and g both have requests waiting, the seconds served to them differ by at
-    most cost_f / weight_f + cost_g / weight_g (their largest costs), each divided by its weight. A
-    caller who was away gains nothing from it. `next` shows who is due, `serve` takes it and charges
+    While two callers f and g both have waiting requests, their served seconds, divided by their
+    weights, differ by at most cost_f / weight_f + cost_g / weight_g (with the largest costs). An
+    absence gives a caller no credit. `next` returns the due request, `serve` removes it and charges
     its cost, so the cost may be decided at the last moment. Not thread-safe.
     """
 
     def __init__(self) -> None:
         self._flows: dict[str, _Flow[Item]] = {}
         self._caller: dict[Item, str] = {}
-        self._now = 0.0  # virtual time: start of the request served last
+        self._now = 0.0  # virtual time: start of the item served last
         self._arrivals = 0
 
     def __len__(self) -> int:
         return len(self._caller)
 
-    def __contains__(self, item: Item) -> bool:
-        return item in self._caller
-
     def push(self, item: Item, caller: str, weight: float = 1.0) -> None:
-        """`item` waits, last of `caller`'s; weight: its share relative to others', from now on."""
+        """Append `item` to the caller's requests; weight: the caller's share from now on."""
         if not 0 < weight < math.inf:
-            raise ValueError(f"weight is {weight!r}; a positive number is needed")
+            raise ValueError(f"weight must be a positive number, not {weight!r}")
         if item in self._caller:
-            raise ValueError(f"{item!r} waits already")
+            raise ValueError(f"{item!r} is already in the queue")
         flow = self._flows.setdefault(caller, _Flow(weight))
         flow.weight = weight
         self._arrivals += 1
@@ -68,47 +63,48 @@ class FairQueue(Generic[Item]):
         self._caller[item] = caller
 
     def next(self) -> Item | None:
-        """The request that is due: of the caller with the smallest start (the earlier arrival at a
-        tie). None if nothing waits."""
+        """Return the due item; None if the queue is empty.
+
+        It belongs to the caller with the smallest start, at a tie to the earlier arrival.
+        """
         flow = self._due()
         return flow.items[0] if flow else None
 
     def serve(self, cost: float) -> Item:
-        """Take the request that is due, at `cost` predicted seconds."""
+        """Remove and return the due item, and charge `cost` predicted seconds for it."""
         if not 0 <= cost < math.inf:
-            raise ValueError(f"cost is {cost!r}; a number of seconds is needed")
+            raise ValueError(f"cost must be a number of seconds, not {cost!r}")
         flow = self._due()
-        assert flow is not None, "nothing waits"
+        assert flow is not None, "the queue is empty"
         item = flow.items.popleft()
         del self._caller[item]
         self._now = flow.start
         flow.finish = flow.start + cost / flow.weight
         flow.start = flow.finish
-        self._rest()
+        self._forget_idle()
         return item
 
     def settle(self, caller: str, difference: float) -> None:
-        """A served request of `caller` took `difference` seconds more (less, if negative) than it
-        was charged: it counts for what comes next."""
+        """Correct the charge of a served item by `difference` seconds, positive or negative."""
         flow = self._flows.get(caller)
         if flow is None:
             return
         flow.finish += difference / flow.weight
         if flow.items:
-            # Never before virtual time: what was refunded may not be hoarded.
+            # Never before virtual time: a refund cannot be saved up.
             flow.start = max(self._now, flow.start + difference / flow.weight)
 
     def remove(self, item: Item) -> bool:
-        """`item` is withdrawn, and costs nothing; False if it does not wait."""
+        """Remove `item` without a charge; returns False if it is not in the queue."""
         caller = self._caller.pop(item, None)
         if caller is None:
             return False
         self._flows[caller].items.remove(item)
-        self._rest()
+        self._forget_idle()
         return True
 
     def order(self, cost: float = 1.0) -> list[Item]:
-        """All that waits in the order in which it would be served, were all costs `cost`."""
+        """Return all items in the order in which they would be served if each cost `cost`."""
         heads = {
             caller: [flow.start, flow.arrival, 0]
             for caller, flow in self._flows.items()
@@ -129,91 +125,93 @@ class FairQueue(Generic[Item]):
         waiting = [flow for flow in self._flows.values() if flow.items]
         return min(waiting, key=lambda flow: (flow.start, flow.arrival)) if waiting else None
 
-    def _rest(self) -> None:
-        """Forget callers who wait for nothing and owe nothing; with nobody waiting, all: the busy
-        period is over."""
+    def _forget_idle(self) -> None:
+        """Forget callers without items and debt; with an empty queue, all of them.
+
+        An empty queue ends a busy period, and virtual time restarts at 0.
+        """
         if not self._caller:
             self._flows.clear()
             self._now = 0.0
             return
         if len(self._flows) > 2 * len(self._caller) + 16:
-            gone = [
+            idle = [
                 name
                 for name, flow in self._flows.items()
                 if not flow.items and flow.finish <= self._now
             ]
-            for name in gone:
+            for name in idle:
                 del self._flows[name]
 
 
 @dataclass(frozen=True)
 class CallerLimits:
-    """What one key may do. None: no limit.
+    """Limits of one caller's key; None: no limit.
 
-    weight: its share between callers. requests_per_second, burst (default: a second's worth, at
-    least 1). operations_per_second (of the model's decoder, as `fmray cost` counts),
-    operations_burst (default: ten seconds' worth). max_budget: decimal text; what asks for more is
-    lowered to it. Raises ValueError for numbers that are no limits.
+    Raises:
+        ValueError: a limit is out of range.
     """
 
-    weight: float = 1.0
+    weight: float = 1.0  #: share of the machine relative to other callers
     requests_per_second: float | None = None
-    burst: float | None = None
-    operations_per_second: float | None = None
-    operations_burst: float | None = None
-    max_budget: str | None = None
+    burst: float | None = None  #: requests at once; default: one second of the rate, at least 1
+    operations_per_second: float | None = None  #: of the decoder, as `fmray cost` counts
+    operations_burst: float | None = None  #: default: ten seconds of the rate
+    max_budget: str | None = None  #: decimal text; larger budgets are lowered to it
 
     def __post_init__(self) -> None:
         for name in ("weight", "requests_per_second", "burst", "operations_per_second",
                      "operations_burst"):  # fmt: skip
             value = getattr(self, name)
             if value is not None and not 0 < value < math.inf:
-                raise ValueError(f"{name} is {value!r}; a positive number is needed")
+                raise ValueError(f"{name} must be a positive number, not {value!r}")
         if self.burst is not None and self.burst < 1:
-            raise ValueError(f"burst is {self.burst}; below 1 nothing would ever pass")
+            raise ValueError(f"burst must be at least 1, not {self.burst}")
         if self.max_budget is not None:
             exact = exact_number(self.max_budget, "max_budget")
             if not 0 < exact <= 1:
-                raise ValueError(f"max_budget is {self.max_budget}; a number in (0, 1] is needed")
+                raise ValueError(f"max_budget must be in (0, 1], not {self.max_budget}")
 
 
 class TokenBucket:
-    """Passes `rate` a second on average, and `burst` at once. In any span of t seconds at most
-    burst + rate t passes, and one piece more where pieces larger than the burst occur (they pass
-    when it is full, and run it into debt)."""
+    """Rate limiter that passes `rate` per second on average and `burst` at once.
+
+    In any t seconds at most burst + rate * t passes, plus one amount larger than the burst: such an
+    amount passes when the bucket is full, and leaves it in debt.
+    """
 
     def __init__(self, rate: float, burst: float) -> None:
         self.rate, self.burst = rate, burst
         self._level = burst
-        self._at = -math.inf
+        self._updated_at = -math.inf
 
     def wait(self, amount: float, now: float) -> float:
-        """Seconds until `amount` would pass; 0: now."""
+        """Seconds until `amount` may pass; 0 for now."""
         short = min(amount, self.burst) - self._filled(now)
         return max(0.0, short / self.rate)
 
     def take(self, amount: float, now: float) -> None:
-        """`amount` passes; `wait` has said that it may."""
+        """Remove `amount`, after `wait` returned 0 for it."""
         self._level = self._filled(now) - amount
-        self._at = max(now, self._at)
+        self._updated_at = max(now, self._updated_at)
 
     def give(self, amount: float, now: float) -> None:
-        """Back what was taken and not used."""
+        """Return an amount that was taken and not used."""
         self._level = min(self.burst, self._filled(now) + amount)
-        self._at = max(now, self._at)
+        self._updated_at = max(now, self._updated_at)
 
     def full(self, now: float) -> bool:
-        """Whether it has forgotten everything."""
+        """Whether the bucket is full, and so holds no history."""
         return self._filled(now) >= self.burst
 
     def _filled(self, now: float) -> float:
-        if self._at == -math.inf:
+        if self._updated_at == -math.inf:
             return self.burst
-        return min(self.burst, self._level + self.rate * max(0.0, now - self._at))
+        return min(self.burst, self._level + self.rate * max(0.0, now - self._updated_at))
 
 
 class Limits:
-    """The limits of all callers: `named`, and `default` for the rest. Not thread-safe."""
+    """Limits of all callers: `named` ones, and `default` for all others. Not thread-safe."""
 
     def __init__(
         self,
@@ -225,35 +223,38 @@ class Limits:
         self._buckets: dict[str, dict[str, TokenBucket]] = {}
 
     def of(self, caller: str) -> CallerLimits:
-        """What `caller` may do."""
+        """Return the limits of `caller`."""
         return self.named.get(caller, self.default)
 
     def counts_operations(self, caller: str) -> bool:
-        """Whether `caller` has a limit of operations; where not, they need not be computed."""
+        """Whether `caller` has a limit on operations; if not, nobody needs to compute them."""
         return self.of(caller).operations_per_second is not None
 
     def take(self, caller: str, operations: float, now: float) -> None:
-        """Count one request of at most `operations`; RateLimited, and nothing counted, if that is
-        too much now."""
-        buckets = self._of(caller, now)
+        """Charge one request of at most `operations`.
+
+        Raises:
+            RateLimited: a limit is exceeded; nothing is charged.
+        """
+        buckets = self._buckets_of(caller, now)
         amounts = {"requests": 1.0, "operations": operations}
         waits = {name: bucket.wait(amounts[name], now) for name, bucket in buckets.items()}
         name = max(waits, key=lambda key: waits[key], default="")
         if name and waits[name] > 0:
-            raise RateLimited(f"this key's limit of {name} per second is reached", waits[name])
+            raise RateLimited(f"this key exceeds its limit of {name} per second", waits[name])
         for name, bucket in buckets.items():
             bucket.take(amounts[name], now)
 
     def refund(self, caller: str, operations: float, now: float) -> None:
-        """Operations that a request was counted for and did not use."""
+        """Return operations that a request was charged for and did not use."""
         bucket = self._buckets.get(caller, {}).get("operations")
         if bucket is not None and operations > 0:
             bucket.give(operations, now)
 
-    def _of(self, caller: str, now: float) -> dict[str, TokenBucket]:
+    def _buckets_of(self, caller: str, now: float) -> dict[str, TokenBucket]:
         if caller in self._buckets:
             return self._buckets[caller]
-        if len(self._buckets) > 1024:  # callers come and go; a full bucket remembers nothing
+        if len(self._buckets) > 1024:  # drop full buckets: they hold no history
             self._buckets = {
                 name: buckets
                 for name, buckets in self._buckets.items()

@@ -1,7 +1,7 @@
-"""The two passes of the engine: one row's prompt, and one new token for every row.
+"""The engine's two forward passes: the prefill of one row, and one decode step of all rows.
 
-In: an adaptive model, the arenas, rows. Out: logits; keys and values are in the arenas. The stock
-decoder layers do the work (`fmray.adallava.families.Backbone`); what is here is who runs which.
+Both write keys and values to the arenas and return logits. The stock decoder layers compute
+(`fmray.adallava.families.Backbone`); this module decides which rows run which layers.
 """
 
 from __future__ import annotations
@@ -24,43 +24,42 @@ from fmray.engine.tokens import TextStream, generator_of
 
 @dataclass(eq=False)
 class Row:
-    """A request on its way. length: keys it has in the always-on layers. position: of its next
-    token. token: the newest, whose keys are still to come. tokens: of the answer so far.
-    """
+    """State of a request in the engine."""
 
     request: Request
     stream: TextStream
     generator: torch.Generator
-    started: float
-    length: int = 0
-    position: int = 0
-    token: int = 0
-    tokens: int = 0
+    started_at: float
+    length: int = 0  #: keys in the always-on layers
+    position: int = 0  #: of the next token
+    token: int = 0  #: the newest token; its keys are computed in the next step
+    tokens: int = 0  #: of the answer so far
     plan: tuple[bool, ...] = ()
-    layers: int = 0
-    computed: int = 0
-    prefix_tokens: int = 0
+    layers: int = 0  #: decoder layers that run
+    computed: int = 0  #: prompt tokens that the prefill computed
+    prefix_tokens: int = 0  #: prompt tokens from the prefix cache
     vision_hit: bool = False
     prefill_seconds: float = 0.0
 
 
 class Prefill:
-    """Runs one prompt, reusing what other requests left."""
+    """Prefill of one prompt, with cached prefixes and image features."""
 
     def __init__(
         self,
         model: AdaptiveVLM,
         memory: KVMemory,
-        pictures: TensorCache,
+        images: TensorCache,
         prefixes: PrefixCache | None,
     ) -> None:
         self.model = model
         self.memory = memory
-        self.pictures = pictures
+        self.images = images
         self.prefixes = prefixes
 
     def __call__(self, row: Row) -> Tensor:
-        """-> logits [1, V] for the first answer token; fills in the row."""
+        """Run the prompt; returns the logits [1, V] of the first new token and fills in the row."""
+        # The part of the prompt that is not in the prefix cache.
         model, request = self.model, row.request
         backbone, layout = model.backbone, model.layout
         inline = model.latency_token == "inline"
@@ -77,13 +76,13 @@ class Prefill:
 
         positions = backbone.positions(ids, attended, extras, count=True)
         embeddings = self._embed(row, ids, pixels, extras, known)
-        wanted = request.units_on if request.plan is None else int(request.plan.sum())
+        units_on = request.units_on if request.plan is None else int(request.plan.sum())
         prompt = Prompt(
             embeddings,
             None,
             positions,
             torch.tensor([length], device=device),
-            torch.tensor([wanted], device=device),
+            torch.tensor([units_on], device=device),
             None if request.plan is None else request.plan[None].to(device),
         )
         token = model.latency_embedding(prompt.units_on, embeddings.dtype)[:, None]
@@ -91,19 +90,22 @@ class Prefill:
             embeddings = torch.cat((embeddings, token), dim=1)
             positions = torch.cat((positions, positions[..., -1:] + 1), dim=-1)
 
-        places = [
+        # The always-on layers, which also compute the latency token.
+        slots = [
             self.memory.place(row, index, index, backbone.layers[index], layout.num_kv_heads, 1.0)
             for index in range(layout.first)
         ]
-        hidden, token = self._lower(places, embeddings, positions, token, prefix, inline)
+        hidden, token = self._lower(slots, embeddings, positions, token, prefix, inline)
         if self.prefixes:
-            self._keep(places, keys, hidden, known)
+            self._store_prefix(slots, keys, hidden, known)
+
+        # The plan, and the layers or parts of layers that it switches on.
         noise = None
         if model.scheduler_kind == "random":
             noise = gumbel_noise((1, layout.num_units), generator_of(request.sampling))
         plan, _ = model.decide(token, prompt, Draw(noise=noise))
         row.plan = tuple(plan[0].bool().tolist())
-        self.memory.reserve(row, places_of(request, model.latency_token), sum(row.plan))
+        self.memory.reserve(row, max_keys(request, model.latency_token), sum(row.plan))
         hidden = self._upper(row, hidden, positions)
 
         row.length = length + inline
@@ -120,63 +122,64 @@ class Prefill:
         extras: dict[str, Tensor],
         known: int,
     ) -> Tensor:
-        """Embeddings [1, n - known, d] of what is not known of the prompt."""
+        """Return the embeddings [1, n - known, d] of the prompt after its cached prefix."""
         backbone, key = self.model.backbone, row.request.image_key
         rest = ids[:, known:]
         if pixels is None:
             return backbone.embed(rest, None, extras)
-        places = rest == self.model.base.config.image_token_id
-        if known and not bool(places.any()):
-            row.vision_hit = True  # all pictures lie in what is known
+        is_image = rest == self.model.base.config.image_token_id
+        if known and not bool(is_image.any()):
+            row.vision_hit = True  # all images are in the cached prefix
             return backbone.embed(rest, None, extras)
-        kept = None if key is None else self.pictures.get(key)
-        row.vision_hit = kept is not None
-        features = kept[0] if kept else backbone.image_features(pixels, extras)
-        if kept is None and key is not None:
-            self.pictures.put(key, (features.clone(),))
+        cached = None if key is None else self.images.get(key)
+        row.vision_hit = cached is not None
+        features = cached[0] if cached else backbone.image_features(pixels, extras)
+        if cached is None and key is not None:
+            self.images.put(key, (features.clone(),))
         return backbone.embed(ids, None, extras, features)[:, known:]
 
     def _lower(
         self,
-        places: list[tuple[Arena, int]],
+        slots: list[tuple[Arena, int]],
         embeddings: Tensor,
         positions: Tensor,
         token: Tensor,
         prefix: Prefix | None,
         inline: bool,
     ) -> tuple[Tensor, Tensor]:
-        """The always-on layers: hidden states of all tokens [1, n (+ 1), d] and the latency token's
-        [1, d].
+        """Run the always-on layers.
+
+        Returns the hidden states of all tokens [1, n (+ 1), d] and of the latency token [1, d].
         """
         backbone = self.model.backbone
         length = positions.shape[-1]
         known = prefix.tokens if prefix else 0
         if prefix is not None:
-            for (arena, slot), (keys, values) in zip(places, prefix.keys_values, strict=True):
+            for (arena, slot), (keys, values) in zip(slots, prefix.keys_values, strict=True):
                 arena.keys[slot, :, :known] = keys
                 arena.values[slot, :, :known] = values
         hidden = embeddings
         if length > known:
             inputs = self._inputs(hidden, positions, known)
-            for index, (arena, slot) in enumerate(places):
+            for index, (arena, slot) in enumerate(slots):
                 cache = PrefillCache(arena, slot, known)
                 hidden = inputs.run(backbone.layers[index], hidden, cache)
         if prefix is not None:
             hidden = torch.cat((prefix.hidden[None], hidden), dim=1)
         if inline:
             return hidden, hidden[:, -1]
-        # A probe reads from behind the prompt; its keys are overwritten by the first answer token's
-        place = positions[..., -1:] + 1
+        # A probe token follows the prompt; the first new token overwrites its keys.
+        position = positions[..., -1:] + 1
         inputs = LayerInputs(
-            None, backbone.rotary(token, place), place if place.dim() == 2 else None
+            None, backbone.rotary(token, position), position if position.dim() == 2 else None
         )
-        for index, (arena, slot) in enumerate(places):
+        for index, (arena, slot) in enumerate(slots):
             cache = PrefillCache(arena, slot, length)
             token = inputs.run(backbone.layers[index], token, cache)
         return hidden, token[:, 0]
 
     def _upper(self, row: Row, hidden: Tensor, positions: Tensor) -> Tensor:
-        """The layers, or parts of them, that the plan has on."""
+        """Run the layers, or parts of layers, that the plan switches on."""
         layout, units = self.model.layout, self.model.layout.units_per_layer
         row.layers = layout.first
         inputs = self._inputs(hidden, positions, 0)
@@ -193,7 +196,7 @@ class Prefill:
         return hidden
 
     def _inputs(self, hidden: Tensor, positions: Tensor, known: int) -> LayerInputs:
-        """For tokens from `known` on, which see all before them and themselves."""
+        """Return the layer inputs of the tokens from `known` on, with causal attention."""
         backbone = self.model.backbone
         positions = positions[..., known:]
         flat = positions if positions.dim() == 2 else None
@@ -202,41 +205,43 @@ class Prefill:
         elif hidden.shape[1] == 1:
             mask = None
         else:
-            places = torch.arange(known + hidden.shape[1], device=hidden.device)
-            visible = (places <= places[known:, None])[None, None]
+            index = torch.arange(known + hidden.shape[1], device=hidden.device)
+            visible = (index <= index[known:, None])[None, None]
             mask = backbone.mask_of(visible, hidden.dtype)
         return LayerInputs(mask, backbone.rotary(hidden, positions), flat)
 
-    def _keep(
-        self, places: list[tuple[Arena, int]], keys: Sequence[bytes], hidden: Tensor, known: int
+    def _store_prefix(
+        self, slots: list[tuple[Arena, int]], keys: Sequence[bytes], hidden: Tensor, known: int
     ) -> None:
-        """Keep the full blocks of the prompt that were not known."""
+        """Store the full blocks of the prompt that were not cached."""
         end = len(keys) * self.prefixes.block
         if known < end:
-            kept = [
-                torch.stack((arena.keys[slot, :, known:end], arena.values[slot, :, known:end]))
-                for arena, slot in places
-            ]
-            self.prefixes.keep(keys, Prefix(torch.stack(kept), hidden[0, known:end]), known)
+            keys_values = torch.stack(
+                [
+                    torch.stack((arena.keys[slot, :, known:end], arena.values[slot, :, known:end]))
+                    for arena, slot in slots
+                ]
+            )
+            self.prefixes.store(keys, Prefix(keys_values, hidden[0, known:end]), known)
 
 
-def places_of(request: Request, latency_token: str) -> int:
-    """Keys a request may come to have in each arena (a probe's, in passing, among them)."""
+def max_keys(request: Request, latency_token: str) -> int:
+    """Most keys that a request may have in each arena (a probe token shares one of them)."""
     inline = latency_token == "inline"
     return request.prompt_tokens + inline + request.sampling.max_new_tokens
 
 
 @dataclass(frozen=True)
 class Call:
-    """One module and its rows in a decoding step; index None: all rows, in order."""
+    """One module and the rows that run it in a decode step."""
 
     arena: Arena
-    order: tuple[int, ...]
-    index: Tensor | None
+    order: tuple[int, ...]  #: index of the row in each slot
+    index: Tensor | None  #: the same on the device; None: all rows, in order
 
 
 class Decode:
-    """One token for every row. Who runs what is worked out once a change of the rows."""
+    """One decode step of all rows; the calls are computed once per change of the rows."""
 
     def __init__(self, model: AdaptiveVLM, memory: KVMemory) -> None:
         self.model = model
@@ -245,23 +250,24 @@ class Decode:
         self.changed()
 
     def changed(self) -> None:
-        """A row joined or left."""
+        """Drop the computed calls, because a row joined or left."""
         self._rows: list[Row] = []
         self._layers: list[list[Call]] = []
 
     @property
     def layers(self) -> int:
-        """Decoder layers in which a row runs."""
+        """Decoder layers in which at least one row runs."""
         return len(self._layers)
 
     def _arrange(self, rows: list[Row]) -> None:
+        """Compute the calls of each layer, and the counts for `EngineStats.packed_*`."""
         self._rows = list(rows)
-        place = {row: number for number, row in enumerate(rows)}
+        position = {row: number for number, row in enumerate(rows)}
         everyone = tuple(range(len(rows)))
         device = self.model.backbone.norm.weight.device
         by_layer: dict[int, list[Call]] = {}
         for arena in self.memory.arenas():
-            order = tuple(place[row] for row in arena.rows)
+            order = tuple(position[row] for row in arena.rows)
             index = None if order == everyone else torch.tensor(order, device=device)
             by_layer.setdefault(arena.layer, []).append(Call(arena, order, index))
         self._layers = [by_layer[layer] for layer in sorted(by_layer)]
@@ -275,10 +281,11 @@ class Decode:
         )
 
     def __call__(self, rows: list[Row]) -> Tensor:
-        """-> logits [R, V]; every row's keys and values of its newest token are in the arenas."""
+        """Run one step; returns the logits [R, V] and adds each row's keys and values."""
         if not self._rows:
             self._arrange(rows)
         assert self._rows == rows
+        # One transfer to the device for all numbers of the rows.
         backbone = self.model.backbone
         device = backbone.norm.weight.device
         lengths = [row.length for row in rows]
@@ -292,20 +299,22 @@ class Decode:
             visible = torch.arange(max(lengths) + 1, device=device) <= numbers[2, :, None]
             mask = backbone.mask_of(visible[:, None, None], hidden.dtype)
         inputs = LayerInputs(mask, backbone.rotary(hidden, positions), positions)
+
+        # Layers from bottom to top; each call takes its rows and puts their outputs back.
         prepared: dict[tuple[int, ...], tuple[LayerInputs, list[int], tuple[Tensor, Tensor]]] = {}
         for calls in self._layers:
             before = hidden
             for call in calls:
                 if call.order not in prepared:
                     prepared[call.order] = _for_rows(call, inputs, lengths, numbers[2])
-                some, own, places = prepared[call.order]
-                cache = DecodeCache(call.arena, own, places)
-                given = before if call.index is None else before[call.index]
-                found = some.run(call.arena.module, given, cache)
+                call_inputs, call_lengths, positions = prepared[call.order]
+                cache = DecodeCache(call.arena, call_lengths, positions)
+                states = before if call.index is None else before[call.index]
+                states = call_inputs.run(call.arena.module, states, cache)
                 if call.index is None:
-                    hidden = found
+                    hidden = states
                 else:
-                    hidden = hidden.index_copy(0, call.index, found)
+                    hidden = hidden.index_copy(0, call.index, states)
         for row in rows:
             row.length += 1
             row.position += 1
@@ -319,13 +328,13 @@ class Decode:
 def _for_rows(
     call: Call, inputs: LayerInputs, lengths: list[int], on_device: Tensor
 ) -> tuple[LayerInputs, list[int], tuple[Tensor, Tensor]]:
-    """Layer inputs, key counts, and (slots, key counts) on the device, for a call's rows."""
-    own = [lengths[place] for place in call.order]
-    some = inputs
+    """Return layer inputs, lengths, and (slots, lengths) on the device, for a call's rows."""
+    lengths = [lengths[row] for row in call.order]
     if call.index is not None:
         on_device = on_device[call.index]
-        some = inputs.rows(call.index)
-        if some.mask is not None:
-            mask = None if min(own) == max(own) else some.mask[..., : max(own) + 1]
-            some = LayerInputs(mask, some.rotary, some.positions)
-    return some, own, (torch.arange(len(own), device=on_device.device), on_device)
+        inputs = inputs.rows(call.index)
+        if inputs.mask is not None:
+            equal = min(lengths) == max(lengths)
+            mask = None if equal else inputs.mask[..., : max(lengths) + 1]
+            inputs = LayerInputs(mask, inputs.rotary, inputs.positions)
+    return inputs, lengths, (torch.arange(len(lengths), device=on_device.device), on_device)

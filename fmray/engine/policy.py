@@ -1,12 +1,10 @@
-"""What a request may have: its budget as written, or the largest that makes its deadline.
+"""Number of units a request gets: from its budget, or the largest that meets its deadline.
 
-In: an `Ask` and a forecast. Out: a `Decision`, or a `Refused`. Pure: no clock, no thread, no model;
-times come in as numbers.
+Pure functions and values: no clock, no thread, no model; times are arguments.
 """
 
 from __future__ import annotations
 
-import math
 from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -17,163 +15,165 @@ from typing import Any
 from torch import Tensor
 
 from fmray.adallava.cost import CostModel, exact_number
-from fmray.engine.forecast import Moment
-from fmray.engine.requests import Sampling
+from fmray.engine.requests import Milestone, Request, Sampling, check_input_ids
 
-LONGEST_DEADLINE_MS = 24 * 3600 * 1000.0
+MAX_DEADLINE_MS = 24 * 3600 * 1000.0
+
+# --- Refusals -------------------------------------------------------------------------------
 
 
 class Refused(Exception):
-    """No answer for this caller now. `str()` may be shown to the caller.
+    """The request gets no answer now. `str()` may be shown to the caller."""
 
-    status: of HTTP. code: one word. retry_after: seconds, where waiting may help.
-    """
-
-    status = 503
-    code = "refused"
+    status = 503  #: HTTP status
+    code = "refused"  #: one word, also a metric label
 
     def __init__(self, message: str, retry_after: float | None = None) -> None:
+        """retry_after: seconds, where a retry may succeed."""
         super().__init__(message)
         self.retry_after = retry_after
 
 
 class Shed(Refused):
-    """Too much is asked of the engine now."""
+    """The engine is overloaded."""
 
     status, code = 429, "overloaded"
 
 
 class RateLimited(Refused):
-    """Too much is asked by this caller."""
+    """The caller exceeds its rate limit."""
 
     status, code = 429, "rate_limited"
 
 
 class DeadlineImpossible(Refused):
-    """No budget makes a strict deadline."""
+    """No number of units meets a strict deadline."""
 
     status, code = 503, "deadline_impossible"
 
 
 class Unavailable(Refused):
-    """The engine drains, is closed, or has failed."""
+    """The engine is draining, closed, or has failed."""
 
     status, code = 503, "unavailable"
 
 
+# --- Requests of callers --------------------------------------------------------------------
+
+
 @dataclass(frozen=True, eq=False)
 class Ask:
-    """What a caller wants: inputs, image_key and sampling as in `Request`, and how much compute.
+    """A caller's request before its number of units is decided.
 
-    caller: the name of its key. budget: decimal text in (0, 1]; or deadline_ms, from `submit` to
-    the first token or the whole answer (of max_new_tokens), and with strict no answer rather than a
-    late one; or plan [K], with a budget that it must keep or without; or nothing: `auto`. Raises
-    ValueError for what contradicts itself.
+    Compute comes from a budget, a deadline, or a plan (with or without a budget that the plan must
+    keep). With none of them the load decides (`auto`).
+
+    Raises:
+        ValueError: the fields contradict each other, or a value is out of range.
     """
 
     id: str
-    caller: str
-    inputs: dict[str, Tensor]
+    caller: str  #: name of the caller's key
+    inputs: dict[str, Tensor]  #: as in `Request`
     image_key: str | None = None
     sampling: Sampling = field(default_factory=Sampling)
-    budget: str | None = None
-    deadline_ms: float | None = None
-    deadline_of: Moment = "first_token"
-    strict: bool = False
-    plan: Tensor | None = None
+    budget: str | None = None  #: decimal text in (0, 1]
+    deadline_ms: float | None = None  #: from `submit` to `deadline_of`
+    #: an answer counts with all of its max_new_tokens
+    deadline_of: Milestone = "first_token"
+    strict: bool = False  #: refuse the request rather than answer it late
+    plan: Tensor | None = None  #: bool [K]
 
     def __post_init__(self) -> None:
-        ids = self.inputs.get("input_ids")
-        if not isinstance(ids, Tensor) or ids.dim() != 2 or ids.shape[0] != 1 or ids.shape[1] < 1:
-            raise ValueError("input_ids must be [1, n], one row of at least one token")
+        check_input_ids(self.inputs)
         if self.deadline_of not in ("first_token", "answer"):
             raise ValueError(
-                f"deadline_of is {self.deadline_of!r}; 'first_token' or 'answer' is needed"
+                f"deadline_of must be 'first_token' or 'answer', not {self.deadline_of!r}"
             )
-        if self.budget is not None:
-            exact = exact_number(self.budget, "budget")
-            if not 0 < exact <= 1:
-                raise ValueError(f"budget is {str(self.budget)[:64]}; a number in (0, 1] is needed")
+        if self.budget is not None and not 0 < exact_number(self.budget, "budget") <= 1:
+            raise ValueError(f"budget must be in (0, 1], not {str(self.budget)[:64]}")
         if self.deadline_ms is None:
             if self.strict:
-                raise ValueError("strict is of deadlines, and there is no deadline_ms")
+                raise ValueError("strict needs a deadline_ms")
             return
         if self.budget is not None:
             raise ValueError("budget and deadline_ms exclude each other; give one")
         if self.plan is not None:
             raise ValueError("plan and deadline_ms exclude each other; give one")
-        ms = self.deadline_ms
-        if isinstance(ms, bool) or not isinstance(ms, int | float) or not math.isfinite(ms):
-            raise ValueError(f"deadline_ms is {ms!r}; a number of milliseconds is needed")
-        if not 0 < ms <= LONGEST_DEADLINE_MS:
-            raise ValueError(f"deadline_ms is {ms}; from above 0 to {LONGEST_DEADLINE_MS:.0f}")
+        if not 0 < self.deadline_ms <= MAX_DEADLINE_MS:
+            raise ValueError(
+                f"deadline_ms must be in (0, {MAX_DEADLINE_MS:.0f}], not {self.deadline_ms}"
+            )
 
     @property
     def auto(self) -> bool:
-        """Whether the load decides."""
+        """Whether the load decides on the number of units."""
         return self.budget is None and self.deadline_ms is None and self.plan is None
 
     @property
     def prompt_tokens(self) -> int:
-        """n, image tokens included."""
+        """Prompt length, with image tokens."""
         return self.inputs["input_ids"].shape[1]
+
+    def request(self, units_on: int) -> Request:
+        """The engine's request for this ask with `units_on` units."""
+        return Request(self.id, self.inputs, self.image_key, units_on, self.plan, self.sampling)
 
 
 @dataclass(frozen=True)
 class Decision:
-    """What an admitted ask was given.
-
-    budget: exact decimal that allows `units_on` switches at this prompt. predicted_ms: from
-    `submit`, the wait included, to `predicted_of`. deadline_met: whether that keeps the deadline;
-    None without one. waited_ms: in the queue.
-    """
+    """Compute of an admitted request, and its predicted time."""
 
     request: str
-    budget: str
+    budget: str  #: exact decimal that allows `units_on` units for this prompt
     units_on: int
-    predicted_ms: float
-    predicted_of: Moment
-    deadline_met: bool | None
-    waited_ms: float
+    predicted_ms: float  #: from `submit` to `predicted_of`, the wait included
+    predicted_of: Milestone
+    deadline_met: bool | None  #: whether the prediction meets the deadline; None without one
+    waited_ms: float  #: in the queue
+
+
+# --- Budgets and deadlines ------------------------------------------------------------------
 
 
 class Budgets:
-    """Budgets and numbers of switches of one model; `extra` latency tokens stay in the prompt."""
+    """Conversion between budgets and numbers of units for one model."""
 
     def __init__(self, cost: CostModel, extra: int = 0) -> None:
+        """extra: latency tokens that stay in the prompt."""
         self.cost = cost
         self.extra = extra
         self.num_units = cost.layout.num_units
 
     @classmethod
     def of(cls, model: Any) -> Budgets:
-        """Those of an `AdaptiveVLM`: equal to its `units_for`."""
+        """The budgets of an `AdaptiveVLM`; they agree with its `units_for`."""
         return cls(model.cost, int(model.latency_token == "inline"))
 
-    def units(self, budget: str | float | Fraction, tokens: int) -> int:
-        """Switches that a budget allows a prompt of `tokens`; errors as `max_units`"""
+    def max_units(self, budget: str | float | Fraction, tokens: int) -> int:
+        """Most units on that keep the budget; raises as `CostModel.max_units`."""
         return self.cost.max_units(budget, tokens + self.extra)
 
-    def units_within(self, budget: str | float | Fraction, tokens: int) -> int:
-        """The same, and 0 where the budget is below the layers that always run."""
-        if exact_number(budget, "budget") < exact_number(self.smallest(tokens), "budget"):
+    def max_units_or_zero(self, budget: str | float | Fraction, tokens: int) -> int:
+        """Like `max_units`, but 0 for a budget below the always-on layers."""
+        if exact_number(budget, "budget") < exact_number(self.min_budget(tokens), "budget"):
             return 0
-        return self.units(budget, tokens)
+        return self.max_units(budget, tokens)
 
     def share(self, units_on: int, tokens: int) -> float:
-        """Of the decoder's operations."""
+        """Share of the decoder's operations on the prompt."""
         return _share(self.cost, tokens + self.extra, units_on)
 
     def budget(self, units_on: int, tokens: int) -> str:
-        """The smallest decimal that allows `units_on` switches."""
+        """The smallest decimal budget that allows `units_on` units."""
         return str(self.share(units_on, tokens))
 
-    def smallest(self, tokens: int) -> str:
-        """The share of the layers that always run."""
+    def min_budget(self, tokens: int) -> str:
+        """The budget of the always-on layers."""
         return str(self.cost.min_budget(tokens + self.extra))
 
     def operations(self, tokens: int, new_tokens: int, units_on: int) -> float:
-        """Of a whole answer: prefill, and decoding at the mean context."""
+        """Operations of a complete answer: the prefill, and decoding at the mean context."""
         prompt = tokens + self.extra
         step = self.cost.decode(prompt + (new_tokens + 1) // 2, units_on)
         return float(self.cost.prefill(prompt, units_on) + (new_tokens - 1) * step)
@@ -181,13 +181,19 @@ class Budgets:
 
 @lru_cache(maxsize=8192)
 def _share(cost: CostModel, tokens: int, units_on: int) -> float:
-    """Exact fractions take half a millisecond, and prompts are often of one length."""
+    # Exact fractions take half a millisecond, and many prompts have the same length.
     return cost.share(tokens, units_on)
 
 
-def largest_within(seconds: Sequence[float], allowed: float) -> tuple[int, bool]:
-    """The deadline rule. seconds [k]: predicted with 0, 1, ... switches, never falling; allowed:
-    what is left of the deadline. The largest number of switches that makes it, and True; else 0 and
-    False."""
-    units = bisect_right(seconds, allowed) - 1
-    return (units, True) if units >= 0 else (0, False)
+def largest_within(seconds: Sequence[float], limit: float) -> tuple[int, bool]:
+    """The largest number of units whose predicted time is within `limit`.
+
+    Args:
+        seconds: predicted times with 0, 1, ... units on, non-decreasing.
+        limit: seconds left until the deadline.
+
+    Returns:
+        The number of units and True; 0 and False if no number of units is fast enough.
+    """
+    units_on = bisect_right(seconds, limit) - 1
+    return (units_on, True) if units_on >= 0 else (0, False)

@@ -1,10 +1,10 @@
-"""What one request computed and another can use: image features, and the lower half of a prompt.
+"""Caches shared between requests: image features, and the always-on layers' output for prompts.
 
-In: tensors under content keys. Out: the same tensors, least recently used ones forgotten first,
-bounded in bytes. The always-on layers do not know the budget and look only backwards, so what they
-gave for the first tokens of a prompt holds for every prompt that begins with these tokens (and
-these pictures), whatever its budget: keys and values, and the hidden states that enter the first
-switchable layer. It is kept in blocks of tokens; a block's key covers all that comes before it.
+The always-on layers do not depend on the budget and attend only backwards. So their keys, values
+and hidden states for the first tokens of a prompt are valid for every prompt that begins with the
+same tokens and images, at any budget. They are cached in blocks of tokens; the key of a block
+covers all tokens before it. Both caches are bounded in bytes and evict the least recently used
+entry.
 """
 
 from __future__ import annotations
@@ -21,50 +21,50 @@ from fmray.engine.requests import Request
 
 
 class TensorCache:
-    """Tuples of tensors by key, at most `bound` bytes, the least recently used forgotten first."""
+    """Least-recently-used cache of tensor tuples, of at most `bound` bytes."""
 
     def __init__(self, bound: int) -> None:
         self.bound = bound
         self.bytes = 0
         self.hits = 0
         self.misses = 0
-        self._kept: OrderedDict[Hashable, tuple[Tensor, ...]] = OrderedDict()
+        self._entries: OrderedDict[Hashable, tuple[Tensor, ...]] = OrderedDict()
 
     def __len__(self) -> int:
-        return len(self._kept)
+        return len(self._entries)
 
     def get(self, key: Hashable) -> tuple[Tensor, ...] | None:
-        """What is kept under `key`; counts as use."""
-        found = self._kept.get(key)
-        if found is None:
+        """Return the entry of `key`; counts as use."""
+        entry = self._entries.get(key)
+        if entry is None:
             self.misses += 1
         else:
             self.hits += 1
-            self._kept.move_to_end(key)
-        return found
+            self._entries.move_to_end(key)
+        return entry
 
     def put(self, key: Hashable, tensors: tuple[Tensor, ...]) -> None:
-        """Keep tensors that own their memory; larger than the bound: keep nothing."""
+        """Store tensors, which must own their memory; ignored if larger than the bound."""
         self.forget(key)
         size = _bytes(tensors)
         if size > self.bound:
             return
-        self._kept[key] = tensors
+        self._entries[key] = tensors
         self.bytes += size
         while self.bytes > self.bound:
-            self.forget(next(iter(self._kept)))
+            self.forget(next(iter(self._entries)))
 
     def touch(self, key: Hashable) -> bool:
-        """Whether `key` is kept; counts as use, not as hit or miss."""
-        if key in self._kept:
-            self._kept.move_to_end(key)
+        """Return whether `key` is cached; counts as use, not as hit or miss."""
+        if key in self._entries:
+            self._entries.move_to_end(key)
             return True
         return False
 
     def forget(self, key: Hashable) -> None:
-        """Drop what is kept under `key`, if anything is."""
-        if key in self._kept:
-            self.bytes -= _bytes(self._kept.pop(key))
+        """Remove the entry of `key`, if there is one."""
+        if key in self._entries:
+            self.bytes -= _bytes(self._entries.pop(key))
 
 
 def _bytes(tensors: tuple[Tensor, ...]) -> int:
@@ -73,70 +73,67 @@ def _bytes(tensors: tuple[Tensor, ...]) -> int:
 
 @dataclass(frozen=True)
 class Prefix:
-    """What the always-on layers gave for the first p tokens of a prompt.
+    """Output of the always-on layers for the first p tokens of a prompt."""
 
-    keys_values: [layers, 2, H, p, head_dim]. hidden: [p, d], as they enter the first switchable
-    layer.
-    """
-
-    keys_values: Tensor
-    hidden: Tensor
+    keys_values: Tensor  #: [layers, 2, H, p, head_dim]
+    hidden: Tensor  #: [p, d], input of the first switchable layer
 
     @property
     def tokens(self) -> int:
+        """p."""
         return self.hidden.shape[0]
 
 
 class PrefixCache:
-    """Lower halves of prompts, in blocks of `block` tokens."""
+    """Cache of prompt prefixes in blocks of `block` tokens."""
 
     def __init__(self, bound: int, block: int, image_token: int) -> None:
         if block < 1:
-            raise ValueError(f"a block of {block} tokens; at least one is needed")
+            raise ValueError(f"a block must have at least one token, not {block}")
         self.blocks = TensorCache(bound)
         self.block = block
         self.image_token = image_token
 
     def keys(self, request: Request) -> list[bytes]:
-        """One key a full block of the prompt, each covering all before it too.
+        """Return one key per full block of the prompt; each covers all blocks before it.
 
-        Pictures count by the request's image key and the sizes the processor gave. Without a key,
-        blocks from the first image token on have none.
+        Images enter by the request's image key and the processor's sizes. Without an image key,
+        the blocks from the first image token on have no keys.
         """
         ids = request.inputs["input_ids"][0].tolist()
-        pictures = "pixel_values" in request.inputs
-        digest, seen, result = b"", False, []
+        images = "pixel_values" in request.inputs
+        digest, seen, keys = b"", False, []
         for start in range(0, len(ids) - self.block + 1, self.block):
             block = ids[start : start + self.block]
             state = hashlib.sha256(digest)
             state.update(repr(block).encode())
-            if not seen and pictures and self.image_token in block:
+            if not seen and images and self.image_token in block:
                 if request.image_key is None:
                     break
                 seen = True
                 state.update(repr((request.image_key, _sizes(request))).encode())
             digest = state.digest()
-            result.append(digest)
-        return result
+            keys.append(digest)
+        return keys
 
     def find(self, keys: Sequence[bytes]) -> Prefix | None:
-        """The longest kept beginning."""
-        found = []
+        """Return the longest cached prefix."""
+        blocks = []
         for key in keys:
-            kept = self.blocks.get(key)
-            if kept is None:
+            block = self.blocks.get(key)
+            if block is None:
                 break
-            found.append(kept)
-        self._use(keys[: len(found)])
-        if not found:
+            blocks.append(block)
+        self._use(keys[: len(blocks)])
+        if not blocks:
             return None
         return Prefix(
-            torch.cat([block[0] for block in found], dim=3),
-            torch.cat([block[1] for block in found]),
+            torch.cat([block[0] for block in blocks], dim=3),
+            torch.cat([block[1] for block in blocks]),
         )
 
-    def keep(self, keys: Sequence[bytes], rest: Prefix, known: int) -> None:
-        """Keep the blocks of a prompt from token `known` on, which is where `rest` begins."""
+    def store(self, keys: Sequence[bytes], rest: Prefix, known: int) -> None:
+        """Store the blocks of a prompt from token `known` on, where `rest` begins."""
         for number in range(known // self.block, len(keys)):
             if not self.blocks.touch(keys[number]):
                 start = number * self.block - known
@@ -146,13 +143,13 @@ class PrefixCache:
         self._use(keys)
 
     def _use(self, keys: Sequence[bytes]) -> None:
-        # a block is of no use without those before it, so the last ones are forgotten first
+        # A block is useless without the blocks before it, so the last ones are evicted first.
         for key in reversed(keys):
             self.blocks.touch(key)
 
 
 def _sizes(request: Request) -> list[tuple[str, list[int]]]:
-    """What places pictures in the prompt: small tensors of whole numbers beside the ids."""
+    """The inputs that position images in the prompt: small integer tensors besides the ids."""
     return sorted(
         (name, value.flatten().tolist())
         for name, value in request.inputs.items()

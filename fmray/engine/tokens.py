@@ -1,7 +1,7 @@
-"""Text that can be shown while tokens still come.
+"""From logits to text: sample the next token of each row, and stream the text of an answer.
 
-In: a tokenizer, token ids one at a time, stop strings. Out: pieces of text that are final. Held
-back: bytes that are not yet a character, and an end that may yet become a stop string.
+Each row samples with its own generator, so its tokens do not depend on the other rows (except for
+the last bits of the logits, which a matrix product of another size may change).
 """
 
 from __future__ import annotations
@@ -15,66 +15,70 @@ from torch import Tensor
 from fmray.adallava.token_sampling import sample_rows
 from fmray.engine.requests import Sampling
 
-# Which token comes next, for rows that are each drawn in their own way.
-#
-# In: logits [R, V] and one `Sampling` and generator a row. Out: token ids. A row's draw uses one
-# number of its own generator, so it does not depend on the rows beside it (beyond the last bits of
-# the logits, which a matrix product of another number of rows may change).
+# --- Sampling -------------------------------------------------------------------------------
 
 
 def generator_of(sampling: Sampling) -> torch.Generator:
-    """The row's own randomness, on the CPU whatever the model is on."""
+    """A generator for one row, always on the CPU so that a seed means the same on each device."""
     return torch.Generator().manual_seed(sampling.seed)
 
 
-def draw(
+def sample_tokens(
     logits: Tensor, rows: Sequence[tuple[Sampling, torch.Generator]]
 ) -> tuple[list[int], list[bool]]:
-    """One token a row, and whether the row's logits were numbers at all.
+    """Sample one token per row; greedy at temperature 0, else see `sample_rows`.
 
-    temperature 0: the largest logit. Else the inverse of the distribution function of
-    softmax(logits / temperature), cut to the smallest set of most probable tokens with at least
-    top_p (the token that reaches it is in, as in transformers' TopPLogitsWarper).
+    Args:
+        logits: [R, V].
+        rows: sampling parameters and generator of each row; a sampled row uses one number of it.
+
+    Returns:
+        Token ids [R], and whether each row's logits are finite.
     """
     best = logits.max(-1)
-    tokens, sound = best.indices, best.values.isfinite()
-    drawn = [row for row, (sampling, _) in enumerate(rows) if sampling.temperature > 0]
-    if drawn:
-        index = torch.tensor(drawn, device=logits.device)
-        chosen = [rows[row] for row in drawn]
-        numbers = torch.stack([torch.rand((), generator=g, dtype=torch.float64) for _, g in chosen])
-        temperature = logits.new_tensor([s.temperature for s, _ in chosen], dtype=torch.float64)
-        top_p = logits.new_tensor([s.top_p for s, _ in chosen], dtype=torch.float64)
+    tokens, finite = best.indices, best.values.isfinite()
+    sampled = [index for index, (sampling, _) in enumerate(rows) if sampling.temperature > 0]
+    if sampled:
+        index = torch.tensor(sampled, device=logits.device)
+        subset = [rows[row] for row in sampled]
+        numbers = torch.stack([torch.rand((), generator=g, dtype=torch.float64) for _, g in subset])
+        temperature = logits.new_tensor([s.temperature for s, _ in subset], dtype=torch.float64)
+        top_p = logits.new_tensor([s.top_p for s, _ in subset], dtype=torch.float64)
         tokens = tokens.index_copy(
             0, index, sample_rows(logits[index], numbers.to(logits.device), temperature, top_p)
         )
-    both = torch.stack((tokens, sound.long())).tolist()
+    both = torch.stack((tokens, finite.long())).tolist()  # one transfer from the device
     return both[0], [bool(value) for value in both[1]]
 
 
-_INCOMPLETE = "\ufffd"  # what tokenizers decode an unfinished character to
+# --- Text -----------------------------------------------------------------------------------
+
+
+_INCOMPLETE = "\ufffd"  # tokenizers decode an unfinished character to this
 
 
 class TextStream:
-    """The text of one answer. Without a tokenizer there is none.
+    """Incremental text of one answer; empty without a tokenizer.
 
-    Raises ValueError for stop strings without a tokenizer.
+    Holds back the bytes of an unfinished character, and an end that may become a stop string.
     """
 
     def __init__(self, tokenizer: Any | None, stop: Sequence[str] = ()) -> None:
+        """Raises ValueError for stop strings without a tokenizer."""
         if stop and tokenizer is None:
             raise ValueError("stop strings need a tokenizer")
         self._tokenizer = tokenizer
         self._stop = tuple(stop)
         self._ids: list[int] = []
-        # The window: ids before `_read` are in the text; it begins a few earlier, at `_start`,
-        # because a token's text depends on its neighbours (leading spaces, bytes of a character).
+        # The decoded window: it starts a few ids before `_read`, the first id that is not in the
+        # text yet, because a token's text depends on its neighbours (leading spaces, bytes of a
+        # character).
         self._start = self._read = 0
         self._held = ""
         self.stopped = False
 
     def push(self, token: int) -> str:
-        """One token more -> the text that became final; sets `stopped` if a stop string did."""
+        """Add a token; returns the text that became final, and sets `stopped` at a stop string."""
         if self._tokenizer is None:
             return ""
         self._ids.append(token)
@@ -83,17 +87,15 @@ class TextStream:
         if len(after) <= len(before) or after.endswith(_INCOMPLETE):
             return ""
         self._start, self._read = self._read, len(self._ids)
-        return self._show(after[len(before) :], last=False)
+        return self._release(after[len(before) :], last=False)
 
     def finish(self) -> str:
-        """No more tokens -> the rest of the text; bytes that never became a character are not
-        shown.
-        """
+        """Return the rest of the text, without bytes that never became a character."""
         if self._tokenizer is None or self.stopped:
             return ""
         before = self._decode(self._ids[self._start : self._read])
         after = self._decode(self._ids[self._start :])
-        return self._show(after[len(before) :].rstrip(_INCOMPLETE), last=True)
+        return self._release(after[len(before) :].rstrip(_INCOMPLETE), last=True)
 
     def _decode(self, ids: list[int]) -> str:
         if not ids:
@@ -102,19 +104,20 @@ class TextStream:
             ids, skip_special_tokens=True, clean_up_tokenization_spaces=False
         )
 
-    def _show(self, new: str, last: bool) -> str:
+    def _release(self, new: str, last: bool) -> str:
+        """The text that is final now, up to a stop string; holds back the rest."""
         text = self._held + new
-        places = [place for place in (text.find(stop) for stop in self._stop) if place >= 0]
-        if places:
+        positions = [at for at in (text.find(stop) for stop in self._stop) if at >= 0]
+        if positions:
             self.stopped, self._held = True, ""
-            return text[: min(places)]
+            return text[: min(positions)]
         keep = 0 if last else max((_overlap(text, stop) for stop in self._stop), default=0)
         self._held = text[len(text) - keep :]
         return text[: len(text) - keep]
 
 
 def _overlap(text: str, stop: str) -> int:
-    """Length of the longest end of `text` that `stop` begins with, `stop` itself not counted."""
+    """Length of the longest suffix of `text` that is a proper prefix of `stop`."""
     for length in range(min(len(text), len(stop) - 1), 0, -1):
         if text.endswith(stop[:length]):
             return length

@@ -1,8 +1,7 @@
-"""The thread that owns an engine: asks come in from any thread, answers go out by callback.
+"""The thread that owns an engine: any thread submits requests, a callback receives their events.
 
-In: asks and cancellations. Out: per ask one `Decision` and then its `Event`s, or one `Refused`;
-health and figures. All the deciding is `Dispatcher`'s; here are the lock, the thread, and what
-happens when something breaks.
+A request gets one `Decision` and then its `Event`s, or one `Refused`. `Dispatcher` decides; this
+module adds the lock, the thread, and the handling of failures.
 """
 
 from __future__ import annotations
@@ -15,7 +14,7 @@ from dataclasses import dataclass
 
 from fmray.engine.admission import WorkerSettings
 from fmray.engine.calibration import CostToTime
-from fmray.engine.dispatcher import Delivery, Dispatcher, Steps
+from fmray.engine.dispatcher import Delivery, Dispatcher, EngineProtocol
 from fmray.engine.fairness import CallerLimits, Limits
 from fmray.engine.policy import Ask, Budgets, Decision, Refused, Unavailable
 from fmray.engine.requests import Event
@@ -29,27 +28,25 @@ Listener = Callable[[Decision | Event | Refused], None]
 
 @dataclass(frozen=True)
 class Health:
-    """alive: the thread runs. error: what ended it. busy: something is asked for. idle_seconds:
-    since the last sign of progress while busy, 0 when not busy; a large one means a stuck step.
-    draining: no new requests are taken."""
+    """State of a worker's thread."""
 
-    alive: bool
-    error: str | None
-    busy: bool
+    alive: bool  #: the thread runs
+    error: str | None  #: the error that ended it
+    busy: bool  #: requests are queued or running
+    #: since the last progress while busy, else 0; a large value means that a step hangs
     idle_seconds: float
-    draining: bool
+    draining: bool  #: no new requests are taken
 
 
 class EngineWorker:
-    """Starts its thread at once; `close` ends it.
+    """An engine in a thread of its own, which runs from construction to `close`.
 
-    engine: an `Engine`, used by nobody else from now on. cost: calibrated on it. limits: by the
-    caller's name; default_limits: of those not named. Usable as a context manager.
+    Usable as a context manager.
     """
 
     def __init__(
         self,
-        engine: Steps,
+        engine: EngineProtocol,
         cost: CostToTime,
         budgets: Budgets,
         settings: WorkerSettings | None = None,
@@ -58,6 +55,14 @@ class EngineWorker:
         default_limits: CallerLimits | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
+        """Start the thread.
+
+        Args:
+            engine: an `Engine`, for the exclusive use of this worker.
+            cost: a cost model calibrated on the engine.
+            limits: limits by caller name.
+            default_limits: limits of all other callers.
+        """
         self._dispatcher = Dispatcher(
             engine,
             cost,
@@ -73,57 +78,71 @@ class EngineWorker:
         self._listeners: dict[str, Listener] = {}
         self._error: str | None = None
         self._closing = False
-        self._progress = clock()
+        self._progress_at = clock()
         self._callback_errors = 0
         self._thread = threading.Thread(target=self._run, name="fmray-engine", daemon=True)
         self._thread.start()
 
-    # -- any thread ------------------------------------------------------------------------
+    # --- Called from any thread -------------------------------------------------------------
 
     def submit(self, ask: Ask, on_event: Listener, at: float | None = None) -> None:
-        """`ask` is queued; what becomes of it is told to `on_event`, in order, from the worker's
-        thread: a `Decision` and `Event`s up to a finished one; or, while it still waits, a finished
-        `Event` or a `Refused` alone. `on_event` must return at once; if nobody is there any more
-        it raises RuntimeError, as a closed event loop does: its request is cancelled and it hears
-        no more. at: when it was asked, on this worker's clock (now).
+        """Queue a request.
 
-        Raises ValueError for what can never be run, and `Shed`, `RateLimited`, `DeadlineImpossible`
-        or `Unavailable` for what cannot be now; then `on_event` is never called.
+        The worker's thread calls `on_event` in order: with a `Decision` and then `Event`s up to a
+        finished one; or, if the request ends in the queue, with a finished `Event` or a `Refused`
+        alone.
+
+        Args:
+            on_event: must return at once. If it raises RuntimeError, as a closed event loop does,
+                the request is cancelled and `on_event` is not called again.
+            at: arrival time on this worker's clock; default: now.
+
+        Raises:
+            ValueError: the request can never run. `on_event` is not called.
+            Refused: `Shed`, `RateLimited`, `DeadlineImpossible` or `Unavailable`: the request
+                cannot run now. `on_event` is not called.
         """
         with self._changed:
             self._check()
             if ask.id in self._listeners:
-                raise ValueError(f"a request {ask.id!r} is under way")
+                raise ValueError(f"request {ask.id!r} is already queued or running")
             if not self._dispatcher.busy:
-                self._progress = self._clock()
+                self._progress_at = self._clock()
             self._dispatcher.submit(ask, at)
             self._listeners[ask.id] = on_event
             self._changed.notify_all()
 
     def cancel(self, request_id: str) -> bool:
-        """End a request that waits or runs, within one step; its last event says "cancelled" (or
-        that it was finished in this step). False if it is over or was never there."""
+        """Cancel a waiting or running request within one step.
+
+        Its last event has the reason "cancelled", or another one if it ended in the same step.
+        Returns False if the request is unknown or finished.
+        """
         with self._changed:
             known = self._dispatcher.cancel(request_id)
             self._changed.notify_all()
         return known
 
     def drain(self, seconds: float) -> bool:
-        """Take nothing new, and wait up to `seconds` until all that was accepted is answered: True.
-        False: some of it is still under way (`close` cancels it)."""
-        end = time.monotonic() + seconds
+        """Take no new requests and wait up to `seconds` until all accepted ones are answered.
+
+        Returns False on timeout; `close` cancels the remaining requests.
+        """
+        deadline = time.monotonic() + seconds
         with self._changed:
             self._dispatcher.draining = True
             while self._dispatcher.busy or self._listeners:
-                left = end - time.monotonic()
+                left = deadline - time.monotonic()
                 if left <= 0:
                     return False
                 self._changed.wait(left)
         return True
 
     def close(self, seconds: float = 10.0) -> None:
-        """Take nothing new, cancel the rest, end the thread (after the step that it is in; waits up
-        to `seconds` for it). May be called again."""
+        """Take no new requests, cancel all others, and end the thread after its current step.
+
+        Waits up to `seconds` for the thread. Further calls have no effect.
+        """
         with self._changed:
             self._closing = True
             self._dispatcher.draining = True
@@ -134,19 +153,19 @@ class EngineWorker:
             self._thread.join(seconds)
 
     def health(self) -> Health:
-        """Does not wait for the engine."""
+        """Return the state of the thread without waiting for the engine."""
         with self._changed:
             busy = self._dispatcher.busy
             return Health(
                 alive=self._thread.is_alive() and self._error is None,
                 error=self._error,
                 busy=busy,
-                idle_seconds=max(0.0, self._clock() - self._progress) if busy else 0.0,
+                idle_seconds=max(0.0, self._clock() - self._progress_at) if busy else 0.0,
                 draining=self._dispatcher.draining,
             )
 
     def stats(self) -> WorkerStats:
-        """One consistent snapshot."""
+        """Return one consistent snapshot of the statistics."""
         with self._changed:
             return self._dispatcher.stats(self._callback_errors)
 
@@ -162,7 +181,7 @@ class EngineWorker:
         if self._closing:
             raise Unavailable("this replica is closed")
 
-    # -- the thread ------------------------------------------------------------------------
+    # --- The thread -------------------------------------------------------------------------
 
     def _run(self) -> None:
         try:
@@ -177,30 +196,30 @@ class EngineWorker:
                         deliveries = self._dispatcher.settle(events)
                     self._deliver(deliveries)
         except BaseException as error:
-            log.exception("the engine's thread ends")
+            log.exception("engine thread failed")
             self._fail(f"{type(error).__name__}: {error}")
 
     def _wait(self) -> bool:
-        """Until there is something to do; False: the end."""
+        """Wait until there is something to do; returns False when the worker is closed."""
         with self._changed:
             while not self._dispatcher.busy:
                 if self._closing:
                     return False
-                rest = self._dispatcher.rest
-                if not self._changed.wait(rest) and rest is not None:
-                    break  # nothing was asked: the level of `auto` may rise
-            self._progress = self._clock()
+                timeout = self._dispatcher.wake_after
+                if not self._changed.wait(timeout) and timeout is not None:
+                    break  # no request for a while: the units of `auto` may rise
+            self._progress_at = self._clock()
             return True
 
     def _deliver(self, deliveries: list[Delivery]) -> None:
-        """Tell the listeners, without the lock; drain's waiters hear of it after they did."""
+        """Call the listeners without the lock, then wake up the waiters of `drain`."""
         for name, delivery in deliveries:
             last = isinstance(delivery, Refused) or (
                 isinstance(delivery, Event) and delivery.finished is not None
             )
             with self._changed:
                 listener = self._listeners.get(name)
-            if listener is not None and not self._tell(listener, delivery):
+            if listener is not None and not self._call(listener, delivery):
                 with self._changed:
                     self._listeners.pop(name, None)
                     self._dispatcher.cancel(name)
@@ -209,12 +228,12 @@ class EngineWorker:
                     self._listeners.pop(name, None)
                     self._changed.notify_all()
 
-    def _tell(self, listener: Listener, delivery: Delivery) -> bool:
-        """Whether the listener took it. One that has gone ends its own request and no other's."""
+    def _call(self, listener: Listener, delivery: Decision | Event | Refused) -> bool:
+        """Call a listener; returns False if it is gone, which ends its own request only."""
         try:
             listener(delivery)
         except RuntimeError as error:
-            log.warning("a listener has gone, its request is cancelled: %s", error)
+            log.warning("listener is gone, cancelling its request: %s", error)
             with self._changed:
                 self._callback_errors += 1
             return False
@@ -228,6 +247,6 @@ class EngineWorker:
         with self._changed:
             left, self._listeners = self._listeners, {}
             self._changed.notify_all()
-        # Those whose end the failing turn had in hand but did not deliver.
+        # Requests that ended in the failing turn, before their last event was delivered.
         for name, listener in left.items():
-            self._tell(listener, Event(name, (), "", "error", error=message))
+            self._call(listener, Event(name, (), "", "error", error=message))

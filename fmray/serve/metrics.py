@@ -134,8 +134,8 @@ class _WorkerFamilies(Collector):
         # Queue, batch and load control
         yield _gauge("fmray_queue_requests", "Requests waiting for the engine", stats.queued)
         yield _gauge("fmray_active_rows", "Requests in the engine", stats.active)
-        yield _gauge("fmray_auto_budget", "Budget that `auto` requests get now", stats.level_budget)
-        yield _gauge("fmray_auto_units", "Units on that `auto` requests get now", stats.level)
+        yield _gauge("fmray_auto_budget", "Budget that `auto` requests get now", stats.auto_budget)
+        yield _gauge("fmray_auto_units", "Units on that `auto` requests get now", stats.auto_units)
         yield _gauge(
             "fmray_draining", "1 while the replica finishes its last answers", stats.draining
         )

@@ -317,7 +317,7 @@ def load_chat_model(settings: ServeConfig, directory: Path) -> ChatModel:
     prompts = PromptBuilder(processor, settings, context_length(model))
     inputs = prompts.build(_health_request(settings), HEALTH_CALLER).inputs
     cost = calibrated(
-        engine, model, settings.calibration, seconds=settings.calibration_s, picture=inputs
+        engine, model, settings.calibration, seconds=settings.calibration_s, image=inputs
     )
 
     worker = EngineWorker(

@@ -1,4 +1,4 @@
-"""Requests for tiny models, the engine run to the end, and `generate`'s answers to compare with."""
+"""Requests for tiny models, complete runs of the engine, and reference answers of `generate`."""
 
 from __future__ import annotations
 
@@ -30,12 +30,12 @@ SIZES = [(16, 32), (32, 32), (32, 16)]
 def base_of(family: str, attention: str = "sdpa") -> nn.Module:
     """A tiny stock model of 4 decoder layers."""
     torch.manual_seed(0)
-    made = {
+    make = {
         "llava_next": llava_next,
         "llava_onevision": llava_onevision,
         "qwen2_vl": tiny_qwen2_vl,
     }.get(family)
-    base = (made() if made else tiny_llava(family, layers=4)).eval()
+    base = (make() if make else tiny_llava(family, layers=4)).eval()
     base.set_attn_implementation(attention)
     base.generation_config.eos_token_id = EOS
     base.generation_config.pad_token_id = 0
@@ -43,12 +43,12 @@ def base_of(family: str, attention: str = "sdpa") -> nn.Module:
 
 
 def model_of(family: str, design: str, token: str, attention: str = "sdpa", **options):
-    """An adaptive tiny model whose scheduler has opinions."""
+    """A tiny adaptive model whose scheduler prefers some units."""
     return adaptive(base_of(family, attention), design, latency_token=token, **options)
 
 
 def row_for(model: AdaptiveVLM, family: str, length: int, seed: int = 0) -> dict[str, Tensor]:
-    """One unpadded row: `length` tokens with a picture (tiled ones: of text beside it)."""
+    """One unpadded row of `length` tokens with an image (tiled models: plus the image tokens)."""
     if family in ("llava_next", "llava_onevision"):
         return tiled_row(model.base, length, SIZES[seed % len(SIZES)], seed)
     make = qwen_batch if family == "qwen2_vl" else batch
@@ -64,7 +64,7 @@ def request_for(
     plan: Tensor | None = None,
     **sampling: object,
 ) -> Request:
-    """A request for a row at a budget, or under a plan."""
+    """A request for a row with a budget or a plan."""
     if plan is None:
         units = int(model.units_for(budget, torch.tensor([row["input_ids"].shape[1]]))[0])
     else:
@@ -75,7 +75,7 @@ def request_for(
 def expected(
     model: AdaptiveVLM, row: dict[str, Tensor], budget: float | str, new: int
 ) -> list[int]:
-    """The answer `generate` gives the row alone, the end token left out."""
+    """The answer of `generate` for the row alone, without the end token."""
     ids = model.generate(**row, budget=budget, max_new_tokens=new)
     answer = ids[0, row["input_ids"].shape[1] :].tolist()
     return answer[: answer.index(EOS)] if EOS in answer else answer
@@ -83,7 +83,7 @@ def expected(
 
 @dataclass
 class Transcript:
-    """What came of each request."""
+    """Tokens, text and last event of each request."""
 
     tokens: dict[str, list[int]] = field(default_factory=lambda: defaultdict(list))
     text: dict[str, str] = field(default_factory=lambda: defaultdict(str))
@@ -100,10 +100,10 @@ class Transcript:
 
 
 def run(engine: Engine, requests: Sequence[Request] = ()) -> Transcript:
-    """Start them all and step to the end."""
-    found = Transcript()
+    """Start all requests and run the engine to the end."""
+    transcript = Transcript()
     for request in requests:
         engine.start(request)
     while engine.active:
-        found.add(engine.step())
-    return found
+        transcript.add(engine.step())
+    return transcript

@@ -1,5 +1,5 @@
-"""The cost-to-time model: it finds known times, keeps up with a machine that changes, survives
-outliers, and says how wrong it is.
+"""The cost-to-time model: it recovers known times, follows a changing machine, is robust against
+outliers, and reports its error.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from fmray.engine.simulation import SimulatedEngine, VirtualClock, reference_cos
 def random_timings(
     truth: CostToTime, count: int, seed: int = 0, noise: float = 0.0, rows: int = 8
 ) -> list[StepTiming]:
-    """Steps of all sizes, each as long as `truth` says, give or take."""
+    """Steps of all sizes with the times of `truth`, with log-normal noise."""
     random, timings = np.random.default_rng(seed), []
     layout = truth.layout
     for number in range(count):
@@ -48,7 +48,7 @@ def random_timings(
 
 
 def relative_errors(model: CostToTime, truth: CostToTime, seed: int = 9) -> np.ndarray:
-    """On steps that neither has seen."""
+    """Errors on steps that are not in the fit."""
     errors = []
     for timing in random_timings(truth, 200, seed):
         if timing.kind == "prefill":
@@ -65,15 +65,15 @@ def fitted(timings: list[StepTiming]) -> CostToTime:
     return model
 
 
-def test_known_times_are_found() -> None:
+def test_a_fit_recovers_known_times() -> None:
     truth = reference_cost()
     model = fitted(random_timings(truth, 300))
     assert relative_errors(model, truth).max() < 1e-3
     assert model.error.prefill < 1e-3 and model.error.decode < 1e-3
 
 
-def test_noise_and_stalls_do_little() -> None:
-    """10 % noise, and every twentieth step stalls for 30 times its length."""
+def test_a_fit_is_robust_against_noise_and_stalls() -> None:
+    """10 % noise, and every twentieth step takes 30 times as long."""
     truth = reference_cost()
     timings = [
         replace(timing, seconds=30 * timing.seconds) if number % 20 == 3 else timing
@@ -81,14 +81,14 @@ def test_noise_and_stalls_do_little() -> None:
     ]
     model = fitted(timings)
     assert np.median(relative_errors(model, truth)) < 0.03
-    # The error that it reports is that of single noisy steps: median |N(0, 0.1)| = 0.067.
+    # The reported error is that of single noisy steps: median |N(0, 0.1)| = 0.067.
     assert 0.04 < model.error.prefill < 0.1 and 0.04 < model.error.decode < 0.1
 
 
 @settings(max_examples=30, deadline=None)
 @given(st.integers(0, 10_000), st.floats(0, 0.5))
-def test_times_never_fall_with_more(seed: int, noise: float) -> None:
-    """Whatever it was fitted to: more switches, tokens or rows never take less time."""
+def test_times_never_fall_with_more_work(seed: int, noise: float) -> None:
+    """More units, tokens or rows never take less time, whatever the fit."""
     model = fitted(random_timings(reference_cost(), 30, seed, noise))
     units = np.arange(17)
     assert (np.diff(model.prefill(300, units)) >= 0).all()
@@ -98,8 +98,8 @@ def test_times_never_fall_with_more(seed: int, noise: float) -> None:
     assert (np.diff(by_rows) >= -1e-15).all()
 
 
-def test_a_slower_machine_is_noticed_from_narrow_traffic() -> None:
-    """Live steps are all of one kind (eight rows, all on); predictions elsewhere follow too."""
+def test_live_steps_of_one_kind_correct_all_predictions() -> None:
+    """All live steps have eight rows with all units on, on a machine that is twice as slow."""
     truth = reference_cost()
     model = fitted(random_timings(truth, 300, noise=0.05))
     random = np.random.default_rng(1)
@@ -112,10 +112,10 @@ def test_a_slower_machine_is_noticed_from_narrow_traffic() -> None:
     assert model.decode(1, 4, 300) == pytest.approx(2 * truth.decode(1, 4, 300), rel=0.1)
     assert model.prefill(600, 16) == pytest.approx(truth.prefill(600, 16), rel=0.03)
     assert model.speed[1] == pytest.approx(2, rel=0.05)
-    assert model.error.decode < 0.1  # of recent steps, by predictions made before each
+    assert model.error.decode < 0.1  # of recent steps, each predicted before it was learned
 
 
-def test_it_comes_back_when_the_machine_does() -> None:
+def test_predictions_recover_with_the_machine() -> None:
     truth = reference_cost()
     model = fitted(random_timings(truth, 300))
     for factor in (3.0, 1.0):
@@ -124,7 +124,7 @@ def test_it_comes_back_when_the_machine_does() -> None:
     assert np.median(relative_errors(model, truth)) < 0.05
 
 
-def test_outliers_hardly_move_it() -> None:
+def test_live_outliers_hardly_change_predictions() -> None:
     truth = reference_cost()
     model = fitted(random_timings(truth, 300, noise=0.05))
     before = model.prefill(600, 16)
@@ -134,8 +134,8 @@ def test_outliers_hardly_move_it() -> None:
     assert model.prefill(600, 16) == pytest.approx(before, rel=0.1)
 
 
-def test_expected_layers_is_the_mean_over_random_plans() -> None:
-    """Design L and H, against plans drawn independently."""
+def test_expected_layers_equals_the_mean_over_random_plans() -> None:
+    """Designs L and H, against independent random plans."""
     from transformers import LlamaConfig
 
     config = LlamaConfig(
@@ -154,12 +154,12 @@ def test_expected_layers_is_the_mean_over_random_plans() -> None:
         assert model.expected_layers(4, 4 * units) == layout.num_layers
 
 
-def test_one_row_of_layers_is_exact() -> None:
+def test_expected_layers_is_exact_for_one_row_of_design_l() -> None:
     model = reference_cost()
     assert [model.expected_layers(1, k) for k in (0, 5, 16)] == [16, 21, 32]
 
 
-def test_stored_and_loaded(tmp_path: Path) -> None:
+def test_save_and_load(tmp_path: Path) -> None:
     truth = reference_cost()
     model = fitted(random_timings(truth, 100, noise=0.1))
     model.save(tmp_path / "deep" / "times.json")
@@ -170,14 +170,14 @@ def test_stored_and_loaded(tmp_path: Path) -> None:
         model.error, model.machine, model.layout,
     )  # fmt: skip
     timing = random_timings(truth, 2)[1]
-    for _ in range(40):  # it learns on
+    for _ in range(40):  # the loaded model learns
         loaded.update(replace(timing, seconds=3 * timing.seconds))
     assert loaded.prefill(timing.tokens, timing.units_on) > 2 * timing.seconds
     assert [path.name for path in (tmp_path / "deep").iterdir()] == ["times.json"]
 
 
 @pytest.mark.parametrize("damage", ["", "{}", "[1]", '{"version": 2}', "negative"])
-def test_a_damaged_file_is_refused(tmp_path: Path, damage: str) -> None:
+def test_a_damaged_file_is_an_error(tmp_path: Path, damage: str) -> None:
     path = tmp_path / "times.json"
     if damage == "negative":
         fitted(random_timings(reference_cost(), 60)).save(path)
@@ -185,11 +185,11 @@ def test_a_damaged_file_is_refused(tmp_path: Path, damage: str) -> None:
         state["decode"]["coefficients"][2] = -1.0
         damage = json.dumps(state)
     path.write_text(damage)
-    with pytest.raises(ValueError, match="no stored calibration"):
+    with pytest.raises(ValueError, match="not a stored calibration"):
         CostToTime.load(path)
 
 
-def test_what_cannot_be_fitted() -> None:
+def test_invalid_timings_are_an_error() -> None:
     model = CostToTime(reference_cost().layout)
     with pytest.raises(ValueError, match="measured"):
         model.prefill(10, 3)
@@ -203,7 +203,7 @@ def test_what_cannot_be_fitted() -> None:
         model.update(replace(timings[0], seconds=float("nan")))
 
 
-# -- measuring an engine -------------------------------------------------------------------
+# --- Measuring an engine --------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -219,7 +219,7 @@ def simulated(model: AdaptiveVLM, noise: float = 0.05) -> tuple[SimulatedEngine,
     return SimulatedEngine(truth, VirtualClock(), max_rows=4, noise=noise), truth
 
 
-def test_an_engine_is_measured(model: AdaptiveVLM) -> None:
+def test_calibrate_recovers_the_times_of_an_engine(model: AdaptiveVLM) -> None:
     engine, truth = simulated(model)
     cost = calibrate(engine, model, seconds=60, longest=200, clock=engine.clock)
     assert engine.clock.now < 90
@@ -233,15 +233,15 @@ def test_an_engine_is_measured(model: AdaptiveVLM) -> None:
     assert cost.error.prefill < 0.08 and cost.error.decode < 0.08
 
 
-def test_a_busy_engine_is_not_measured(model: AdaptiveVLM) -> None:
+def test_calibrating_a_busy_engine_is_an_error(model: AdaptiveVLM) -> None:
     engine, _ = simulated(model)
-    draw = calibration._PromptDraw(model, 20, None, np.random.default_rng(0))
-    engine.start(draw.request("one", calibration.Sampling(4)))
+    prompts = calibration.RandomPrompts(model, 20, None, np.random.default_rng(0))
+    engine.start(prompts.request("one", calibration.Sampling(4)))
     with pytest.raises(ValueError, match="idle"):
         calibrate(engine, model)
 
 
-def test_measured_once_a_machine(
+def test_calibrated_measures_once_per_machine(
     model: AdaptiveVLM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = tmp_path / "times.json"

@@ -1,5 +1,5 @@
-"""The load controller: full budget while it is quiet, the most that is in time under load, slow to
-rise, and nobody is refused before the floor.
+"""The load controller: all units without load, the most that are in time under load, slow to rise,
+and no refusal before the minimum.
 """
 
 from __future__ import annotations
@@ -9,30 +9,30 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fmray.engine.controller import AIM, LoadController, LoadTarget, Queued
-from fmray.engine.forecast import Forecast, Row, Waiting
+from fmray.engine.controller import AIM, LoadController, LoadTarget
+from fmray.engine.forecast import Forecast, Work
 from fmray.engine.simulation import reference_cost
 
 K = 16
 FORECAST = Forecast(reference_cost(), max_rows=4)
 
 
-def controller(seconds: float = 2.0, floor: int = 0, of: str = "first_token") -> LoadController:
-    return LoadController(LoadTarget(seconds, of), FORECAST, floor, K)
+def controller(seconds: float = 2.0, min_units: int = 0, of: str = "first_token") -> LoadController:
+    return LoadController(LoadTarget(seconds, of), FORECAST, min_units, K)
 
 
-def queue(length: int, age: float = 0.0, tokens: int = 600, new_tokens: int = 32) -> list[Queued]:
-    return [Queued(age, Waiting(tokens, new_tokens)) for _ in range(length)]
+def queue(length: int) -> list[Work]:
+    return [Work(600, 32) for _ in range(length)]
 
 
-def rows(count: int) -> list[Row]:
-    return [Row(K, 600, 20.0) for _ in range(count)]
+def rows(count: int) -> list[Work]:
+    return [Work(600, 20.0, K, prefilled=True) for _ in range(count)]
 
 
-def test_quiet_is_full() -> None:
+def test_without_load_all_units_are_on() -> None:
     one = controller()
     for now in np.arange(0, 60, 1.0):
-        one.arrived(now, Waiting(600, 32))
+        one.arrived(now, Work(600, 32))
         assert one.update(now, rows(1), queue(1)) == K
         assert one.shed(rows(1), queue(1), 0) == 0
 
@@ -54,40 +54,35 @@ queues = st.lists(
     st.integers(0, K),
     st.sampled_from(["first_token", "answer"]),
 )
-def test_it_falls_to_the_most_that_is_in_time(
-    waiting: list[tuple], running: int, seconds: float, floor: int, of: str
+def test_it_falls_to_the_largest_number_in_time(
+    waiting: list[tuple], running: int, seconds: float, min_units: int, of: str
 ) -> None:
-    """Against trying every level, one play each."""
-    one = controller(seconds, floor, of)
+    """Against one forecast per number of units."""
+    one = controller(seconds, min_units, of)
     line = [
-        Queued(age, Waiting(tokens, new, units, cap=cap))
-        for age, tokens, new, units, cap in waiting
+        Work(tokens, new_tokens, units_on, max_units=max_units, age=age)
+        for age, tokens, new_tokens, units_on, max_units in waiting
     ]
     fitting = []
-    for level in range(floor, K + 1):
-        times = FORECAST.play(
-            rows(running), [queued.request for queued in line], np.array([level]), of
-        )[:, 0]
-        in_time = [
-            queued.age + time <= AIM * seconds for queued, time in zip(line, times, strict=True)
-        ]
-        if all(in_time):
-            fitting.append(level)
-    assert one.update(0.0, rows(running), line) == max(fitting, default=floor)
+    for units_on in range(min_units, K + 1):
+        times = FORECAST.play(rows(running), line, np.array([units_on]), of)[:, 0]
+        if all(work.age + time <= AIM * seconds for work, time in zip(line, times, strict=True)):
+            fitting.append(units_on)
+    assert one.update(0.0, rows(running), line) == max(fitting, default=min_units)
 
 
 def test_it_rises_slowly_and_in_steps() -> None:
     one = controller(seconds=2.0)
     assert one.update(0.0, rows(4), queue(40)) == 0
-    levels = [one.update(0.1 * turn, [], []) for turn in range(1, 200)]
-    assert levels[4] == 0  # a quarter of the target has to pass first
-    rises = np.diff([0, *levels])
+    units = [one.update(0.1 * turn, [], []) for turn in range(1, 200)]
+    assert units[4] == 0  # it waits for a quarter of the target first
+    rises = np.diff([0, *units])
     assert rises.min() == 0 and rises.max() == 2
-    assert levels[-1] == K
-    assert levels.index(K) * 0.1 == pytest.approx(8 * 0.5, abs=1.0)
+    assert units[-1] == K
+    assert units.index(K) * 0.1 == pytest.approx(8 * 0.5, abs=1.0)
 
 
-def test_a_busy_moment_starts_the_wait_again() -> None:
+def test_a_busy_moment_restarts_the_wait_before_a_rise() -> None:
     one = controller(seconds=2.0)
     one.update(0.0, rows(4), queue(40))
     for turn in range(1, 100):
@@ -96,40 +91,39 @@ def test_a_busy_moment_starts_the_wait_again() -> None:
         assert one.update(now + 0.3, rows(4), queue(20)) == 0
 
 
-def test_standing_work_keeps_it_where_it_fits() -> None:
-    """The queue is empty, but as much arrives as the machine does at 8 switches: it does not climb
-    past what carries that."""
+def test_constant_work_keeps_it_at_the_number_that_carries_the_work() -> None:
+    """The queue is empty, but the arriving work fills the machine at 8 units."""
     one = controller(seconds=2.0)
     work = reference_cost().answer(600, 8, 32, 4)
     now = 0.0
     for number in range(2000):
         now += float(work)
-        one.arrived(now, Waiting(600, 32))
+        one.arrived(now, Work(600, 32))
         one.update(now, rows(3), queue(40 if number == 1000 else 0))
-    assert 6 <= one.level <= 8
-    for turn in range(100):  # when it ends, the way is free
+    assert 6 <= one.units_on <= 8
+    for turn in range(100):  # when the work ends, it rises
         one.update(now + turn, [], [])
-    assert one.level == K
+    assert one.units_on == K
 
 
-def test_a_lasting_overload_is_met_at_once() -> None:
-    """Where the wait alone would ask for one step down, the work that arrives asks for more."""
+def test_it_falls_at_once_in_a_lasting_overload() -> None:
+    """The wait alone would require one step down, the arriving work requires more."""
     one = controller(seconds=6.0)
     patient = controller(seconds=6.0)
     work = float(reference_cost().answer(600, 4, 32, 4))
     now = 0.0
     for _ in range(1000):
         now += work
-        one.arrived(now, Waiting(600, 32))
+        one.arrived(now, Work(600, 32))
     line = next(
         queue(length) for length in range(1, 100)
         if patient.update(0.0, rows(4), queue(length)) < K
     )  # fmt: skip
-    assert patient.level > 4
+    assert patient.units_on > 4
     assert 2 <= one.update(now, rows(4), line) <= 4
 
 
-def test_misses_tighten_the_aim() -> None:
+def test_misses_lower_the_aim() -> None:
     one = controller(seconds=1.0)
     assert one.aim == AIM
     for _ in range(3):
@@ -145,9 +139,9 @@ def test_misses_tighten_the_aim() -> None:
 
 @settings(max_examples=30, deadline=None)
 @given(st.floats(0.6, 1.8), st.integers(0, 100))
-def test_feedback_makes_up_for_a_wrong_forecast(factor: float, seed: int) -> None:
-    """If what is aimed at takes `factor` times as long, give or take, misses become as rare as
-    asked, as far as the aim's range reaches (Gibbs and Candes 2021, proposition 4.1)."""
+def test_feedback_corrects_a_wrong_forecast(factor: float, seed: int) -> None:
+    """Times are `factor` x the aim with noise: the miss rate still converges to the requested one,
+    within the range of the aim (Gibbs and Candes 2021, proposition 4.1)."""
     random, one, missed = np.random.default_rng(seed), controller(seconds=1.0), 0
     for turn in range(3000):
         seconds = one.aim * factor * float(np.exp(0.1 * random.standard_normal()))
@@ -156,34 +150,31 @@ def test_feedback_makes_up_for_a_wrong_forecast(factor: float, seed: int) -> Non
     assert missed / 2500 < 0.04
 
 
-def test_nobody_is_shed_before_the_floor() -> None:
-    """Whoever is shed would have been late with every level; whoever is not, is in time at the
-    floor."""
+def test_no_request_is_shed_before_the_minimum() -> None:
+    """A shed request is late with every number of units, others are in time at the minimum."""
     for length in range(1, 60):
-        one, line = controller(seconds=2.0, floor=3), queue(length)
+        one, line = controller(seconds=2.0, min_units=3), queue(length)
         late = one.shed(rows(4), line, length - 1)
-        times = FORECAST.play(
-            rows(4), [queued.request for queued in line], np.arange(3, K + 1), "first_token"
-        )[-1]
+        times = FORECAST.play(rows(4), line, np.arange(3, K + 1), "first_token")[-1]
         assert (late > 0) == (times[0] > one.aim) == bool((times > one.aim).all())
         if late > 0:
             assert late == pytest.approx(times[0] - one.aim)
-            assert one.level == 3
+            assert one.units_on == 3
 
 
 def test_a_long_request_is_not_shed_for_its_length() -> None:
     one = controller(seconds=0.05)
-    alone = [Queued(0.0, Waiting(5000, 32))]
+    alone = [Work(5000, 32)]
     assert one.shed([], alone, 0) == 0
-    assert one.shed(rows(4), alone, 0) > 0  # but for a wait it is
-    assert one.shed(rows(4), alone, 0, limit=60.0) == 0  # unless it has the time
+    assert one.shed(rows(4), alone, 0) > 0  # but for its wait
+    assert one.shed(rows(4), alone, 0, limit=60.0) == 0  # unless its own deadline allows it
 
 
-def test_targets_that_are_none() -> None:
+def test_invalid_targets_are_an_error() -> None:
     for seconds in (0.0, -1.0, float("inf"), float("nan")):
         with pytest.raises(ValueError, match="positive"):
             LoadTarget(seconds)
     with pytest.raises(ValueError, match="first_token"):
         LoadTarget(1.0, "never")
-    with pytest.raises(ValueError, match="floor"):
-        controller(floor=K + 1)
+    with pytest.raises(ValueError, match="min_units"):
+        controller(min_units=K + 1)

@@ -1,4 +1,4 @@
-"""The engine's doors: who may start, how requests end, what a failure leaves, what is drawn."""
+"""The engine: starting and ending requests, failures, memory and sampling."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from transformers.generation.logits_process import TemperatureLogitsWarper, TopP
 
 from fmray.engine.engine import Engine
 from fmray.engine.requests import Request, Sampling
-from fmray.engine.tokens import draw, generator_of
+from fmray.engine.tokens import generator_of, sample_tokens
 
 NEW = 8
 
@@ -29,7 +29,7 @@ def row(model):
 
 
 def test_off_layers_are_not_run_and_hold_no_keys(model, row) -> None:
-    """Hooks count who goes through each layer's key projection; arenas hold these rows alone."""
+    """Hooks count the rows in each layer's key projection; arenas contain these rows only."""
     engine = Engine(model, None, eos=())
     plans = {"a": [True, False], "b": [False, True], "c": [False, False], "d": [True, True]}
     calls: list[tuple[int, int, int]] = []
@@ -55,11 +55,11 @@ def test_off_layers_are_not_run_and_hold_no_keys(model, row) -> None:
     engine.cancel("d")
     engine.cancel("b")
     engine.step()
-    assert {a.layer for a in engine.memory.arenas()} == {0, 1, 2}  # none where nobody runs
+    assert {a.layer for a in engine.memory.arenas()} == {0, 1, 2}  # no arena without rows
 
 
-def test_heads_hold_keys_of_what_is_on_alone() -> None:
-    model = model_of("llama", "heads", "inline")  # 2 switches a layer, one key/value head each
+def test_heads_hold_keys_of_their_units_only() -> None:
+    model = model_of("llama", "heads", "inline")  # 2 units per layer, one key/value head each
     row = row_for(model, "llama", 9)
     engine = Engine(model, None, eos=())
     plans = [[1, 0, 0, 0], [1, 0, 0, 1], [0, 1, 1, 1]]
@@ -74,15 +74,15 @@ def test_heads_hold_keys_of_what_is_on_alone() -> None:
     before = engine.stats
     assert engine.step()
     after = engine.stats
-    # layer 2: patterns 10 (two rows) and 01 (one); layer 3: 01 and 11, one row each
+    # Layer 2 has patterns 10 (two rows) and 01 (one row); layer 3 has 01 and 11, one row each.
     assert after.packed_calls - before.packed_calls == 4
     assert after.packed_unshared - before.packed_unshared == 3
     assert after.packed_unsaved - before.packed_unsaved == 2
 
 
-def test_who_may_start(model, row) -> None:
-    token = 2 * 2 * 16 * 4  # bytes of keys and values of a token in a layer
-    need = (9 + NEW) * token * (2 + 2 + 1)  # 2 layers below, 2 switches, room to move one
+def test_requests_start_while_there_are_rows_and_memory(model, row) -> None:
+    token = 2 * 2 * 16 * 4  # bytes of keys and values per token and layer
+    need = (9 + NEW) * token * (2 + 2 + 1)  # 2 always-on layers, 2 units, space to move one arena
     request = request_for(model, row, max_new_tokens=NEW)
     engine = Engine(model, None, max_rows=2, kv_bytes=2 * need)
     assert engine.fits(request) and engine.can_start(request)
@@ -109,12 +109,12 @@ def test_who_may_start(model, row) -> None:
     assert engine.active == 0 and engine.stats.kv_reserved == 0
 
 
-def test_cancelling_takes_one_step_and_frees(model, row) -> None:
+def test_cancelling_takes_one_step_and_frees_memory(model, row) -> None:
     engine = Engine(model, None, eos=())
     for name in "abc":
         engine.start(request_for(model, row, name, max_new_tokens=50))
     for _ in range(4):
-        engine.step()  # prefill, decode, prefill, decode: c still waits
+        engine.step()  # prefill, decode, prefill, decode; c waits
     held = engine.stats.kv_reserved
     engine.cancel("a")
     engine.cancel("c")
@@ -133,10 +133,10 @@ def test_cancelling_takes_one_step_and_frees(model, row) -> None:
 def test_a_failing_request_fails_alone(model, row, monkeypatch) -> None:
     engine = Engine(model, None, eos=())
     alone = run(Engine(model, None, eos=()), [request_for(model, row, "good", max_new_tokens=NEW)])
-    broken = dict(row, pixel_values=row["pixel_values"].repeat(2, 1, 1, 1))  # a picture too many
+    broken = dict(row, pixel_values=row["pixel_values"].repeat(2, 1, 1, 1))  # one image too many
     poison = dict(row, pixel_values=row["pixel_values"] * float("nan"))
     good = request_for(model, row, "good", max_new_tokens=NEW)
-    found = run(
+    transcript = run(
         engine,
         [
             request_for(model, poison, "poison", max_new_tokens=NEW),
@@ -144,17 +144,17 @@ def test_a_failing_request_fails_alone(model, row, monkeypatch) -> None:
             request_for(model, broken, "broken", max_new_tokens=NEW),
         ],
     )
-    assert found.last["broken"].finished == found.last["poison"].finished == "error"
-    assert "do not match" in found.last["broken"].error
-    assert "not finite" in found.last["poison"].error
-    assert found.tokens["good"] == alone.tokens["good"]
+    assert transcript.last["broken"].finished == transcript.last["poison"].finished == "error"
+    assert "do not match" in transcript.last["broken"].error
+    assert "not finite" in transcript.last["poison"].error
+    assert transcript.tokens["good"] == alone.tokens["good"]
 
     def fail(*_, **__):
         raise RuntimeError("out of luck")
 
     engine.start(good)
     engine.step()
-    with monkeypatch.context() as patch:  # in the upper half: keys are in the arenas already
+    with monkeypatch.context() as patch:  # in an upper layer, when keys are in the arenas already
         patch.setattr(model.backbone.layers[3].mlp, "forward", fail)
         engine.start(request_for(model, row, "late", max_new_tokens=NEW))
         engine._prefill_next = True
@@ -165,8 +165,8 @@ def test_a_failing_request_fails_alone(model, row, monkeypatch) -> None:
     assert engine.stats.failed == 3 and engine.stats.kv_bytes == 0
 
 
-def test_a_failed_decoding_step_can_be_repeated(model, row, monkeypatch) -> None:
-    wanted = run(Engine(model, None, eos=()), [request_for(model, row, max_new_tokens=NEW)])
+def test_a_failed_decode_step_can_be_repeated(model, row, monkeypatch) -> None:
+    expected = run(Engine(model, None, eos=()), [request_for(model, row, max_new_tokens=NEW)])
     engine = Engine(model, None, eos=())
     engine.start(request_for(model, row, max_new_tokens=NEW))
     first = engine.step()
@@ -178,10 +178,10 @@ def test_a_failed_decoding_step_can_be_repeated(model, row, monkeypatch) -> None
         patch.setattr(model.backbone.layers[3].mlp, "forward", fail)
         with pytest.raises(RuntimeError, match="luck"):
             engine.step()
-    assert [*first[0].tokens, *run(engine).tokens["a"]] == wanted.tokens["a"]
+    assert [*first[0].tokens, *run(engine).tokens["a"]] == expected.tokens["a"]
 
 
-def test_prefill_and_decoding_take_turns(model, row) -> None:
+def test_prefills_and_decode_steps_alternate(model, row) -> None:
     engine = Engine(model, None, eos=())
     for name in "abc":
         engine.start(request_for(model, row, name, "0.5", max_new_tokens=4))
@@ -193,7 +193,7 @@ def test_prefill_and_decoding_take_turns(model, row) -> None:
     assert engine.stats.completion_tokens == 12 and engine.stats.finished == 3
 
 
-def test_refusals() -> None:
+def test_invalid_settings_and_requests_are_an_error() -> None:
     model = adaptive(tiny_llava(layers=2))
     with pytest.raises(ValueError, match="max_rows"):
         Engine(model, None, max_rows=0)
@@ -228,10 +228,10 @@ def test_refusals() -> None:
             Request("a", inputs, None, **({"units_on": 1} | options))
 
 
-# -- drawing
+# --- Sampling -------------------------------------------------------------------------------
 
 
-def test_drawn_answers_do_not_depend_on_neighbours(model) -> None:
+def test_sampled_answers_do_not_depend_on_other_rows(model) -> None:
     rows = [row_for(model, "llama", 8 + seed, seed) for seed in range(5)]
     sampling = {"temperature": 1.3, "top_p": 0.9, "max_new_tokens": 12}
     requests = [
@@ -247,36 +247,36 @@ def test_drawn_answers_do_not_depend_on_neighbours(model) -> None:
 
 @pytest.mark.parametrize("temperature", [0.3, 1.0, 2.0])
 @pytest.mark.parametrize("top_p", [0.2, 0.7, 1.0])
-def test_draws_follow_the_law(temperature: float, top_p: float) -> None:
-    """20000 draws against the probabilities of transformers' warpers."""
+def test_samples_follow_the_distribution(temperature: float, top_p: float) -> None:
+    """20000 samples against the probabilities of transformers' warpers."""
     logits = torch.randn(1, 12, generator=torch.Generator().manual_seed(0)) * 2
     scores = TemperatureLogitsWarper(temperature)(None, logits)
     if top_p < 1:
         scores = TopPLogitsWarper(top_p)(None, scores)
-    law = scores.softmax(-1)[0]
+    probabilities = scores.softmax(-1)[0]
     sampling = Sampling(temperature=temperature, top_p=top_p, seed=3)
     generator = generator_of(sampling)
-    tokens, sound = draw(logits.expand(20000, -1), [(sampling, generator)] * 20000)
+    tokens, finite = sample_tokens(logits.expand(20000, -1), [(sampling, generator)] * 20000)
     counts = torch.bincount(torch.tensor(tokens), minlength=12) / 20000
-    assert all(sound)
-    assert bool((counts[law == 0] == 0).all())
-    assert float((counts - law).abs().max()) < 0.015  # four standard deviations
+    assert all(finite)
+    assert bool((counts[probabilities == 0] == 0).all())
+    assert float((counts - probabilities).abs().max()) < 0.015  # four standard deviations
 
 
-def test_draws_at_the_edges() -> None:
+def test_sampling_extreme_logits() -> None:
     logits = torch.tensor([[0.0, 3.0, 1.0], [0.0, float("nan"), 1.0], [1.0, 2.0, 1e38]])
     cold = Sampling(temperature=1e-300)
-    tokens, sound = draw(logits, [(cold, generator_of(cold))] * 3)
-    assert (tokens[0], tokens[2]) == (1, 2) and sound == [True, False, True]
-    tokens, sound = draw(logits, [(Sampling(), generator_of(Sampling()))] * 3)
-    assert (tokens[0], tokens[2]) == (1, 2) and sound == [True, False, True]
+    tokens, finite = sample_tokens(logits, [(cold, generator_of(cold))] * 3)
+    assert (tokens[0], tokens[2]) == (1, 2) and finite == [True, False, True]
+    tokens, finite = sample_tokens(logits, [(Sampling(), generator_of(Sampling()))] * 3)
+    assert (tokens[0], tokens[2]) == (1, 2) and finite == [True, False, True]
 
 
-# -- the long run
+# --- Memory ---------------------------------------------------------------------------------
 
 
 def test_memory_does_not_grow() -> None:
-    """2000 requests of all sorts; `benchmarks/engine.py --soak` runs 10^4 of them."""
+    """2000 mixed requests; `benchmarks/engine.py --soak` runs 10^4 of them."""
     model = adaptive(tiny_llava(layers=2, heads=2), latency_token="probe")
     engine = Engine(
         model, None, max_rows=4, prefix_bytes=1 << 15, prefix_block=2, vision_bytes=1 << 12
@@ -285,7 +285,7 @@ def test_memory_does_not_grow() -> None:
     objects, resident, sent, started = 0, 0, 0, 0
     while sent < 2000 or engine.active:
         while sent < 2000:
-            number = sent // 2 * 7 % 40  # each twice in a row
+            number = sent // 2 * 7 % 40  # each one twice in a row
             row, key = rows[number], f"k{number}"
             request = request_for(
                 model, row, str(sent), "0.5" if sent % 2 else "1", key, max_new_tokens=2

@@ -1,4 +1,4 @@
-"""The engine's answers are those of `generate` one by one: mixes of everything, in all families."""
+"""The engine's answers equal those of `generate` for each request alone, in all families."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ from fmray.engine.engine import Engine
 from fmray.engine.kv_memory import TokenBytes
 
 BUDGETS = ["0.5", "0.6", "0.75", "0.9", "1"]
-NEW = 10  # of the answers to compare with; greedy ones of fewer tokens begin with the same
-MIXES = 10  # for each of the 24 kinds of model below: 240
+NEW = 10  # tokens of the reference answers; shorter greedy answers are a prefix of them
+MIXES = 10  # per kind of model; there are 24 kinds
 PROMPTS = 6
 
 
@@ -33,7 +33,7 @@ def pool(family: str, design: str, token: str) -> tuple[AdaptiveVLM, list[dict[s
     model = model_of(family, design, token)
     lengths = [6, 7, 9, 13, 20, 31]
     rows = [row_for(model, family, lengths[seed], seed) for seed in range(PROMPTS)]
-    # the last is a turn more of the one before: same picture, same beginning
+    # The last prompt is the one before with one more turn: same image, same prefix.
     last = dict(rows[-2])
     extra = rows[-1]["input_ids"][:, -5:]
     last["input_ids"] = torch.cat((last["input_ids"], extra), dim=1)
@@ -54,8 +54,8 @@ def answer(family: str, design: str, token: str, prompt: int, budget: str) -> li
 @pytest.mark.parametrize("token", ["probe", "inline"])
 @pytest.mark.parametrize("design", ["layers", "heads"])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_random_mixes_equal_one_by_one(family: str, design: str, token: str) -> None:
-    """Random budgets, lengths, arrivals, cancellations, with reuse or not, room for all or few."""
+def test_random_mixes_equal_generate(family: str, design: str, token: str) -> None:
+    """Random budgets, lengths, arrivals, cancellations, cache sizes and memory sizes."""
     model, rows = pool(family, design, token)
     for seed in range(MIXES):
         rng = random.Random(f"{family} {design} {token} {seed}")
@@ -78,10 +78,10 @@ def test_random_mixes_equal_one_by_one(family: str, design: str, token: str) -> 
         asks = {}
         for number in range(rng.randint(2, 7)):
             prompt, budget = rng.randrange(PROMPTS), rng.choice(BUDGETS)
-            key = rng.choice([None, f"picture {min(prompt, PROMPTS - 2)}"])
+            key = rng.choice([None, f"image {min(prompt, PROMPTS - 2)}"])
             asks[str(number)] = (prompt, budget, key, rng.randint(1, NEW), rng.randint(0, 8))
         cancels = {name: rng.randint(0, 12) for name in asks if rng.random() < 0.25}
-        found, clock, waiting = Transcript(), 0, dict(asks)
+        transcript, clock, waiting = Transcript(), 0, dict(asks)
         while waiting or engine.active:
             for name, (prompt, budget, key, new, arrival) in list(waiting.items()):
                 row = rows[prompt]
@@ -92,17 +92,17 @@ def test_random_mixes_equal_one_by_one(family: str, design: str, token: str) -> 
             for name, when in cancels.items():
                 if when <= clock:
                     engine.cancel(name)
-            found.add(engine.step())
+            transcript.add(engine.step())
             clock += 1
             assert max(engine.stats.kv_bytes, engine.stats.kv_reserved) <= engine.stats.kv_bound
         for name, (prompt, budget, _, new, _) in asks.items():
-            wanted = answer(family, design, token, prompt, budget)[:new]
-            tokens, last = found.tokens[name], found.last[name]
+            reference = answer(family, design, token, prompt, budget)[:new]
+            tokens, last = transcript.tokens[name], transcript.last[name]
             if last.finished == "cancelled":
                 assert name in cancels
-                assert tokens == wanted[: len(tokens)]
+                assert tokens == reference[: len(tokens)]
                 continue
-            assert tokens == wanted, (seed, name)
+            assert tokens == reference, (seed, name)
             assert last.finished == ("length" if len(tokens) == new else "stop"), last.error
             assert last.result.completion_tokens == len(tokens)
             assert len(last.result.plan) == model.layout.num_units
@@ -111,51 +111,51 @@ def test_random_mixes_equal_one_by_one(family: str, design: str, token: str) -> 
 
 @pytest.mark.parametrize("token", ["probe", "inline"])
 @pytest.mark.parametrize("family", ["llama", "phi", "qwen2_vl"])
-def test_eager_attention(family: str, token: str) -> None:
+def test_eager_attention_equals_generate(family: str, token: str) -> None:
     model = model_of(family, "layers", token, attention="eager")
     rows = [row_for(model, family, 6 + 5 * seed, seed) for seed in range(3)]
-    wanted = {str(n): expected(model, row, BUDGETS[n], NEW) for n, row in enumerate(rows)}
+    references = {str(n): expected(model, row, BUDGETS[n], NEW) for n, row in enumerate(rows)}
     engine = Engine(model, None, prefix_block=2)
-    for _ in range(2):  # the second time with prefixes
+    for _ in range(2):  # the second time with cached prefixes
         requests = [
             request_for(model, row, str(n), BUDGETS[n], f"k{n}", max_new_tokens=NEW)
             for n, row in enumerate(rows)
         ]
-        assert run(engine, requests).tokens == wanted
+        assert run(engine, requests).tokens == references
     assert engine.stats.prefix_tokens > 0
 
 
-def test_a_plan_given_is_run() -> None:
+def test_a_given_plan_runs() -> None:
     model = model_of("llama", "layers", "probe")
     row = row_for(model, "llama", 9)
     plan = torch.tensor([False, True])
     ids = model.generate(**row, plan=plan[None], max_new_tokens=NEW, eos_token_id=99)
     engine = Engine(model, None, eos=())
-    found = run(engine, [request_for(model, row, plan=plan, max_new_tokens=NEW)])
-    assert found.tokens["a"] == ids[0, 9:].tolist()
-    result = found.last["a"].result
+    transcript = run(engine, [request_for(model, row, plan=plan, max_new_tokens=NEW)])
+    assert transcript.tokens["a"] == ids[0, 9:].tolist()
+    result = transcript.last["a"].result
     assert result.plan == (False, True) and result.units_on == 1
     assert result.share == model.cost.share(9, [False, True])
 
 
 @pytest.mark.parametrize("scheduler", ["static", "random", "deterministic"])
-def test_every_scheduler(scheduler: str) -> None:
+def test_every_scheduler_equals_generate(scheduler: str) -> None:
     model = model_of("llama", "heads", "probe", scheduler=scheduler)
     rows = [row_for(model, "llama", 9, seed) for seed in range(3)]
     requests = [
         request_for(model, row, str(n), "0.75", seed=n, max_new_tokens=NEW)
         for n, row in enumerate(rows)
     ]
-    found = run(Engine(model, None), requests)
+    transcript = run(Engine(model, None), requests)
     again = run(Engine(model, None), requests[2:])
-    assert again.tokens["2"] == found.tokens["2"]
-    assert again.last["2"].result.plan == found.last["2"].result.plan
+    assert again.tokens["2"] == transcript.tokens["2"]
+    assert again.last["2"].result.plan == transcript.last["2"].result.plan
     for n, row in enumerate(rows):
-        plan = torch.tensor([found.last[str(n)].result.plan])
+        plan = torch.tensor([transcript.last[str(n)].result.plan])
         assert int(plan.sum()) <= requests[n].units_on
         if scheduler != "random":
-            wanted = expected(model, row, "0.75", NEW)
+            reference = expected(model, row, "0.75", NEW)
         else:
             ids = model.generate(**row, plan=plan, max_new_tokens=NEW)[0, 9:].tolist()
-            wanted = ids[: ids.index(2)] if 2 in ids else ids
-        assert found.tokens[str(n)] == wanted
+            reference = ids[: ids.index(2)] if 2 in ids else ids
+        assert transcript.tokens[str(n)] == reference

@@ -1,4 +1,4 @@
-"""Arenas against a plain dictionary of tensors, under every order of comings and goings."""
+"""Arenas against a dictionary of tensors, for any order of joining and leaving rows."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from fmray.engine.kv_memory import Arena, DecodeCache, KVMemory, PrefillCache
 HEADS, DIM = 2, 4
 
 
-class Someone:
-    """A row: any object that is only equal to itself."""
+class Row:
+    """Any object that is only equal to itself."""
 
 
 def layout(design: str = "layers") -> SwitchLayout:
@@ -39,8 +39,8 @@ steps = st.lists(
 
 @given(design=st.sampled_from(["layers", "heads"]), steps=steps, bound=st.integers(2, 14))
 @settings(max_examples=150, deadline=None)
-def test_arenas_keep_rows_and_bounds(design: str, steps, bound: int) -> None:
-    """Random rows with random plans: contents survive moves, bytes stay bounded even in between."""
+def test_arenas_keep_their_contents_and_bound(design: str, steps, bound: int) -> None:
+    """Random rows and plans: contents survive moves, and bytes are bounded also during a move."""
     shape = LAYOUTS[design]
     units = shape.units_per_layer
     linear = nn.Linear(1, 1)
@@ -55,15 +55,15 @@ def test_arenas_keep_rows_and_bounds(design: str, steps, bound: int) -> None:
 
     Arena.resize = watched
     try:
-        lengths: dict[Someone, int] = {}
-        needs: dict[Someone, int] = {}
-        held: dict[tuple[Someone, object], torch.Tensor] = {}
+        lengths: dict[Row, int] = {}
+        needs: dict[Row, int] = {}
+        held: dict[tuple[Row, object], torch.Tensor] = {}
         for kind, first, bits in steps:
             if kind == "join":
                 plan = [bool(bits >> unit & 1) for unit in range(shape.num_units)]
                 if len(needs) == 6 or not memory.has_room(first, sum(plan)):
                     continue
-                row = Someone()
+                row = Row()
                 memory.reserve(row, first, sum(plan))
                 needs[row], lengths[row] = first, max(1, first // 2)
                 for layer in range(4):
@@ -110,12 +110,12 @@ def test_arenas_keep_rows_and_bounds(design: str, steps, bound: int) -> None:
         Arena.resize = resize
 
 
-def test_a_slot_is_empty_of_its_last_row() -> None:
-    """What is not a number in one row's keys reaches no later row through a mask's zero."""
+def test_a_reused_slot_is_cleared() -> None:
+    """NaN in one row's keys must not reach a later row through a mask (0 x NaN)."""
     shape = LAYOUTS["layers"]
     memory = KVMemory(shape, torch.float32, 1 << 20, 4)
     linear = nn.Linear(1, 1)
-    rows = [Someone() for _ in range(3)]
+    rows = [Row() for _ in range(3)]
     for row in rows[:2]:
         memory.reserve(row, 8, 0)
         arena, slot = memory.place(row, 0, 0, linear, HEADS, 1.0)
@@ -126,7 +126,7 @@ def test_a_slot_is_empty_of_its_last_row() -> None:
     assert slot == 1 and bool((arena.keys[1] == 0).all()) and bool((arena.values[1] == 0).all())
 
 
-def test_bytes_of_a_token() -> None:
+def test_bytes_per_token() -> None:
     token = KVMemory(LAYOUTS["heads"], torch.bfloat16, 0, 1).token
     assert token.layer == 2 * HEADS * 16 * 2
     assert [token.of(k) for k in range(5)] == [

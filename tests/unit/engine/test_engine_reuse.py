@@ -1,4 +1,4 @@
-"""What is reused is what would have been computed, and what is kept is bounded."""
+"""Cached features and prefixes equal recomputed ones, and the caches are bounded."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ NEW = 8
 
 
 def longer(row: dict, tokens: int) -> dict:
-    """A turn more: the same beginning and picture, `tokens` more at the end."""
+    """One more turn: the same prefix and image, `tokens` more at the end."""
     extra = torch.arange(10, 10 + tokens)[None]
     made = dict(row, input_ids=torch.cat((row["input_ids"], extra), dim=1))
     made["attention_mask"] = torch.ones_like(made["input_ids"])
@@ -39,14 +39,14 @@ def lower_keys(engine: Engine) -> list[tuple[torch.Tensor, torch.Tensor]]:
 @pytest.mark.parametrize("design", ["layers", "heads"])
 @pytest.mark.parametrize("family", ["llama", "phi", "llava_next", "qwen2_vl"])
 def test_prefix_equals_recompute(family: str, design: str, token: str) -> None:
-    """Asked first at one budget; then again, and longer, at others: the lower half's keys and the
-    answers are those of an engine that keeps nothing.
+    """One budget first, then others, with the same and a longer prompt: the keys of the always-on
+    layers and the answers equal those of an engine without caches.
     """
     model = model_of(family, design, token)
     row = row_for(model, family, 17)
     length = row["input_ids"].shape[1]
     engine = Engine(model, None, prefix_block=4)
-    run(engine, [request_for(model, row, "first", "1", "picture", max_new_tokens=NEW)])
+    run(engine, [request_for(model, row, "first", "1", "image", max_new_tokens=NEW)])
     seen: list[int] = []
     hook = model.backbone.layers[0].register_forward_hook(
         lambda _, given, __: seen.append(given[0].shape[1])
@@ -54,13 +54,13 @@ def test_prefix_equals_recompute(family: str, design: str, token: str) -> None:
     for budget in ("0.5", "0.75", "1"):
         for turn in (row, longer(row, 7)):
             fresh = Engine(model, None, prefix_bytes=0, vision_bytes=0)
-            request = request_for(model, turn, "a", budget, "picture", max_new_tokens=NEW)
+            request = request_for(model, turn, "a", budget, "image", max_new_tokens=NEW)
             fresh.start(request)
             events = fresh.step()
             seen.clear()
             engine.start(request)
             assert engine.step()[0].tokens == events[0].tokens
-            # what went through the lowest layer: the rest of the prompt, and the latency token
+            # The lowest layer computes the rest of the prompt and the latency token.
             known = (length if turn is row or budget == "0.5" else length + 7) // 4 * 4
             assert sum(seen) == turn["input_ids"].shape[1] - known + 1
             if not engine.active:
@@ -68,17 +68,17 @@ def test_prefix_equals_recompute(family: str, design: str, token: str) -> None:
                 continue
             for ours, theirs in zip(lower_keys(engine), lower_keys(fresh), strict=True):
                 torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-4)
-            found = run(engine)
-            assert found.tokens == run(fresh).tokens
-            assert events[0].tokens[0:1] + tuple(found.tokens["a"]) == tuple(
+            transcript = run(engine)
+            assert transcript.tokens == run(fresh).tokens
+            assert events[0].tokens[0:1] + tuple(transcript.tokens["a"]) == tuple(
                 expected(model, turn, budget, NEW)
             )
-            result = found.last["a"].result
+            result = transcript.last["a"].result
             assert result.prefix_tokens == known and result.vision_hit
     hook.remove()
 
 
-def test_other_pictures_are_not_reused() -> None:
+def test_other_images_are_not_reused() -> None:
     model = model_of("llama", "layers", "probe")
     row = row_for(model, "llama", 17)
     other = dict(row, pixel_values=row["pixel_values"] + 1)
@@ -91,10 +91,10 @@ def test_other_pictures_are_not_reused() -> None:
         "d": (row, None),
         "e": (row, "one"),
     }.items():
-        found = run(engine, [request_for(model, asked, name, "0.75", key, max_new_tokens=NEW)])
-        answers[name] = (found.tokens[name], found.last[name].result)
-        assert found.tokens[name] == expected(model, asked, "0.75", NEW)
-    # the token before the picture is known to all; with no key nothing from the picture on is
+        transcript = run(engine, [request_for(model, asked, name, "0.75", key, max_new_tokens=NEW)])
+        answers[name] = (transcript.tokens[name], transcript.last[name].result)
+        assert transcript.tokens[name] == expected(model, asked, "0.75", NEW)
+    # All share the token before the image; without a key, nothing from the image on is cached.
     assert [answers[name][1].prefix_tokens for name in "abcde"] == [0, 1, 1, 1, 17]
     assert [answers[name][1].vision_hit for name in "abcde"] == [False, False, False, False, True]
 
@@ -104,13 +104,13 @@ def test_text_alone_is_reused_without_a_key() -> None:
     row = {"input_ids": torch.arange(10, 30)[None]}
     engine = Engine(model, None, prefix_block=8)
     for budget, known in (("1", 0), ("0.5", 16)):
-        found = run(engine, [request_for(model, row, "a", budget, max_new_tokens=NEW)])
-        assert found.last["a"].result.prefix_tokens == known
-        assert found.tokens["a"] == expected(model, row, budget, NEW)
-        assert not found.last["a"].result.vision_hit
+        transcript = run(engine, [request_for(model, row, "a", budget, max_new_tokens=NEW)])
+        assert transcript.last["a"].result.prefix_tokens == known
+        assert transcript.tokens["a"] == expected(model, row, budget, NEW)
+        assert not transcript.last["a"].result.vision_hit
 
 
-def test_pictures_are_seen_once() -> None:
+def test_the_vision_tower_runs_once_per_image() -> None:
     model = model_of("qwen2_vl", "layers", "probe")
     calls = []
     hook = model.base.model.visual.register_forward_hook(lambda *_: calls.append(1))
@@ -120,18 +120,18 @@ def test_pictures_are_seen_once() -> None:
         request_for(model, row, str(n), budget, "k", max_new_tokens=NEW)
         for n, budget in enumerate(("0.5", "1", "0.75"))
     ]
-    found = run(engine, requests)
+    transcript = run(engine, requests)
     hook.remove()
     assert len(calls) == 1
-    assert [found.last[str(n)].result.vision_hit for n in range(3)] == [False, True, True]
+    assert [transcript.last[str(n)].result.vision_hit for n in range(3)] == [False, True, True]
     for n, budget in enumerate(("0.5", "1", "0.75")):
-        assert found.tokens[str(n)] == expected(model, row, budget, NEW)
+        assert transcript.tokens[str(n)] == expected(model, row, budget, NEW)
     assert engine.stats.vision_hits == 2 and engine.stats.vision_bytes == 4 * 64 * 4
     assert engine.stats.prefix_bytes == 0
 
 
-def test_both_modes_keep_prompts_alone_and_within_bounds() -> None:
-    """One token of a block holds its keys, values and hidden state; the oldest blocks go first."""
+def test_the_prefix_cache_stores_prompts_within_its_bound() -> None:
+    """A token takes its keys, values and hidden state; the oldest blocks are evicted first."""
     model = model_of("llama", "layers", "inline")
     token = 2 * 2 * 2 * 16 * 4 + 64 * 4  # 2 layers, 2 heads of 16, and 64 of the hidden state
     engine = Engine(model, None, prefix_block=4, prefix_bytes=6 * 4 * token)
@@ -141,9 +141,9 @@ def test_both_modes_keep_prompts_alone_and_within_bounds() -> None:
     assert engine.stats.prefix_bytes == 4 * 4 * token
     run(engine, [request_for(model, second, "a", max_new_tokens=NEW)])
     assert engine.stats.prefix_bytes == 6 * 4 * token
-    found = run(engine, [request_for(model, first, "a", max_new_tokens=NEW)])
-    assert found.last["a"].result.prefix_tokens == 8  # its last blocks went
-    assert found.tokens["a"] == expected(model, first, "1", NEW)
+    transcript = run(engine, [request_for(model, first, "a", max_new_tokens=NEW)])
+    assert transcript.last["a"].result.prefix_tokens == 8  # its last blocks were evicted
+    assert transcript.tokens["a"] == expected(model, first, "1", NEW)
 
 
 @given(
@@ -154,7 +154,7 @@ def test_both_modes_keep_prompts_alone_and_within_bounds() -> None:
     bound=st.integers(0, 80),
 )
 @settings(max_examples=200, deadline=None)
-def test_least_recently_used_goes_first(steps, bound: int) -> None:
+def test_the_least_recently_used_entry_is_evicted_first(steps, bound: int) -> None:
     cache, plain = TensorCache(bound), OrderedDict()
     for kind, key, size in steps:
         if kind == "put":
@@ -165,8 +165,8 @@ def test_least_recently_used_goes_first(steps, bound: int) -> None:
             while sum(4 * (s + 1) for s in plain.values()) > bound:
                 plain.popitem(last=False)
         else:
-            found = cache.get(key) if kind == "get" else cache.touch(key)
-            assert bool(found) == (key in plain)
+            cached = cache.get(key) if kind == "get" else cache.touch(key)
+            assert bool(cached) == (key in plain)
             if key in plain:
                 plain.move_to_end(key)
         assert len(cache) == len(plain)
@@ -181,26 +181,26 @@ def test_least_recently_used_goes_first(steps, bound: int) -> None:
     block=st.integers(1, 4),
 )
 @settings(max_examples=300, deadline=None)
-def test_keys_are_equal_where_beginnings_are(a, b, keys, sizes, block: int) -> None:
-    """Token 3 stands for picture tokens: blocks up to one have a key whatever the picture."""
+def test_prefix_keys_are_equal_where_prompts_are(a, b, keys, sizes, block: int) -> None:
+    """Token 3 is the image token: blocks before it have the same key for every image."""
     from fmray.engine.requests import Request
 
     cache = PrefixCache(0, block, image_token=3)
-    found = []
+    results = []
     for ids, key, size in zip((a, b), keys, sizes, strict=True):
         inputs = {
             "input_ids": torch.tensor([ids]),
             "pixel_values": torch.zeros(1),
             "image_sizes": torch.tensor([[size, size]]),
         }
-        found.append(cache.keys(Request("r", inputs, key, 0)))
-    for own, ids, key in zip(found, (a, b), keys, strict=True):
-        whole = ids if key is not None or 3 not in ids else ids[: ids.index(3)]
-        assert len(own) == len(whole) // block
-    same_picture = keys[0] == keys[1] and sizes[0] == sizes[1]
-    for number, (one, two) in enumerate(zip(*found, strict=False)):
+        results.append(cache.keys(Request("r", inputs, key, 0)))
+    for block_keys, ids, key in zip(results, (a, b), keys, strict=True):
+        covered = ids if key is not None or 3 not in ids else ids[: ids.index(3)]
+        assert len(block_keys) == len(covered) // block
+    same_image = keys[0] == keys[1] and sizes[0] == sizes[1]
+    for number, (one, two) in enumerate(zip(*results, strict=False)):
         end = (number + 1) * block
-        same = a[:end] == b[:end] and (same_picture or 3 not in a[:end])
+        same = a[:end] == b[:end] and (same_image or 3 not in a[:end])
         assert (one == two) == same
     with pytest.raises(ValueError, match="block"):
         PrefixCache(0, 0, 3)

@@ -1,4 +1,4 @@
-"""Streamed text against the tokenizer's own decoding of the whole answer."""
+"""Streamed text against the tokenizer's decoding of the complete answer."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from fmray.engine.tokens import TextStream
 
 
 def byte_level() -> PreTrainedTokenizerFast:
-    """One token a byte, as GPT-2 and Qwen spell them, a few words, and an end token."""
+    """One token per byte, as in GPT-2 and Qwen, a few words, and an end token."""
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     letters, extra = {}, 0
     for byte in range(256):
@@ -33,7 +33,7 @@ def byte_level() -> PreTrainedTokenizerFast:
 
 
 def sentence_piece() -> PreTrainedTokenizerFast:
-    """Pieces with a leading space and bytes to fall back on, as Llama spells them."""
+    """Pieces with a leading space and byte fallback, as in Llama."""
     vocabulary = {f"<0x{byte:02X}>": byte for byte in range(256)}
     for word in ("▁", "▁a", "b", "▁cat", "s", ".", "▁▁"):
         vocabulary[word] = len(vocabulary)
@@ -64,17 +64,17 @@ def stream(tokenizer, ids: list[int], stop: tuple[str, ...] = ()) -> tuple[list[
 
 
 def until(text: str, stop: tuple[str, ...]) -> str:
-    places = [text.find(s) for s in stop if s in text]
-    return text[: min(places)] if places else text
+    positions = [text.find(s) for s in stop if s in text]
+    return text[: min(positions)] if positions else text
 
 
 @given(ids=st.lists(st.integers(0, 259), max_size=24))
 @settings(max_examples=300, deadline=None)
-def test_bytes_in_any_order(ids: list[int]) -> None:
-    """Valid or not, what was shown is the whole's decoding, but for an unfinished end."""
+def test_any_bytes_stream_as_the_complete_decoding(ids: list[int]) -> None:
+    """Valid or not, the streamed text equals the complete decoding, without an unfinished end."""
     shown, _ = stream(BYTES, ids)
-    whole = BYTES.decode(ids, skip_special_tokens=True)
-    assert "".join(shown) == whole.rstrip("\ufffd")
+    complete = BYTES.decode(ids, skip_special_tokens=True)
+    assert "".join(shown) == complete.rstrip("\ufffd")
 
 
 words = st.lists(
@@ -84,7 +84,7 @@ words = st.lists(
 
 @given(words=words)
 @settings(max_examples=200, deadline=None)
-def test_pieces_and_fallback_bytes(words: list[str]) -> None:
+def test_pieces_and_fallback_bytes_stream_as_the_complete_decoding(words: list[str]) -> None:
     ids = []
     for word in words:
         known = PIECES.get_vocab().get(word)
@@ -100,46 +100,46 @@ def test_pieces_and_fallback_bytes(words: list[str]) -> None:
 )
 @settings(max_examples=400, deadline=None)
 def test_stop_strings_across_tokens(text: str, stop: tuple[str, ...]) -> None:
-    """A byte a token: the text up to the first stop string, and never a piece of one."""
+    """One token per byte: the text up to the first stop string, and never a part of one."""
     shown, stopped = stream(BYTES, list(text.encode()), stop)
     assert stopped == any(s in text for s in stop)
-    # of several stop strings the one that is complete first counts
+    # Of several stop strings, the one that is complete first counts.
     ends = [text.find(s) + len(s) for s in stop if s in text]
-    wanted = until(text[: min(ends)], stop) if ends else text
-    assert "".join(shown) == wanted
-    for place in range(len(shown)):
-        assert wanted.startswith("".join(shown[: place + 1]))
+    expected = until(text[: min(ends)], stop) if ends else text
+    assert "".join(shown) == expected
+    for end in range(len(shown)):
+        assert expected.startswith("".join(shown[: end + 1]))
 
 
-def test_an_unfinished_character_waits() -> None:
+def test_an_unfinished_character_is_held_back() -> None:
     text = TextStream(BYTES)
     assert [text.push(b) for b in "a🙂".encode()] == ["a", "", "", "", "🙂"]
     assert [text.push(b) for b in "é".encode()[:1]] == [""] and text.finish() == ""
     text = TextStream(BYTES, ("STOP",))
     assert [text.push(b) for b in b"xSTO"] == ["x", "", "", ""]
-    assert text.push(ord("x")) == "STOx" and text.push(259) == ""  # </s> shows nothing
+    assert text.push(ord("x")) == "STOx" and text.push(259) == ""  # </s> has no text
     assert [text.push(b) for b in b"ST"] == ["", ""] and text.finish() == "ST"
 
 
 @pytest.mark.parametrize("new", [5, 12])
-def test_in_the_engine(new: int) -> None:
-    """A stop string taken from the middle of the model's own answer ends it there."""
+def test_a_stop_string_ends_an_answer_in_the_engine(new: int) -> None:
+    """The stop string is from the middle of the model's own answer."""
     model = model_of("llama", "layers", "probe")
     row = row_for(model, "llama", 9)
     plain = run(Engine(model, BYTES, eos=()), [request_for(model, row, max_new_tokens=new)])
-    whole = BYTES.decode(plain.tokens["a"])
-    assert plain.text["a"] == whole.rstrip("\ufffd") and plain.last["a"].finished == "length"
-    stop = whole[2:4]
+    complete = BYTES.decode(plain.tokens["a"])
+    assert plain.text["a"] == complete.rstrip("\ufffd") and plain.last["a"].finished == "length"
+    stop = complete[2:4]
     engine = Engine(model, BYTES, eos=())
-    found = run(engine, [request_for(model, row, max_new_tokens=new, stop=(stop,))])
-    assert found.text["a"] == whole[: whole.find(stop)]
-    assert found.last["a"].finished == "stop"
-    tokens = found.tokens["a"]
+    transcript = run(engine, [request_for(model, row, max_new_tokens=new, stop=(stop,))])
+    assert transcript.text["a"] == complete[: complete.find(stop)]
+    assert transcript.last["a"].finished == "stop"
+    tokens = transcript.tokens["a"]
     assert tokens == plain.tokens["a"][: len(tokens)] and stop in BYTES.decode(tokens)
     assert engine.stats.kv_bytes == 0
 
 
-def test_a_tokenizer_that_fails_ends_its_own_request() -> None:
+def test_a_failing_tokenizer_ends_its_own_request_only() -> None:
     class Broken:
         def decode(self, ids: list[int], **_: object) -> str:
             if len(ids) > 1:
@@ -149,6 +149,6 @@ def test_a_tokenizer_that_fails_ends_its_own_request() -> None:
     model = model_of("llama", "layers", "probe")
     row = row_for(model, "llama", 9)
     engine = Engine(model, Broken(), eos=())
-    found = run(engine, [request_for(model, row, max_new_tokens=9)])
-    assert found.last["a"].finished == "error" and "KeyError" in found.last["a"].error
+    transcript = run(engine, [request_for(model, row, max_new_tokens=9)])
+    assert transcript.last["a"].finished == "error" and "KeyError" in transcript.last["a"].error
     assert engine.stats.kv_bytes == engine.active == 0

@@ -19,10 +19,10 @@ costs = st.floats(0.01, 5.0)
     st.lists(st.lists(costs, min_size=1, max_size=25), min_size=2, max_size=4),
     st.lists(st.sampled_from([0.5, 1.0, 2.0, 5.0]), min_size=4, max_size=4),
 )
-def test_shares_of_those_who_wait_keep_the_bound(
+def test_shares_of_waiting_callers_keep_the_published_bound(
     flows: list[list[float]], weights: list[float]
 ) -> None:
-    """Over every span in which two callers both wait: |W_f/w_f - W_g/w_g| <= c_f/w_f + c_g/w_g
+    """|W_f/w_f - W_g/w_g| <= c_f/w_f + c_g/w_g over every span in which callers f and g both wait
     (Goyal, Vin and Cheng 1996, theorem 1, with the largest costs c)."""
     queue: FairQueue[tuple[int, int]] = FairQueue()
     for flow, sizes in enumerate(flows):
@@ -44,7 +44,7 @@ def test_shares_of_those_who_wait_keep_the_bound(
                 gain = flows[one][number] / weights[one] if one == flow else 0.0
                 work[one].append(work[one][-1] + gain)
         gaps = [a - b for a, b in zip(work[f], work[g], strict=True)]
-        # the largest difference over any span is that between two prefixes
+        # The largest difference over any span is the one between two prefixes.
         assert max(gaps) - min(gaps) <= bound + 1e-9
 
 
@@ -56,16 +56,16 @@ def test_shares_of_those_who_wait_keep_the_bound(
         max_size=40,
     )
 )
-def test_tags_are_those_of_the_paper(steps: list[tuple[str, float, bool, bool]]) -> None:
-    """Arrivals, services and withdrawals mixed: the order is that of start tags computed at
-    arrival, S = max(v, F of the caller's previous request)."""
+def test_the_order_is_that_of_the_start_tags(steps: list[tuple[str, float, bool, bool]]) -> None:
+    """Against start tags computed on arrival, S = max(v, F of the caller's previous request), for
+    mixed arrivals, services and removals."""
     queue: FairQueue[int] = FairQueue()
     waiting: list[tuple[int, str, float]] = []
     finish: dict[str, float] = {}
     virtual = 0.0
 
     def starts() -> dict[int, float]:
-        """Start tags of all that wait, from scratch."""
+        """Start tags of all waiting items, from scratch."""
         tags, ends = {}, dict(finish)
         for number, caller, cost in waiting:
             tags[number] = ends.get(caller, 0.0)
@@ -95,7 +95,7 @@ def test_tags_are_those_of_the_paper(steps: list[tuple[str, float, bool, bool]])
         assert len(queue) == len(waiting)
 
 
-def test_who_was_away_gains_nothing() -> None:
+def test_an_absent_caller_gets_no_credit() -> None:
     queue: FairQueue[str] = FairQueue()
     for number in range(10):
         queue.push(f"a{number}", "a")
@@ -106,10 +106,10 @@ def test_who_was_away_gains_nothing() -> None:
     order = []
     while queue.next() is not None:
         order.append(queue.serve(1.0)[0])
-    assert order[:4].count("a") == 2  # not: b alone, to make up for what it did not ask for
+    assert order[:4].count("a") == 2  # b does not catch up for its absence
 
 
-def test_the_order_is_foretold() -> None:
+def test_order_predicts_the_order_of_service() -> None:
     queue: FairQueue[str] = FairQueue()
     for caller, weight in (("a", 1.0), ("b", 3.0), ("c", 1.0)):
         for number in range(5):
@@ -119,8 +119,8 @@ def test_the_order_is_foretold() -> None:
     assert queue.order() == [] and queue.next() is None
 
 
-def test_what_was_not_used_is_settled() -> None:
-    """A caller whose answers take three times what was predicted falls behind for it."""
+def test_settle_charges_the_real_cost() -> None:
+    """A caller whose answers take three times the prediction gets fewer of them."""
     queue: FairQueue[str] = FairQueue()
     for number in range(40):
         queue.push(f"a{number}", "a")
@@ -135,7 +135,7 @@ def test_what_was_not_used_is_settled() -> None:
     queue.settle("nobody", 1.0)
 
 
-def test_callers_are_forgotten() -> None:
+def test_idle_callers_are_forgotten() -> None:
     queue: FairQueue[int] = FairQueue()
     queue.push(-1, "stays")
     for number in range(1000):
@@ -149,7 +149,7 @@ def test_callers_are_forgotten() -> None:
     assert not queue._flows
 
 
-def test_what_a_queue_refuses() -> None:
+def test_invalid_queue_operations_are_an_error() -> None:
     queue: FairQueue[str] = FairQueue()
     queue.push("x", "a")
     with pytest.raises(ValueError, match="already"):
@@ -158,10 +158,10 @@ def test_what_a_queue_refuses() -> None:
         queue.push("y", "b", 0.0)
     with pytest.raises(ValueError, match="cost"):
         queue.serve(float("nan"))
-    assert "x" in queue and "y" not in queue
+    assert queue.order() == ["x"]
 
 
-# -- limits --------------------------------------------------------------------------------
+# --- Limits ---------------------------------------------------------------------------------
 
 
 @settings(max_examples=300, deadline=None)
@@ -170,7 +170,9 @@ def test_what_a_queue_refuses() -> None:
     st.floats(1, 10),
     st.lists(st.tuples(st.floats(0, 2), st.floats(0.1, 15)), min_size=1, max_size=40),
 )
-def test_no_span_passes_more(rate: float, burst: float, tries: list[tuple[float, float]]) -> None:
+def test_a_bucket_keeps_its_rate_over_every_span(
+    rate: float, burst: float, tries: list[tuple[float, float]]
+) -> None:
     bucket, now, passed = TokenBucket(rate, burst), 100.0, []
     for gap, amount in tries:
         now += gap
@@ -178,7 +180,7 @@ def test_no_span_passes_more(rate: float, burst: float, tries: list[tuple[float,
         if wait == 0:
             bucket.take(amount, now)
             passed.append((now, amount))
-        else:  # it says when: not before, and then it does
+        else:  # the wait is exact
             assert bucket.wait(amount, now + 0.99 * wait) > 0
             assert bucket.wait(amount, now + wait + 1e-6) <= 1e-6
     largest = max((amount for _, amount in passed), default=0.0)
@@ -189,7 +191,7 @@ def test_no_span_passes_more(rate: float, burst: float, tries: list[tuple[float,
         assert total <= burst + rate * span + extra + 1e-6
 
 
-def test_limits_of_each_caller() -> None:
+def test_each_caller_has_its_own_limits() -> None:
     limits = Limits(
         {"fast": CallerLimits(requests_per_second=5, burst=5)},
         CallerLimits(requests_per_second=1),
@@ -197,7 +199,7 @@ def test_limits_of_each_caller() -> None:
     for _ in range(5):
         limits.take("fast", 1.0, now=0.0)
     limits.take("other", 1.0, now=0.0)
-    limits.take("third", 1.0, now=0.0)  # its own bucket
+    limits.take("third", 1.0, now=0.0)  # with a bucket of its own
     with pytest.raises(RateLimited, match="requests") as caught:
         limits.take("fast", 1.0, now=0.0)
     assert caught.value.retry_after == pytest.approx(0.2)
@@ -207,7 +209,7 @@ def test_limits_of_each_caller() -> None:
     limits.take("other", 1.0, now=1.0)
 
 
-def test_operations_are_counted_and_given_back() -> None:
+def test_operations_are_charged_and_refunded() -> None:
     limits = Limits(default=CallerLimits(operations_per_second=100, operations_burst=1000))
     limits.take("a", 900.0, now=0.0)
     with pytest.raises(RateLimited, match="operations") as caught:
@@ -215,13 +217,13 @@ def test_operations_are_counted_and_given_back() -> None:
     assert caught.value.retry_after == pytest.approx(1.0)
     limits.refund("a", 400.0, now=0.0)
     limits.take("a", 200.0, now=0.0)
-    limits.take("b", 5000.0, now=0.0)  # more than ever fits passes a full bucket, once
+    limits.take("b", 5000.0, now=0.0)  # more than the burst passes a full bucket, once
     with pytest.raises(RateLimited):
         limits.take("b", 1.0, now=30.0)
     limits.take("b", 1.0, now=41.0)
 
 
-def test_nothing_is_counted_of_what_is_refused() -> None:
+def test_a_refused_request_is_not_charged() -> None:
     limits = Limits(default=CallerLimits(requests_per_second=1, burst=3, operations_per_second=1.0))
     limits.take("a", 10.0, now=0.0)
     for _ in range(5):
@@ -232,7 +234,7 @@ def test_nothing_is_counted_of_what_is_refused() -> None:
     limits.take("a", 5.0, now=0.0)
 
 
-def test_buckets_are_forgotten() -> None:
+def test_full_buckets_are_forgotten() -> None:
     limits = Limits(default=CallerLimits(requests_per_second=100))
     for number in range(3000):
         limits.take(f"caller {number}", 1.0, now=number * 1.0)
@@ -252,6 +254,6 @@ def test_buckets_are_forgotten() -> None:
         {"max_budget": "most"},
     ],
 )
-def test_limits_that_are_none(options: dict[str, object]) -> None:
+def test_invalid_limits_are_an_error(options: dict[str, object]) -> None:
     with pytest.raises(ValueError, match=next(iter(options))):
         CallerLimits(**options)

@@ -1,4 +1,4 @@
-"""The worker's thread: every ask has exactly one end, whatever happens; nobody hangs."""
+"""The worker's thread: every request ends exactly once, whatever fails, and no caller hangs."""
 
 from __future__ import annotations
 
@@ -34,26 +34,26 @@ from fmray.engine.simulation import (
     reference_budgets,
     reference_cost,
 )
-from fmray.engine.stats import Histogram, Tally
+from fmray.engine.stats import Histogram, HistogramBuilder
 from fmray.engine.worker import EngineWorker, WorkerSettings
 
-PATIENCE = 20.0  # seconds; a test that waits so long has failed
+TIMEOUT = 20.0  # seconds
 
 
 class GatedEngine(SimulatedEngine):
-    """Steps take no time; each waits for `gate`. broken: the next step raises it."""
+    """Steps take no time; each waits for `gate`."""
 
     def __init__(self, max_rows: int = 4) -> None:
         super().__init__(reference_cost(), VirtualClock(), max_rows=max_rows)
         self.gate = threading.Event()
         self.gate.set()
         self.stepping = threading.Event()
-        self.broken: BaseException | None = None
+        self.broken: BaseException | None = None  # raised by the next step
         self.steps = 0
 
     def step(self) -> list[Event]:
         self.stepping.set()
-        assert self.gate.wait(PATIENCE)
+        assert self.gate.wait(TIMEOUT)
         self.steps += 1
         if self.broken is not None:
             raise self.broken
@@ -61,29 +61,29 @@ class GatedEngine(SimulatedEngine):
 
 
 class Listener:
-    """Collects what one request is told."""
+    """Collects the deliveries of one request."""
 
     def __init__(self) -> None:
-        self.told: list[Decision | Event | Refused] = []
+        self.deliveries: list[Decision | Event | Refused] = []
         self.threads: set[str] = set()
-        self.first = threading.Event()
+        self.has_token = threading.Event()
         self.over = threading.Event()
 
     def __call__(self, delivery: Decision | Event | Refused) -> None:
         assert not self.over.is_set(), f"{delivery} after the end"
-        self.told.append(delivery)
+        self.deliveries.append(delivery)
         self.threads.add(threading.current_thread().name)
         if isinstance(delivery, Event) and delivery.tokens:
-            self.first.set()
+            self.has_token.set()
         if isinstance(delivery, Refused) or (
             isinstance(delivery, Event) and delivery.finished is not None
         ):
             self.over.set()
 
     def end(self) -> Any:
-        """The last thing told, when it has come: the reason, or the refusal."""
-        assert self.over.wait(PATIENCE), "nothing more was heard"
-        last = self.told[-1]
+        """Wait for the last delivery; returns its reason, or the refusal."""
+        assert self.over.wait(TIMEOUT), "no last delivery"
+        last = self.deliveries[-1]
         return last if isinstance(last, Refused) else last.finished
 
 
@@ -98,20 +98,20 @@ Make = Callable[..., EngineWorker]
 
 @pytest.fixture
 def make() -> Iterator[Make]:
-    """Workers that are closed in the end, with their gates open."""
-    made: list[tuple[GatedEngine, EngineWorker]] = []
+    """A factory of workers, which are closed after the test."""
+    workers: list[tuple[GatedEngine, EngineWorker]] = []
 
     def build(engine: GatedEngine, **options: Any) -> EngineWorker:
-        # The clock is real and the steps are faster than any model: a target of days.
+        # The clock is real and the steps are faster than any model, so the target is days.
         settings = WorkerSettings(**{"p95_seconds": 1e6, **options.pop("settings", {})})
         worker = EngineWorker(
             engine, copy_of(reference_cost()), reference_budgets(), settings, **options
         )
-        made.append((engine, worker))
+        workers.append((engine, worker))
         return worker
 
     yield build
-    for engine, worker in made:
+    for engine, worker in workers:
         engine.gate.set()
         worker.close()
         assert not worker._thread.is_alive()
@@ -127,15 +127,15 @@ def test_a_request_is_decided_and_answered(make: Make) -> None:
     worker = make(GatedEngine())
     listener = submit(worker, ask("one", budget="0.75"))
     assert listener.end() == "length"
-    decision, *events = listener.told
+    decision, *events = listener.deliveries
     assert isinstance(decision, Decision)
     assert (decision.budget, decision.units_on, decision.deadline_met) == ("0.75", 8, None)
     assert [len(event.tokens) for event in events] == [1] * 5
     assert listener.threads == {"fmray-engine"}
 
 
-def test_many_from_many_threads(make: Make) -> None:
-    """200 requests from 8 threads, a third of them cancelled at some time: each ends once."""
+def test_requests_from_many_threads_end_once(make: Make) -> None:
+    """200 requests from 8 threads; a third of them is cancelled at some time."""
     worker = make(GatedEngine(), settings={"max_queue": 1000})
     listeners: dict[str, Listener] = {}
     random = np.random.default_rng(0)
@@ -153,8 +153,8 @@ def test_many_from_many_threads(make: Make) -> None:
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join(PATIENCE)
-    assert worker.drain(PATIENCE)
+        thread.join(TIMEOUT)
+    assert worker.drain(TIMEOUT)
     ends = {name: listener.end() for name, listener in listeners.items()}
     assert len(ends) == 200
     assert {end for name, end in ends.items() if name not in cancelled} == {"length"}
@@ -165,67 +165,67 @@ def test_many_from_many_threads(make: Make) -> None:
     assert worker._listeners == {}
 
 
-def test_cancelled_within_a_step(make: Make) -> None:
+def test_a_running_request_is_cancelled_within_a_step(make: Make) -> None:
     engine = GatedEngine()
     worker = make(engine)
     listener = submit(worker, ask("long", 10_000))
-    assert listener.first.wait(PATIENCE)
+    assert listener.has_token.wait(TIMEOUT)
     engine.gate.clear()
     engine.stepping.clear()
-    assert engine.stepping.wait(PATIENCE)
+    assert engine.stepping.wait(TIMEOUT)
     before = engine.steps
     assert worker.cancel("long")
     engine.gate.set()
     assert listener.end() == "cancelled"
-    assert engine.steps - before <= 2  # the one that ran, and the one that tells
+    assert engine.steps - before <= 2  # the running one, and the one with the last event
     assert not worker.cancel("long")
     assert not worker.cancel("never there")
     assert engine.active == 0
 
 
-def test_cancelled_while_it_waits(make: Make) -> None:
+def test_a_waiting_request_is_cancelled(make: Make) -> None:
     engine = GatedEngine(max_rows=1)
     worker = make(engine)
     first = submit(worker, ask("first", 10_000))
-    assert first.first.wait(PATIENCE)
+    assert first.has_token.wait(TIMEOUT)
     second = submit(worker, ask("second"))
     assert worker.cancel("second")
     assert second.end() == "cancelled"
-    assert [type(one) for one in second.told] == [Event]
+    assert [type(one) for one in second.deliveries] == [Event]
     assert not first.over.is_set()
     assert worker.stats().finished == {"cancelled": 1}
 
 
-def test_an_engine_that_breaks(make: Make) -> None:
-    """All that run and wait are told; health says so; the next is refused; nothing hangs."""
+def test_a_failing_engine_ends_all_requests(make: Make) -> None:
+    """Running and waiting requests get an error, health reports it, new requests are refused."""
     engine = GatedEngine(max_rows=2)
     worker = make(engine)
     listeners = [submit(worker, ask(f"{number}", 100_000)) for number in range(5)]
-    assert listeners[0].first.wait(PATIENCE)
+    assert listeners[0].has_token.wait(TIMEOUT)
     assert worker.health().alive and worker.health().busy
     engine.broken = RuntimeError("out of memory")
     for listener in listeners:
         assert listener.end() == "error"
-        assert "out of memory" in listener.told[-1].error
+        assert "out of memory" in listener.deliveries[-1].error
     health = worker.health()
     assert (health.alive, health.busy) == (False, False)
     assert "out of memory" in health.error
     with pytest.raises(Unavailable, match="out of memory") as caught:
         submit(worker, ask("late"))
     assert caught.value.status == 503
-    assert worker.drain(PATIENCE)
+    assert worker.drain(TIMEOUT)
     assert worker.stats().finished == {"error": 5}
 
 
-def test_a_step_that_hangs_is_seen(make: Make) -> None:
+def test_health_reports_a_hanging_step(make: Make) -> None:
     engine = GatedEngine()
     worker = make(engine)
     assert worker.health().idle_seconds == 0
     engine.gate.clear()
     listener = submit(worker, ask("one"))
-    assert engine.stepping.wait(PATIENCE)
+    assert engine.stepping.wait(TIMEOUT)
     time.sleep(0.3)
-    health = worker.health()  # which does not wait for it
+    health = worker.health()  # does not wait for the step
     assert health.alive and health.busy and health.idle_seconds >= 0.25
     assert worker.stats().active == 1
     engine.gate.set()
@@ -233,46 +233,46 @@ def test_a_step_that_hangs_is_seen(make: Make) -> None:
     assert worker.health().idle_seconds == 0
 
 
-def test_a_request_that_the_engine_will_not_start(make: Make) -> None:
+def test_a_request_that_the_engine_rejects_fails_alone(make: Make) -> None:
     class Picky(GatedEngine):
         def start(self, request: Any) -> None:
             if request.id == "bad":
-                raise ValueError("image tokens and pictures do not match")
+                raise ValueError("image tokens and images do not match")
             super().start(request)
 
     worker = make(Picky())
     bad, good = submit(worker, ask("bad")), submit(worker, ask("good"))
-    assert bad.end() == "error" and "do not match" in bad.told[-1].error
+    assert bad.end() == "error" and "do not match" in bad.deliveries[-1].error
     assert good.end() == "length"
     assert worker.health().alive
 
 
-def test_an_engine_without_room_does_not_spin(make: Make) -> None:
+def test_a_request_without_room_in_an_idle_engine_is_an_error(make: Make) -> None:
     class Full(GatedEngine):
         def can_start(self, request: Any) -> bool:
             return False
 
     worker = make(Full())
     listener = submit(worker, ask("one"))
-    assert listener.end() == "error" and "room" in listener.told[-1].error
+    assert listener.end() == "error" and "room" in listener.deliveries[-1].error
     assert not worker.health().busy
 
 
-def test_drain_finishes_and_refuses(make: Make) -> None:
+def test_drain_finishes_requests_and_refuses_new_ones(make: Make) -> None:
     engine = GatedEngine(max_rows=1)
     worker = make(engine)
     engine.gate.clear()
     listeners = [submit(worker, ask(f"{number}")) for number in range(4)]
-    assert not worker.drain(0.1)  # still under way
+    assert not worker.drain(0.1)  # requests are still running
     assert worker.health().draining and worker.stats().draining
     with pytest.raises(Unavailable, match="no new"):
         submit(worker, ask("late"))
     engine.gate.set()
-    assert worker.drain(PATIENCE)
+    assert worker.drain(TIMEOUT)
     assert [listener.end() for listener in listeners] == ["length"] * 4
 
 
-def test_close_ends_everything(make: Make) -> None:
+def test_close_cancels_all_requests(make: Make) -> None:
     engine = GatedEngine(max_rows=1)
     worker = make(engine)
     listeners = [submit(worker, ask(f"{number}", 100_000)) for number in range(3)]
@@ -297,34 +297,34 @@ def test_close_from_a_listener(make: Make) -> None:
     assert listener.end() == "cancelled"
 
 
-def test_a_listener_that_has_gone_harms_nobody(make: Make) -> None:
+def test_a_dead_listener_ends_its_own_request_only(make: Make) -> None:
     worker = make(GatedEngine())
-    heard = []
+    calls = []
     loop = asyncio.new_event_loop()
     loop.close()
 
     def gone(delivery: Any) -> None:
-        heard.append(delivery)
-        loop.call_soon_threadsafe(heard.append, delivery)
+        calls.append(delivery)
+        loop.call_soon_threadsafe(calls.append, delivery)
 
     worker.submit(ask("bad", 100_000), gone)
     good = submit(worker, ask("good"))
     assert good.end() == "length"
-    assert worker.drain(PATIENCE)
-    assert len(heard) == 1
+    assert worker.drain(TIMEOUT)
+    assert len(calls) == 1
     stats = worker.stats()
     assert stats.callback_errors == 1
     assert stats.finished == {"length": 1, "cancelled": 1}
 
 
-def test_what_is_refused_at_once(make: Make) -> None:
+def test_refusals_on_submit(make: Make) -> None:
     engine = GatedEngine(max_rows=1)
     limits = {"slow": CallerLimits(requests_per_second=0.01)}
     worker = make(engine, limits=limits, settings={"max_queue": 2})
     engine.gate.clear()
     first = submit(worker, ask("first"))
-    assert engine.stepping.wait(PATIENCE)
-    with pytest.raises(ValueError, match="under way"):
+    assert engine.stepping.wait(TIMEOUT)
+    with pytest.raises(ValueError, match="already queued"):
         submit(worker, ask("first"))
     with pytest.raises(ValueError, match="smallest budget"):
         submit(worker, ask("low", budget="0.1"))
@@ -332,7 +332,7 @@ def test_what_is_refused_at_once(make: Make) -> None:
     with pytest.raises(RateLimited) as limited:
         submit(worker, ask("again", caller="slow"))
     assert limited.value.retry_after > 50
-    with pytest.raises(Shed, match="wait already") as shed:
+    with pytest.raises(Shed, match="queue is full") as shed:
         submit(worker, ask("fourth"))
     assert shed.value.retry_after > 0
     engine.gate.set()
@@ -340,20 +340,19 @@ def test_what_is_refused_at_once(make: Make) -> None:
     assert worker.stats().refused == {"rate_limited": 1, "overloaded": 1}
 
 
-def test_an_idle_worker_gives_the_budget_back(make: Make) -> None:
-    """The level of `auto` rises while nobody asks."""
+def test_the_units_of_auto_rise_while_the_worker_is_idle(make: Make) -> None:
     worker = make(GatedEngine(), settings={"p95_seconds": 0.2})
     with worker._changed:
-        worker._dispatcher.controller.level = 0
+        worker._dispatcher.controller.units_on = 0
         worker._changed.notify_all()
     submit(worker, ask("wake")).end()
-    end = time.monotonic() + PATIENCE
-    while worker.stats().level < 16 and time.monotonic() < end:
+    end = time.monotonic() + TIMEOUT
+    while worker.stats().auto_units < 16 and time.monotonic() < end:
         time.sleep(0.05)
-    assert worker.stats().level == 16
+    assert worker.stats().auto_units == 16
 
 
-def test_figures(make: Make) -> None:
+def test_stats_count_requests_deadlines_and_times(make: Make) -> None:
     worker = make(GatedEngine())
     for number in range(30):
         submit(worker, ask(f"{number}", budget="0.75" if number % 2 else "1")).end()
@@ -368,26 +367,24 @@ def test_figures(make: Make) -> None:
         assert histogram.count == sum(histogram.counts) == 32
     assert stats.budget.counts[stats.budget.bounds.index(0.75)] == 15
     assert stats.first_token_error >= 0
-    assert (stats.level, stats.level_budget) == (16, 1.0)
+    assert (stats.auto_units, stats.auto_budget) == (16, 1.0)
 
 
-def test_histograms() -> None:
-    tally = Tally((1.0, 2.0, 5.0))
-    assert tally.snapshot() == Histogram((1.0, 2.0, 5.0), (0, 0, 0, 0), 0.0, 0)
+def test_histogram_buckets_include_their_upper_bound() -> None:
+    builder = HistogramBuilder((1.0, 2.0, 5.0))
+    assert builder.snapshot() == Histogram((1.0, 2.0, 5.0), (0, 0, 0, 0), 0.0, 0)
     for value in (0.5, 1.0, 1.5, 4.0, 9.0):
-        tally.add(value)
-    histogram = tally.snapshot()
+        builder.add(value)
+    histogram = builder.snapshot()
     assert histogram.counts == (2, 1, 1, 1)
     assert (histogram.sum, histogram.count, histogram.mean) == (16.0, 5, 3.2)
-    assert [histogram.quantile(q) for q in (0.4, 0.6, 0.8, 1.0)] == [1.0, 2.0, 5.0, float("inf")]
 
 
-# -- the engine itself ---------------------------------------------------------------------
+# --- The real engine ------------------------------------------------------------------------
 
 
-def test_the_real_engine_behind_it() -> None:
-    """Calibrated, asked by budget, deadline, plan and load, and cancelled; answers are the model's
-    own."""
+def test_the_real_engine_answers_as_the_model_does() -> None:
+    """Calibration; requests by budget, deadline, plan and load; cancellation."""
     base = tiny_llava(layers=6)
     torch.manual_seed(1)
     model = AdaptiveVLM.from_base(base, SwitchLayout.layers(base.config)).eval()
@@ -405,14 +402,14 @@ def test_the_real_engine_behind_it() -> None:
                 name, f"caller {number % 2}", {"input_ids": ids}, sampling=Sampling(6), **options
             )
             listeners[name] = submit(worker, asks[name])
-        gone = Ask("gone", "a", asks["0"].inputs, sampling=Sampling(150))
-        listeners["gone"] = submit(worker, gone)
-        worker.cancel("gone")
-        assert worker.drain(PATIENCE)
-        assert listeners.pop("gone").end() == "cancelled"
+        cancelled = Ask("cancelled", "a", asks["0"].inputs, sampling=Sampling(150))
+        listeners["cancelled"] = submit(worker, cancelled)
+        worker.cancel("cancelled")
+        assert worker.drain(TIMEOUT)
+        assert listeners.pop("cancelled").end() == "cancelled"
         for name, listener in listeners.items():
             assert listener.end() == "length"
-            decision, *events = listener.told
+            decision, *events = listener.deliveries
             tokens = [token for event in events for token in event.tokens]
             result = events[-1].result
             assert result.units_on <= decision.units_on
