@@ -41,7 +41,7 @@ def ask(name: str = "r", tokens: int = 100, new_tokens: int = 8, **options: Any)
     return Ask(name, inputs=inputs, sampling=Sampling(new_tokens), **options)
 
 
-def dispatcher(max_rows: int = 4, limits: Limits | None = None, **options: Any) -> Dispatcher:
+def make_dispatcher(max_rows: int = 4, limits: Limits | None = None, **options: Any) -> Dispatcher:
     options = {"p95_seconds": 60.0, **options}
     clock = VirtualClock()
     engine = SimulatedEngine(TRUTH, clock, max_rows=max_rows)
@@ -246,25 +246,25 @@ def test_a_forecast_equals_the_stepped_engine(
 # --- Decisions ------------------------------------------------------------------------------
 
 
-def run(one: Dispatcher) -> tuple[dict[str, Decision], dict[str, list[Any]]]:
+def run(dispatcher: Dispatcher) -> tuple[dict[str, Decision], dict[str, list[Any]]]:
     """Run turns to the end; returns the decisions, and all deliveries with their times."""
     decisions, deliveries = {}, {}
-    while one.busy:
-        for name, delivery in one.turn():
+    while dispatcher.busy:
+        for name, delivery in dispatcher.turn():
             if isinstance(delivery, Decision):
                 decisions[name] = delivery
-            deliveries.setdefault(name, []).append((one.clock(), delivery))
+            deliveries.setdefault(name, []).append((dispatcher.clock(), delivery))
     return decisions, deliveries
 
 
 def decided(deadline: float, of: str = "first_token", rows: int = 0, **options: Any) -> Decision:
     """The decision for one ask with this deadline, while other requests run."""
-    one = dispatcher()
+    dispatcher = make_dispatcher()
     for number in range(rows):
-        one.submit(ask(f"other {number}", 200, 40, budget="1"))
-        one.turn()
-    one.submit(ask(tokens=400, deadline_ms=deadline, deadline_of=of, **options))
-    decisions, _ = run(one)
+        dispatcher.submit(ask(f"other {number}", 200, 40, budget="1"))
+        dispatcher.turn()
+    dispatcher.submit(ask(tokens=400, deadline_ms=deadline, deadline_of=of, **options))
+    decisions, _ = run(dispatcher)
     return decisions["r"]
 
 
@@ -288,14 +288,14 @@ def test_a_deadline_gets_the_largest_number_of_units_that_meets_it(of: str, rows
     """Against running every number of units: one more unit would be too late."""
     measured = []
     for units in range(K + 1):
-        one = dispatcher()
+        dispatcher = make_dispatcher()
         for number in range(rows):
-            one.submit(ask(f"other {number}", 200, 40, budget="1"))
-            one.turn()
+            dispatcher.submit(ask(f"other {number}", 200, 40, budget="1"))
+            dispatcher.turn()
         plan = torch.arange(K) < units
-        begin = one.clock()
-        one.submit(ask(tokens=400, plan=plan, deadline_of=of))
-        decisions, deliveries = run(one)
+        begin = dispatcher.clock()
+        dispatcher.submit(ask(tokens=400, plan=plan, deadline_of=of))
+        decisions, deliveries = run(dispatcher)
         events = [(at, event) for at, event in deliveries["r"] if isinstance(event, Event)]
         measured.append(1000 * (events[0 if of == "first_token" else -1][0] - begin))
     for units in range(K):
@@ -317,44 +317,44 @@ def test_the_units_keep_the_limit_of_the_key(max_budget: str, deadline: float) -
     budgets = reference_budgets()
     max_units = budgets.max_units_or_zero(max_budget, 100)
     for options in ({"budget": "0.9"}, {"deadline_ms": deadline}, {}):
-        one = dispatcher(limits=Limits({"a": CallerLimits(max_budget=max_budget)}))
-        one.submit(ask(**options))
-        decision = run(one)[0]["r"]
+        dispatcher = make_dispatcher(limits=Limits({"a": CallerLimits(max_budget=max_budget)}))
+        dispatcher.submit(ask(**options))
+        decision = run(dispatcher)[0]["r"]
         assert decision.units_on <= max_units
         assert budgets.max_units(decision.budget, 100) == decision.units_on
 
 
 def test_a_budget_is_reported_as_written() -> None:
-    one = dispatcher()
-    one.submit(ask(budget="0.60"))
-    decision = run(one)[0]["r"]
+    dispatcher = make_dispatcher()
+    dispatcher.submit(ask(budget="0.60"))
+    decision = run(dispatcher)[0]["r"]
     assert (decision.budget, decision.units_on, decision.deadline_met) == ("0.60", 3, None)
 
 
 def test_a_budget_below_the_always_on_layers_is_an_error() -> None:
-    one = dispatcher()
+    dispatcher = make_dispatcher()
     with pytest.raises(ValueError, match="smallest budget"):
-        one.submit(ask(budget="0.3"))
-    assert not one.busy
+        dispatcher.submit(ask(budget="0.3"))
+    assert not dispatcher.busy
 
 
 def test_a_plan_fixes_the_units_and_must_keep_the_budget() -> None:
-    one = dispatcher(limits=Limits({"low": CallerLimits(max_budget="0.6")}))
+    dispatcher = make_dispatcher(limits=Limits({"low": CallerLimits(max_budget="0.6")}))
     plan = torch.arange(K) % 4 == 0
-    one.submit(ask(plan=plan))
-    assert run(one)[0]["r"].units_on == 4
+    dispatcher.submit(ask(plan=plan))
+    assert run(dispatcher)[0]["r"].units_on == 4
     for options in ({"plan": plan, "budget": "0.55"}, {"plan": plan, "caller": "low"}):
         with pytest.raises(ValueError, match="units on"):
-            one.submit(ask(**options))
+            dispatcher.submit(ask(**options))
     with pytest.raises(ValueError, match="plan must be"):
-        one.submit(ask(plan=torch.ones(3, dtype=torch.bool)))
+        dispatcher.submit(ask(plan=torch.ones(3, dtype=torch.bool)))
 
 
 def test_a_deadline_counts_from_the_arrival_time() -> None:
     """An earlier arrival leaves less time: fewer units, or a refusal."""
     alone = [1000 * float(TRUTH.prefill(100, units)) for units in range(K + 1)]
     deadline = 1.2 * alone[-1]
-    fresh, old = dispatcher(), dispatcher()
+    fresh, old = make_dispatcher(), make_dispatcher()
     fresh.submit(ask(deadline_ms=deadline))
     old.submit(ask(deadline_ms=deadline), old.clock() - (alone[-1] - alone[2]) / 1000)
     assert run(fresh)[0]["r"].units_on > run(old)[0]["r"].units_on
@@ -365,35 +365,35 @@ def test_a_deadline_counts_from_the_arrival_time() -> None:
 
 def test_an_impossible_strict_deadline_is_refused() -> None:
     """On arrival if it is certain, from the queue when it is lost; never answered late."""
-    one = dispatcher(max_rows=1)
+    dispatcher = make_dispatcher(max_rows=1)
     with pytest.raises(DeadlineImpossible, match="at least") as caught:
-        one.submit(ask(deadline_ms=2.0, strict=True))
+        dispatcher.submit(ask(deadline_ms=2.0, strict=True))
     assert caught.value.status == 503
-    assert not one.busy
+    assert not dispatcher.busy
     alone = 1000 * float(TRUTH.prefill(100, 0))
-    one.submit(ask("first", 100, 200, budget="1"))
-    one.submit(ask("lax", deadline_ms=alone * 3))
-    one.submit(ask("strict", deadline_ms=alone * 3, strict=True))
-    decisions, deliveries = run(one)
+    dispatcher.submit(ask("first", 100, 200, budget="1"))
+    dispatcher.submit(ask("lax", deadline_ms=alone * 3))
+    dispatcher.submit(ask("strict", deadline_ms=alone * 3, strict=True))
+    decisions, deliveries = run(dispatcher)
     assert decisions["lax"].deadline_met is False and decisions["lax"].units_on == 0
     assert "strict" not in decisions
     [(at, refusal)] = deliveries["strict"]
     assert isinstance(refusal, DeadlineImpossible)
     # Refused within a step or two of being lost, not when its turn comes.
     assert at < 0.07 < decisions["lax"].waited_ms / 1000
-    stats = one.stats()
+    stats = dispatcher.stats()
     assert stats.refused == {"deadline_impossible": 2}
     assert (stats.deadlines_promised, stats.deadlines_met, stats.deadlines_missed) == (0, 0, 1)
 
 
 def test_a_deadline_includes_the_wait() -> None:
     """The same deadline gets fewer units after a wait."""
-    one = dispatcher(max_rows=1)
+    dispatcher = make_dispatcher(max_rows=1)
     deadline = 1000 * float(TRUTH.prefill(100, K)) * 1.3
-    one.submit(ask("now", new_tokens=1, deadline_ms=deadline))
-    one.submit(ask("then", new_tokens=1, deadline_ms=deadline))
-    one.submit(ask("later", new_tokens=1, deadline_ms=3 * deadline))
-    decisions, _ = run(one)
+    dispatcher.submit(ask("now", new_tokens=1, deadline_ms=deadline))
+    dispatcher.submit(ask("then", new_tokens=1, deadline_ms=deadline))
+    dispatcher.submit(ask("later", new_tokens=1, deadline_ms=3 * deadline))
+    decisions, _ = run(dispatcher)
     assert decisions["now"].units_on == K
     assert decisions["then"].units_on < K
     assert decisions["then"].waited_ms > 0
@@ -412,28 +412,28 @@ def test_promised_deadlines_are_met(noise: float, share: float) -> None:
 def promises(seed: int, noise: float) -> tuple[int, int]:
     """(promised, met) of sixty requests."""
     random = np.random.default_rng(seed)
-    one = dispatcher()
-    one.engine.noise = noise
+    dispatcher = make_dispatcher()
+    dispatcher.engine.noise = noise
     promised = met = number = 0
     submitted: dict[str, tuple[float, float]] = {}
-    while number < 60 or one.busy:
+    while number < 60 or dispatcher.busy:
         if number < 60 and random.random() < 0.15:
             deadline = float(random.uniform(30, 400))
             of = "answer" if number % 4 == 0 else "first_token"
-            submitted[str(number)] = (one.clock(), deadline if of == "first_token" else 1e9)
-            one.submit(
+            submitted[str(number)] = (dispatcher.clock(), deadline if of == "first_token" else 1e9)
+            dispatcher.submit(
                 ask(str(number), int(random.integers(20, 600)), 20, deadline_ms=deadline,
                     deadline_of=of)
             )  # fmt: skip
             number += 1
-        elif not one.busy:
-            one.clock.now += 0.01
-        for name, delivery in one.turn():
+        elif not dispatcher.busy:
+            dispatcher.clock.now += 0.01
+        for name, delivery in dispatcher.turn():
             begin, deadline = submitted[name]
             if isinstance(delivery, Decision) and delivery.deadline_met and deadline < 1e8:
                 promised += 1
                 submitted[name] = (begin, -deadline)
             elif isinstance(delivery, Event) and deadline < 0:
-                met += 1000 * (one.clock() - begin) <= -deadline
+                met += 1000 * (dispatcher.clock() - begin) <= -deadline
                 submitted[name] = (begin, 1e9)
     return promised, met

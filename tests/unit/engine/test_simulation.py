@@ -174,12 +174,12 @@ def test_machine_time_is_shared_by_weight() -> None:
 
 
 def test_simulations_are_reproducible() -> None:
-    one, two = at(1.2, 20.0), at(1.2, 20.0)
-    assert one.auto_units == two.auto_units
-    assert [outcome.answer for outcome in one.outcomes] == [
-        outcome.answer for outcome in two.outcomes
+    first, second = at(1.2, 20.0), at(1.2, 20.0)
+    assert first.auto_units == second.auto_units
+    assert [outcome.answer for outcome in first.outcomes] == [
+        outcome.answer for outcome in second.outcomes
     ]
-    for outcome in one.outcomes:
+    for outcome in first.outcomes:
         if outcome.refused is None:
             assert 0 < outcome.first_token <= outcome.answer
             assert outcome.decision is not None

@@ -117,9 +117,9 @@ def make() -> Iterator[Make]:
         assert not worker._thread.is_alive()
 
 
-def submit(worker: EngineWorker, one: Ask) -> Listener:
+def submit(worker: EngineWorker, request: Ask) -> Listener:
     listener = Listener()
-    worker.submit(one, listener)
+    worker.submit(request, listener)
     return listener
 
 
@@ -191,7 +191,7 @@ def test_a_waiting_request_is_cancelled(make: Make) -> None:
     second = submit(worker, ask("second"))
     assert worker.cancel("second")
     assert second.end() == "cancelled"
-    assert [type(one) for one in second.deliveries] == [Event]
+    assert [type(delivery) for delivery in second.deliveries] == [Event]
     assert not first.over.is_set()
     assert worker.stats().finished == {"cancelled": 1}
 
@@ -336,7 +336,7 @@ def test_refusals_on_submit(make: Make) -> None:
         submit(worker, ask("fourth"))
     assert shed.value.retry_after > 0
     engine.gate.set()
-    assert {one.end() for one in (first, *waiting)} == {"length"}
+    assert {listener.end() for listener in (first, *waiting)} == {"length"}
     assert worker.stats().refused == {"rate_limited": 1, "overloaded": 1}
 
 
