@@ -37,6 +37,20 @@ _COUNTERS = (
 )
 
 
+def _check_batchable(model: AdaptiveVLM) -> None:
+    backbone = model.backbone
+    if backbone.attention not in ("sdpa", "eager"):
+        raise ValueError(
+            f"the engine needs attention 'sdpa' or 'eager', not {backbone.attention!r}"
+        )
+    rope = (getattr(backbone.config, "rope_parameters", None) or {}).get("rope_type")
+    if rope in ("dynamic", "longrope"):
+        raise ValueError(
+            f"the engine cannot batch rotary type {rope!r}: it depends on the longest row, so rows "
+            "would depend on each other"
+        )
+
+
 class Engine:
     """Batches requests of one adaptive model.
 
@@ -72,17 +86,7 @@ class Engine:
         """
         if max_rows < 1:
             raise ValueError(f"max_rows must be at least 1, not {max_rows}")
-        backbone = model.backbone
-        if backbone.attention not in ("sdpa", "eager"):
-            raise ValueError(
-                f"the engine needs attention 'sdpa' or 'eager', not {backbone.attention!r}"
-            )
-        rope = (getattr(backbone.config, "rope_parameters", None) or {}).get("rope_type")
-        if rope in ("dynamic", "longrope"):
-            raise ValueError(
-                f"the engine cannot batch rotary type {rope!r}: it depends on the longest row, so "
-                "rows would depend on each other"
-            )
+        _check_batchable(model)
         self.model = model.eval()
         self.tokenizer = tokenizer
         self.max_rows = max_rows
@@ -90,7 +94,7 @@ class Engine:
         if eos is None:
             eos = [defaults] if isinstance(defaults, int) else defaults or ()
         self.eos = frozenset(eos)
-        dtype = backbone.norm.weight.dtype
+        dtype = model.backbone.norm.weight.dtype
         self.memory = KVMemory(model.layout, dtype, kv_bytes, max_rows)
         self.images = TensorCache(vision_bytes)
         self.prefixes = PrefixCache(prefix_bytes, prefix_block, model.base.config.image_token_id)
