@@ -14,7 +14,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from fmray.config import AdaLlavaRecipe, BaseRecipe
+from fmray.config import AdaLlavaRecipe, BaseRecipe, LoadedRecipe, load
 from fmray.config.arguments import job_arguments
 from fmray.config.fewshot import FewshotRecipe
 from fmray.config.search import PlansRecipe, SearchRecipe
@@ -39,7 +39,7 @@ ACTIONS = {
 class Kind:
     """The functions that a kind of recipe has, as "module:function"; None: no such action.
 
-    `prepare` takes the recipe, the others the loaded recipe and the run id.
+    `prepare` takes the loaded recipe, the others also the run id.
     """
 
     recipe: type[BaseRecipe]
@@ -60,13 +60,13 @@ class Kind:
 KINDS = {
     "adallava": Kind(
         AdaLlavaRecipe,
-        prepare="fmray.data.ingest:prepare",
+        prepare="fmray.commands.jobs:prepare_store",
         train="fmray.train.launch:train",
         evaluate="fmray.train.adallava.evaluate:evaluate_run",
     ),
     "fewshot": Kind(
         FewshotRecipe,
-        prepare="fmray.data.image_ingest:prepare_images",
+        prepare="fmray.commands.jobs:prepare_store",
         pretrain="fmray.train.fewshot.pretrain:pretrain_encoder",
         select="fmray.train.fewshot.select:select_run",
         train="fmray.train.launch:train",
@@ -104,7 +104,7 @@ def _run(action: str, old_name: str | None) -> None:
         # the imports, too, are not silent
         function = KINDS[loaded.recipe.kind].function(action)
         if prepares:
-            function(loaded.recipe)
+            function(loaded)
         else:
             function(loaded, run_id)
         say(f"full log: {log}")
@@ -115,10 +115,21 @@ def script_of(action: str) -> str:
     return {"prepare": "prepare_data", "select": "select_tasks"}.get(action, action)
 
 
-def prepare_base(recipe: SearchRecipe) -> None:
-    """Prepare the data of a search: those of its base recipe."""
-    from fmray.config import load
+def prepare_store(loaded: LoadedRecipe[AdaLlavaRecipe | FewshotRecipe]) -> None:
+    """Prepare the data or image store of a recipe."""
+    if isinstance(loaded.recipe, FewshotRecipe):
+        from fmray.data.image_ingest import prepare_images
+
+        prepare_images(loaded.recipe)
+    else:
+        from fmray.data.ingest import prepare
+
+        prepare(loaded.recipe)
+
+
+def prepare_base(loaded: LoadedRecipe[SearchRecipe]) -> None:
+    """Prepare the data of a search: the store of its base recipe."""
+    from fmray.search.run import base_path
 
     kinds = (AdaLlavaRecipe, FewshotRecipe)
-    base = load(recipe.base, recipe.base_set, kinds=kinds).recipe
-    KINDS[base.kind].function("prepare")(base)
+    prepare_store(load(base_path(loaded), loaded.recipe.base_set, kinds=kinds))
