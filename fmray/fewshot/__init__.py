@@ -1,6 +1,4 @@
-"""Few-shot method: episodes, centroid classifier, encoders, finetuning methods, evaluation. Knows
-torch, timm and transformers, and no platform.
-"""
+"""Few-shot learning: episodes, centroid classifier, encoders, finetuning losses, evaluation."""
 
 from fmray.fewshot.encoders import Encoder, Preprocess, create_encoder
 from fmray.fewshot.episodes import Episode, EpisodeSampler, MetaDatasetSampler, VariableEpisode

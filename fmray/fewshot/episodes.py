@@ -1,8 +1,10 @@
-"""N-way K-shot episodes: which images make up few-shot task number i.
+"""Few-shot episodes: which images are the support and the queries of task number i.
 
-In: the class of every image. Out: an `Episode` of row ids; pixels or embeddings are gathered later.
-An episode is a pure function of (seed, split, index): the same on one worker and on eight, in any
-order, and after a resume (`numpy.random.SeedSequence([seed, split, index])`).
+Two samplers: `EpisodeSampler` draws balanced N-way K-shot episodes, `MetaDatasetSampler` those of
+Meta-Dataset, whose ways and shots vary. Both know only the class of each image and return row ids;
+pixels or embeddings are gathered later. An episode depends on (seed, split, index) alone: it is the
+same for any number of workers, in any order, and after a resume
+(`numpy.random.SeedSequence([seed, split, index])`).
 """
 
 from __future__ import annotations
@@ -15,33 +17,115 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import ArrayLike
 
-# what a split's name stands for in the seed
+#: the number that stands for a split in the seed
 SPLITS = {"train": 0, "val": 1, "test": 2, "all": 3}
 
 _logger = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
-class Episode:
-    """One task: `classes` [N] (labels), `support` [N, shots] and `query` [N, queries] (row ids).
+class ClassRows:
+    """Images by class, and the random generator of each episode: what both samplers draw from.
 
-    int64. Class n of the task is row n of each: labels 0..N-1 are by position.
+    Attributes:
+        classes: [C] labels of the classes that are large enough, ascending.
+        counts: [C] their numbers of images.
+        rows: [n] row ids of all images.
+        left_out: how many classes are too small.
     """
 
-    classes: np.ndarray
-    support: np.ndarray
-    query: np.ndarray
+    def __init__(
+        self, labels: ArrayLike, seed: int, split: str, least: int, rows: ArrayLike | None
+    ) -> None:
+        """Group the images.
+
+        Args:
+            labels: [n] integers, the class of each image.
+            least: images that a class must have; smaller classes are skipped with a warning.
+            rows: [n] row ids of the images; default: positions in `labels`.
+
+        Raises:
+            ValueError: labels that are not [n] integers, row ids that are not [n] distinct
+                integers, a negative seed or an unknown split.
+        """
+        labels = np.asarray(labels)
+        if labels.ndim != 1 or not np.issubdtype(labels.dtype, np.integer):
+            raise ValueError(f"labels must be [n] integers, not {labels.dtype} {labels.shape}")
+        if seed < 0:
+            raise ValueError(f"seed must be at least 0, not {seed}")
+        if split not in SPLITS:
+            raise ValueError(f"split must be one of {', '.join(SPLITS)}, not {split!r}")
+        self.rows = np.arange(len(labels)) if rows is None else np.asarray(rows)
+        if self.rows.shape != labels.shape or not np.issubdtype(self.rows.dtype, np.integer):
+            raise ValueError(
+                f"rows must be {len(labels)} integers like the labels, not {self.rows.dtype} "
+                f"{self.rows.shape}"
+            )
+        ordered = np.sort(self.rows)
+        repeated = ordered[1:][ordered[1:] == ordered[:-1]]
+        if len(repeated):
+            raise ValueError(f"rows must be distinct, but {repeated[0]} occurs more than once")
+
+        self._seed = (seed, SPLITS[split])
+        self._order = np.argsort(labels, kind="stable")
+        classes, first, counts = np.unique(
+            labels[self._order], return_index=True, return_counts=True
+        )
+        large = counts >= least
+        self.left_out = int((~large).sum())
+        self.classes, self.counts = classes[large].astype(np.int64), counts[large]
+        self._first = first[large]
+        if self.left_out:
+            _logger.warning(
+                "skipping %d of %d classes of the %s split: they have fewer than %d images",
+                self.left_out,
+                len(classes),
+                split,
+                least,
+            )
+
+    def generator(self, index: int) -> np.random.Generator:
+        """Return the generator of episode `index`."""
+        if index < 0:
+            raise IndexError(f"episodes are numbered from 0; there is no episode {index}")
+        return np.random.default_rng(np.random.SeedSequence([*self._seed, int(index)]))
+
+    def draw(self, generator: np.random.Generator, position: int, images: int) -> np.ndarray:
+        """Draw distinct images of class `self.classes[position]`.
+
+        Returns:
+            [images] positions in `labels`, in random order.
+        """
+        drawn = generator.choice(int(self.counts[position]), images, replace=False)
+        return self._order[self._first[position] + drawn]
+
+
+# --- Balanced episodes ---
+
+
+@dataclass(frozen=True)
+class Episode:
+    """One N-way task, int64. Row n of each array is class n of the task: its label is n."""
+
+    classes: np.ndarray  #: [N] labels
+    support: np.ndarray  #: [N, shots] row ids
+    query: np.ndarray  #: [N, queries] row ids
 
 
 class EpisodeSampler:
-    """Balanced N-way K-shot Q-query episodes, drawn without replacement; `sampler[i]` is the i-th.
+    """Balanced N-way K-shot episodes, drawn without replacement; `sampler[i]` is episode i.
 
-    labels: [n] integers, the class of each image. seed: >= 0. split: "train", "val", "test" or
-    "all", which only seeds (the images are those of `labels`). rows: [n] ids that episodes name the
-    images by; default: positions in `labels`. Classes with fewer than shots + queries images are
-    left out, counted in the log and in `left_out`. There is no last episode.
+    There is no last episode. Classes with fewer than shots + queries images are skipped with a
+    warning and counted in `left_out`.
 
-    Raises ValueError where fewer than `ways` classes remain: images are never drawn twice.
+    Args:
+        labels: [n] integers, the class of each image.
+        queries: query images per class.
+        seed: at least 0.
+        split: "train", "val", "test" or "all". It only seeds: the images are those of `labels`.
+        rows: [n] row ids of the images; default: positions in `labels`.
+
+    Raises:
+        ValueError: fewer than `ways` classes are large enough; no image is drawn twice.
     """
 
     def __init__(
@@ -60,24 +144,25 @@ class EpisodeSampler:
         self.ways, self.shots, self.queries = ways, shots, queries
         self.images = ClassRows(labels, seed, split, least=shots + queries, rows=rows)
         self.left_out = self.images.left_out
-        found = len(self.images.classes)
-        if ways > found:
-            short = f"; {self.left_out} have fewer" if self.left_out else ""
+        classes = len(self.images.classes)
+        if ways > classes:
+            fewer = f"; {self.left_out} have fewer" if self.left_out else ""
             raise ValueError(
-                f"{ways} ways, but the {split} split has {found} classes of at least "
-                f"{shots + queries} images ({shots} support + {queries} query){short}"
+                f"{ways} ways, but the {split} split has {classes} classes of at least "
+                f"{shots + queries} images ({shots} support + {queries} query){fewer}"
             )
 
     def __getitem__(self, index: int) -> Episode:
-        """Episode `index` >= 0, as row ids."""
+        """Return episode `index` >= 0 as row ids."""
         drawn = self.positions(index)
         rows = self.images.rows
         return Episode(drawn.classes, rows[drawn.support], rows[drawn.query])
 
     def positions(self, index: int) -> Episode:
-        """As `self[index]`, as positions in `labels`: for features that are stored in that order.
+        """Return `self[index]` as positions in `labels`, for features stored in that order.
 
-        Raises IndexError for a negative index.
+        Raises:
+            IndexError: a negative index.
         """
         images = self.images
         generator = images.generator(index)
@@ -86,70 +171,7 @@ class EpisodeSampler:
         return Episode(images.classes[chosen], drawn[:, : self.shots], drawn[:, self.shots :])
 
 
-class ClassRows:
-    """Images by class, and the random generator of each episode: what samplers draw from.
-
-    least: images that a class must have; smaller ones are left out, and counted in `left_out`.
-    `classes` [C] are the labels that remain, ascending, `counts` [C] their images, `rows` [n] the
-    ids of all positions. Raises ValueError for labels that are not [n] integers, ids that are not
-    [n] distinct integers, a negative seed or an unknown split.
-    """
-
-    def __init__(
-        self, labels: ArrayLike, seed: int, split: str, least: int, rows: ArrayLike | None
-    ) -> None:
-        labels = np.asarray(labels)
-        if labels.ndim != 1 or not np.issubdtype(labels.dtype, np.integer):
-            raise ValueError(f"labels must be [n] integers, not {labels.dtype} {labels.shape}")
-        if seed < 0:
-            raise ValueError(f"seed must be at least 0, not {seed}")
-        if split not in SPLITS:
-            raise ValueError(f"split must be one of {', '.join(SPLITS)}, not {split!r}")
-        self.rows = np.arange(len(labels)) if rows is None else np.asarray(rows)
-        if self.rows.shape != labels.shape or not np.issubdtype(self.rows.dtype, np.integer):
-            raise ValueError(
-                f"rows must be {len(labels)} integers like the labels, not {self.rows.dtype} "
-                f"{self.rows.shape}"
-            )
-        ordered = np.sort(self.rows)
-        twice = ordered[1:][ordered[1:] == ordered[:-1]]
-        if len(twice):
-            raise ValueError(f"rows must be distinct, and {twice[0]} is there more than once")
-        self._seed = (seed, SPLITS[split])
-        self._order = np.argsort(labels, kind="stable")
-        classes, first, counts = np.unique(
-            labels[self._order], return_index=True, return_counts=True
-        )
-        large = counts >= least
-        self.left_out = int((~large).sum())
-        self.classes, self.counts = classes[large].astype(np.int64), counts[large]
-        self._first = first[large]
-        if self.left_out:
-            _logger.warning(
-                "%d of %d classes of the %s split have fewer than %d images and are left out",
-                self.left_out,
-                len(classes),
-                split,
-                least,
-            )
-
-    def generator(self, index: int) -> np.random.Generator:
-        """The generator of episode `index`."""
-        if index < 0:
-            raise IndexError(f"episodes are numbered from 0, and there is none {index}")
-        return np.random.default_rng(np.random.SeedSequence([*self._seed, int(index)]))
-
-    def draw(self, generator: np.random.Generator, place: int, images: int) -> np.ndarray:
-        """Positions [images] of distinct images of class `self.classes[place]`, in random order."""
-        drawn = generator.choice(int(self.counts[place]), images, replace=False)
-        return self._order[self._first[place] + drawn]
-
-
-# Meta-Dataset's episodes (version 1): ways and shots that vary, and classes that belong together.
-#
-# In: the class of every image and, for Omniglot and ILSVRC, groups of classes. Out: a
-# `VariableEpisode` of row ids, a pure function of (seed, split, index). Source: Triantafillou et
-# al. 2020, section 3.2 and appendix (sampling of classes and of examples).
+# --- Episodes of Meta-Dataset, version 1 (Triantafillou et al. 2020, section 3.2, appendix) ---
 
 FEWEST_WAYS, MOST_WAYS = 5, 50
 MOST_QUERIES = 10  # per class
@@ -158,28 +180,34 @@ MOST_SUPPORT, MOST_SUPPORT_OF_CLASS = 500, 100  # images
 
 @dataclass(frozen=True)
 class VariableEpisode:
-    """One task of N classes: `classes` [N] (labels), and per class its `support` and `query` row
-    ids, int64. Queries are as many in each class; support images are not.
-    """
+    """One task of N classes, int64. All classes have as many queries, but not as many shots."""
 
-    classes: np.ndarray
-    support: list[np.ndarray]
-    query: list[np.ndarray]
+    classes: np.ndarray  #: [N] labels
+    support: list[np.ndarray]  #: row ids of each class
+    query: list[np.ndarray]  #: row ids of each class
 
 
 class MetaDatasetSampler:
-    """Episodes of variable way and shot; `sampler[i]` is the i-th, and there is no last one.
+    """Episodes of variable ways and shots; `sampler[i]` is episode i, and there is no last one.
 
-    labels, seed, split and rows as `EpisodeSampler`'s. groups: arrays of labels; an episode draws
-    one group uniformly, and its classes from it. whole_groups: False (Omniglot's alphabets) draws
-    the number of ways as without groups; True (ILSVRC's WordNet nodes) takes all classes of the
-    group, at most 50. Classes with fewer than 2 images and groups of fewer than 5 classes are left
-    out and counted in the log.
+    An episode draws, with n_c the images of class c (section 3.2):
 
-    The laws of section 3.2: ways ~ U{5..min(50, classes)}; queries per class
-    q = min(10, min_c floor(n_c / 2)); |S| = min(500, sum_c floor(b min(100, n_c - q) + 1)),
-    b ~ U(0, 1); R_c proportional to n_c exp(a_c), a_c ~ U(log 1/2, log 2);
-    shots k_c = min(floor(R_c (|S| - N)) + 1, n_c - q). Raises ValueError where no 5 classes remain.
+        ways                 U{5..min(50, classes)}
+        queries per class    q = min(10, min_c floor(n_c / 2))
+        support images       |S| = min(500, sum_c floor(b min(100, n_c - q) + 1)), b ~ U(0, 1)
+        share of a class     R_c proportional to n_c exp(a_c), a_c ~ U(log 1/2, log 2)
+        shots of a class     k_c = min(floor(R_c (|S| - N)) + 1, n_c - q)
+
+    Classes with fewer than 2 images and groups of fewer than 5 classes are skipped with a warning.
+
+    Args:
+        labels, seed, split, rows: as in `EpisodeSampler`.
+        groups: arrays of labels; an episode draws one group uniformly, and its classes from it.
+        whole_groups: False (Omniglot's alphabets): the number of ways is drawn as without groups.
+            True (ILSVRC's WordNet nodes): all classes of the group, at most 50.
+
+    Raises:
+        ValueError: no 5 classes remain.
     """
 
     def __init__(
@@ -195,16 +223,16 @@ class MetaDatasetSampler:
         self.left_out = self.images.left_out
         self.whole_groups = whole_groups
         classes = self.images.classes
-        # places in `classes`, which are sorted
+        # positions in `classes`, which are sorted
         self.groups = [np.arange(len(classes))]
         if groups is not None:
-            found = [np.flatnonzero(np.isin(classes, np.asarray(group))) for group in groups]
-            self.groups = [group for group in found if len(group) >= FEWEST_WAYS]
-            if len(self.groups) < len(found):
+            members = [np.flatnonzero(np.isin(classes, np.asarray(group))) for group in groups]
+            self.groups = [group for group in members if len(group) >= FEWEST_WAYS]
+            if len(self.groups) < len(members):
                 _logger.warning(
-                    "%d of %d groups of the %s split have fewer than %d classes and are left out",
-                    len(found) - len(self.groups),
-                    len(found),
+                    "skipping %d of %d groups of the %s split: they have fewer than %d classes",
+                    len(members) - len(self.groups),
+                    len(members),
                     split,
                     FEWEST_WAYS,
                 )
@@ -216,14 +244,18 @@ class MetaDatasetSampler:
             )
 
     def __getitem__(self, index: int) -> VariableEpisode:
-        """Episode `index` >= 0, as row ids."""
+        """Return episode `index` >= 0 as row ids."""
         drawn, rows = self.positions(index), self.images.rows
         return VariableEpisode(
             drawn.classes, [rows[c] for c in drawn.support], [rows[c] for c in drawn.query]
         )
 
     def positions(self, index: int) -> VariableEpisode:
-        """As `self[index]`, as positions in `labels`. Raises IndexError for a negative index."""
+        """Return `self[index]` as positions in `labels`.
+
+        Raises:
+            IndexError: a negative index.
+        """
         images = self.images
         generator = images.generator(index)
         group = self.groups[generator.integers(len(self.groups))]
@@ -234,8 +266,8 @@ class MetaDatasetSampler:
         queries = min(MOST_QUERIES, int(counts.min()) // 2)
         shots = _shots(generator, counts, queries)
         drawn = [
-            images.draw(generator, place, queries + count)
-            for place, count in zip(chosen, shots, strict=True)
+            images.draw(generator, position, queries + count)
+            for position, count in zip(chosen, shots, strict=True)
         ]
         return VariableEpisode(
             images.classes[chosen], [c[queries:] for c in drawn], [c[:queries] for c in drawn]
@@ -243,7 +275,7 @@ class MetaDatasetSampler:
 
 
 def _shots(generator: np.random.Generator, counts: np.ndarray, queries: int) -> np.ndarray:
-    """Support images of each class [N], from its images `counts` [N]."""
+    """Draw the number of support images of each class [N]; `counts` [N] are all its images."""
     usable = counts - queries
     share = generator.random()
     wanted = np.floor(share * np.minimum(MOST_SUPPORT_OF_CLASS, usable) + 1).sum()

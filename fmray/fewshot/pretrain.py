@@ -1,8 +1,8 @@
-"""Pretraining a small encoder: SimCLR, MoCo or supervised. What one step computes; the loop and the
-optimizer are the caller's.
+"""Objectives that pretrain a small encoder (SimCLR, MoCo, supervised), and their augmentation.
 
-In: two augmented views of a batch of images. Out: a loss. Each objective is a module around the
-encoder, called once a step as `objective(first, second, labels)`; only the encoder is kept.
+An objective is a module around the encoder; a step calls `objective(first, second, labels)` with
+two augmented views of a batch and gets the loss. The loop and the optimizer are the caller's. Only
+the encoder is saved.
 """
 
 from __future__ import annotations
@@ -16,13 +16,16 @@ from torch.nn import functional
 
 from fmray.fewshot.methods import classification_loss, linear_head
 
-PROJECTION = 128  # width of what contrastive losses compare
+PROJECTION = 128  # features of the projector, which contrastive losses compare
 
 
 def simclr_loss(first: Tensor, second: Tensor, temperature: float = 0.2) -> Tensor:
-    """NT-Xent (Chen et al. 2020, eq. 1): of the 2B - 1 other views, find the same image's.
+    """Return the NT-Xent loss (Chen et al. 2020, eq. 1), the mean over 2B views.
 
-    first, second: [B, p], row i of both from image i; B >= 2. Returns the mean over the 2B views.
+    Each view has to find the other view of its image among the 2B - 1 others.
+
+    Args:
+        first, second: [B, p], row i of both from image i; B >= 2.
     """
     images = len(first)
     if first.shape != second.shape or first.dim() != 2 or images < 2:
@@ -38,7 +41,7 @@ def simclr_loss(first: Tensor, second: Tensor, temperature: float = 0.2) -> Tens
 
 
 class SimCLR(nn.Module):
-    """Both views through encoder and projector, in one batch."""
+    """Contrasts the views of a batch with each other (Chen et al. 2020)."""
 
     def __init__(self, encoder: nn.Module, temperature: float = 0.2) -> None:
         super().__init__()
@@ -46,17 +49,21 @@ class SimCLR(nn.Module):
         self.projector = _projector(encoder.features)
 
     def forward(self, first: Tensor, second: Tensor, labels: Tensor | None = None) -> Tensor:
-        """The loss of images [B, 3, H, W], twice; labels are not looked at."""
+        """Return the loss of two views [B, 3, H, W]; labels are ignored."""
         views = self.projector(self.encoder(torch.cat([first, second])))
         return simclr_loss(*views.chunk(2), self.temperature)
 
 
 class MoCo(nn.Module):
-    """Queries against a queue of keys from a slowly moving copy (He et al. 2020; the projector is
-    MoCo v2's). `update()` after each optimizer step moves the copy.
+    """Contrasts queries with a queue of keys from a slowly moving copy of the encoder.
 
-    queue: keys kept; momentum: of the copy. Where workers share a step, the queue holds the first
-    worker's keys only if the caller broadcasts buffers, as DistributedDataParallel does.
+    He et al. 2020; the projector is MoCo v2's. Call `update()` after each optimizer step to move
+    the copy. With several ranks the caller has to broadcast buffers, as DistributedDataParallel
+    does, so that all have the queue of rank 0.
+
+    Args:
+        queue: number of keys in the queue.
+        momentum: of the copy.
     """
 
     def __init__(
@@ -75,9 +82,9 @@ class MoCo(nn.Module):
         self.register_buffer("next_key", torch.zeros((), dtype=torch.int64))
 
     def forward(self, first: Tensor, second: Tensor, labels: Tensor | None = None) -> Tensor:
-        """The InfoNCE loss of images [B, 3, H, W], twice; labels are not looked at.
+        """Return the InfoNCE loss of two views [B, 3, H, W]; labels are ignored.
 
-        The second view's keys take the oldest places of the queue.
+        The keys of the second view replace the oldest keys of the queue.
         """
         queries = functional.normalize(self.projector(self.encoder(first)).float(), dim=1)
         with torch.no_grad():
@@ -86,14 +93,14 @@ class MoCo(nn.Module):
         negative = queries @ self.keys.clone().mT
         logits = torch.cat([positive, negative], dim=1) / self.temperature
         places = torch.arange(len(keys), device=keys.device) + self.next_key
-        kept = keys[-len(self.keys) :]  # a queue shorter than the batch keeps its end
-        self.keys[places[-len(kept) :] % len(self.keys)] = kept
+        newest = keys[-len(self.keys) :]  # all keys, unless the queue is shorter than the batch
+        self.keys[places[-len(newest) :] % len(self.keys)] = newest
         self.next_key.add_(len(keys)).remainder_(len(self.keys))
         return functional.cross_entropy(logits, torch.zeros_like(places))
 
     @torch.no_grad()
     def update(self) -> None:
-        """Move the key encoder a part 1 - momentum towards the encoder."""
+        """Move the key encoder towards the encoder by the share 1 - momentum."""
         for slow, fast in (
             (self.key_encoder, self.encoder),
             (self.key_projector, self.projector),
@@ -103,7 +110,7 @@ class MoCo(nn.Module):
 
 
 class Supervised(nn.Module):
-    """A linear head over all classes, on the first view; the second is not looked at."""
+    """Classifies the first view with a linear head over all classes; ignores the second."""
 
     def __init__(self, encoder: nn.Module, classes: int, seed: int = 0) -> None:
         super().__init__()
@@ -111,23 +118,29 @@ class Supervised(nn.Module):
         self.head = linear_head(encoder.features, classes, seed)
 
     def forward(self, first: Tensor, second: Tensor | None, labels: Tensor) -> Tensor:
-        """The cross entropy of images [B, 3, H, W] with labels [B]."""
+        """Return the cross entropy of images [B, 3, H, W] with labels [B]."""
         return classification_loss(self.encoder, self.head, first, labels)[0]
 
 
 def augment(images: Tensor, generator: torch.Generator) -> Tensor:
-    """One random view of each image: crop and resize, flip, colours, sometimes grey.
+    """Return one random view of each image: crop and resize, flip, colour jitter, sometimes grey.
 
-    images: uint8 [B, 3, H, W]; returns float32 of that shape in 0..1, for `Preprocess.normalise`.
-    SimCLR's recipe (Chen et al. 2020, appendix A) without blur, which small pictures do not bear.
-    All draws come from `generator`, on the CPU; the pixels stay on their device. Crops have 20 to
-    100 % of the area and an aspect of 3/4 to 4/3.
+    SimCLR's augmentation (Chen et al. 2020, appendix A) without blur, which small images do not
+    survive. Crops have 20 to 100 % of the area and an aspect ratio of 3/4 to 4/3.
+
+    Args:
+        images: uint8 [B, 3, H, W].
+        generator: on the CPU; all draws come from it. The pixels stay on their device.
+
+    Returns:
+        float32 [B, 3, H, W] in 0..1, for `Preprocess.normalise`.
     """
     count, device = len(images), images.device
 
     def uniform(low: float, high: float) -> Tensor:
         return (low + (high - low) * torch.rand(count, generator=generator)).to(device)
 
+    # crop, resize and flip are one affine map
     pixels = images.float() / 255
     area, ratio = uniform(0.2, 1), torch.exp(uniform(math.log(3 / 4), math.log(4 / 3)))
     width, height = ((area * r).sqrt().clamp(max=1) for r in (ratio, 1 / ratio))
@@ -139,14 +152,15 @@ def augment(images: Tensor, generator: torch.Generator) -> Tensor:
     grid = functional.affine_grid(boxes, list(images.shape), align_corners=False)
     pixels = functional.grid_sample(pixels, grid, padding_mode="reflection", align_corners=False)
 
+    # colour jitter of most images, and no colour at all for a fifth
     grey = torch.tensor([0.299, 0.587, 0.114], device=device)
     jittered = uniform(0, 1) < 0.8
     brightness, contrast = uniform(0.6, 1.4), uniform(0.6, 1.4)
     colour, angle = uniform(0.6, 1.4), uniform(-0.1, 0.1) * 2 * math.pi
     colour = torch.where(uniform(0, 1) < 0.2, 0.0, torch.where(jittered, colour, 1.0))
-    # saturation and hue are one matrix: the colour's part that is not grey, shrunk and turned
+    # saturation and hue are one matrix: it scales and rotates the part that is not grey
     matrix = grey.expand(count, 3, 3) + colour[:, None, None] * (
-        _turn(torch.where(jittered, angle, 0.0)) @ (torch.eye(3, device=device) - grey)
+        _rotation(torch.where(jittered, angle, 0.0)) @ (torch.eye(3, device=device) - grey)
     )
     pixels = (matrix @ pixels.flatten(2)).unflatten(2, images.shape[2:])
     brightness = torch.where(jittered, brightness, 1.0)[:, None, None, None]
@@ -156,8 +170,8 @@ def augment(images: Tensor, generator: torch.Generator) -> Tensor:
     return (mean + contrast * (pixels - mean)).clamp(0, 1)
 
 
-def _turn(angle: Tensor) -> Tensor:
-    """Rotations [B, 3, 3] of RGB about the grey axis (Rodrigues' formula)."""
+def _rotation(angle: Tensor) -> Tensor:
+    """Return rotations [B, 3, 3] of RGB about the grey axis (Rodrigues' formula)."""
     axis = 1 / math.sqrt(3)
     cross = axis * torch.tensor(
         [[0.0, -1.0, 1.0], [1.0, 0.0, -1.0], [-1.0, 1.0, 0.0]], device=angle.device

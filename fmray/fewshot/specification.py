@@ -1,9 +1,7 @@
-"""Meta-Dataset's `dataset_spec.json`: which classes a data set has, how they are split, and what
-groups of them a variable-way episode is drawn from.
+"""Meta-Dataset's `dataset_spec.json`: classes of a data set, their splits, and groups of classes.
 
-In: a JSON file of any of the three specification classes (flat, Omniglot's two levels, ILSVRC's
-WordNet graph). Out: one `DatasetSpecification`. Source: Triantafillou et al. 2020, section 3 and
-appendix; splits are named train, val, test here.
+Reads all three kinds of specification: flat, Omniglot's two levels, and ILSVRC's WordNet graph
+(Triantafillou et al. 2020, section 3 and appendix). Splits are called train, val and test here.
 """
 
 from __future__ import annotations
@@ -16,24 +14,27 @@ from typing import Any
 import numpy as np
 
 SPLIT_NAMES = {"train": "TRAIN", "val": "VALID", "test": "TEST"}
-MIN_LEAVES, MAX_LEAVES = 5, 392  # that a WordNet node spans for an episode to be drawn from it
+MIN_LEAVES, MAX_LEAVES = 5, 392  # classes below a WordNet node that episodes are drawn from
 
 
 @dataclass(frozen=True)
 class DatasetSpecification:
-    """`class_names`: by class id; `images`: number of images by class id; `_classes`: split ->
-    int64 ids; `_groups`: split -> arrays of ids, None for a flat data set."""
+    """Classes and splits of one data set; a class id is a position in `class_names`."""
 
     name: str
     class_names: tuple[str, ...]
-    images: tuple[int, ...]
+    images: tuple[int, ...]  #: number of images by class id
     file_pattern: str
-    _classes: dict[str, np.ndarray]
-    _groups: dict[str, list[np.ndarray]] | None
+    _classes: dict[str, np.ndarray]  # split -> int64 class ids
+    _groups: dict[str, list[np.ndarray]] | None  # split -> groups of class ids; None: flat
 
     @classmethod
     def read(cls, path: Path) -> DatasetSpecification:
-        """Raises ValueError, with the file and the key, where it is not a specification."""
+        """Read a `dataset_spec.json`.
+
+        Raises:
+            ValueError: not a specification; the message names the file and the key.
+        """
         try:
             values = json.loads(path.read_text())
         except OSError as error:
@@ -65,22 +66,24 @@ class DatasetSpecification:
             pattern = values["file_pattern"]
             return cls(values["name"], names, images, pattern, classes, groups)
         except KeyError as error:
-            raise ValueError(f"{path}: there is no {error}") from error
+            raise ValueError(f"{path}: {error} is missing") from error
         except (ValueError, TypeError, AttributeError) as error:  # such as a list for a mapping
             raise ValueError(f"{path}: {error}") from error
 
     def classes(self, split: str) -> np.ndarray:
-        """int64 class ids of train, val or test."""
+        """Return the int64 class ids of train, val or test."""
         return self._classes[split]
 
     def groups(self, split: str) -> list[np.ndarray] | None:
-        """What an episode's classes are drawn from: int64 class ids of each alphabet (Omniglot) or
-        eligible WordNet node (ILSVRC); None where it is all classes."""
+        """Return the groups that an episode's classes are drawn from; None: one of all classes.
+
+        A group holds the int64 class ids of an alphabet (Omniglot) or a WordNet node (ILSVRC).
+        """
         return None if self._groups is None else self._groups[split]
 
 
 def _by_id(values: dict[str, Any]) -> tuple[Any, ...]:
-    """The values of {"0": ..., "1": ..., ...} in order."""
+    """Return the values of {"0": ..., "1": ..., ...} in order."""
     missing = [number for number in range(len(values)) if str(number) not in values]
     if missing:
         raise ValueError(f"ids should count from 0 to {len(values) - 1}; {missing[0]} is missing")
@@ -88,7 +91,7 @@ def _by_id(values: dict[str, Any]) -> tuple[Any, ...]:
 
 
 def _consecutive(counts: dict[str, int]) -> dict[str, np.ndarray]:
-    """Ids counted through train, val and test."""
+    """Number ids through train, val and test."""
     sizes = [counts[name] for name in SPLIT_NAMES.values()]
     ends = np.cumsum(sizes)
     return {
@@ -97,12 +100,16 @@ def _consecutive(counts: dict[str, int]) -> dict[str, np.ndarray]:
     }
 
 
+# Each reader returns (class ids by split, groups by split or None, images by class id).
+
+
 def _flat(values: dict[str, Any], names: tuple[str, ...]) -> tuple[Any, None, tuple[int, ...]]:
+    """Read a specification without groups."""
     return _consecutive(values["classes_per_split"]), None, _by_id(values["images_per_class"])
 
 
 def _two_levels(values: dict[str, Any], names: tuple[str, ...]) -> tuple[Any, Any, tuple[int, ...]]:
-    """Superclasses are split, and classes counted through them."""
+    """Read Omniglot's: superclasses are split, and classes are numbered through them."""
     sizes = _by_id(values["classes_per_superclass"])
     ends = np.cumsum(sizes)
     members = [np.arange(end - size, end) for size, end in zip(sizes, ends, strict=True)]
@@ -116,7 +123,7 @@ def _two_levels(values: dict[str, Any], names: tuple[str, ...]) -> tuple[Any, An
 
 
 def _graph(values: dict[str, Any], names: tuple[str, ...]) -> tuple[Any, Any, tuple[int, ...]]:
-    """Each split is a graph of WordNet nodes whose leaves are the classes."""
+    """Read ILSVRC's: each split is a graph of WordNet nodes whose leaves are the classes."""
     ids = {name: number for number, name in enumerate(names)}
     classes, groups, images = {}, {}, {}
     for split, key in SPLIT_NAMES.items():
@@ -144,7 +151,7 @@ def _span(
     leaves: dict[str, frozenset[int]],
     above: tuple[str, ...],
 ) -> frozenset[int]:
-    """The class ids below a node, kept in `leaves`: a node may have several parents."""
+    """Return the class ids below a node; cached in `leaves`, as a node may have several parents."""
     if node in above:
         raise ValueError(f"split_subgraphs: {node} is below itself")
     if node not in leaves:

@@ -1,6 +1,6 @@
-"""Task selection: which of the tasks at hand help a target. Knows numpy and scipy, no platform."""
+"""Task selection: which candidate tasks to finetune on for a target (Algorithm 1, baselines)."""
 
-from fmray.selection.baselines import choose_peer
+from fmray.selection.baselines import choose_baseline
 from fmray.selection.coverage import Selection, coverage, select_tasks, selected_count, similarity
 from fmray.selection.moments import MomentStream, TaskMoments
 
@@ -8,7 +8,7 @@ __all__ = [
     "MomentStream",
     "Selection",
     "TaskMoments",
-    "choose_peer",
+    "choose_baseline",
     "coverage",
     "select_tasks",
     "selected_count",

@@ -1,7 +1,7 @@
-"""The other ways to choose tasks that Algorithm 1 is compared with: ablations and scorers.
+"""Other rules to choose tasks, which Algorithm 1 is compared with: ablations, LEEP and LogME.
 
-In: the `Selection` of Algorithm 1, and for the scorers features, class centroids and labels. Out: a
-`Selection` with other names chosen and the same curves.
+`choose_baseline` chooses other names among the candidates of a `Selection` and keeps its curves.
+LEEP and LogME need a score per candidate, from a few labelled images of the target.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ import numpy as np
 
 from fmray.selection.coverage import Selection
 
-Peer = Literal["all", "random", "no_diversity", "no_consistency", "top_k", "leep", "logme"]
+Baseline = Literal["all", "random", "no_diversity", "no_consistency", "top_k", "leep", "logme"]
 
 
-def choose_peer(
+def choose_baseline(
     selection: Selection,
-    peer: Peer,
+    baseline: Baseline,
     k: int | None = None,
     seed: int = 0,
     scores: Mapping[str, float] | None = None,
@@ -27,55 +27,64 @@ def choose_peer(
     """Choose among the candidates of `selection` by another rule.
 
     Args:
-        peer: `all`; `random`: k of them, by `seed`; `no_diversity`: the most similar one;
-            `no_consistency`: all of them (Algorithm 1 that goes on beyond its stop, A.5.4);
-            `top_k`: the k most similar; `leep` and `logme`: the k with the highest `scores`.
+        baseline: the rule:
+
+            all             all candidates
+            no_consistency  all candidates (Algorithm 1 without its stop, A.5.4)
+            no_diversity    the most similar candidate
+            top_k           the k most similar candidates
+            random          k candidates, drawn by `seed`
+            leep, logme     the k candidates with the highest scores
+
         k: default: as many as `selection` chose.
-        scores: a score for each candidate, larger is better; for `leep` and `logme`.
+        scores: by candidate, larger is better; for `leep` and `logme`.
 
     Raises:
-        ValueError: an unknown peer, k out of range, or a candidate without a score.
+        ValueError: an unknown baseline, k out of range, or a candidate without a score.
     """
-    if peer not in get_args(Peer):
-        raise ValueError(f"peer: one of {', '.join(get_args(Peer))}, not {peer!r}")
+    if baseline not in get_args(Baseline):
+        raise ValueError(f"baseline: one of {', '.join(get_args(Baseline))}, not {baseline!r}")
     order = selection.order
     k = len(selection.names) if k is None else k
     if not 1 <= k <= len(order):
         raise ValueError(f"k: 1 to {len(order)}, the number of candidates, not {k}")
-    if peer in ("all", "no_consistency"):
+    if baseline in ("all", "no_consistency"):
         names = order
-    elif peer == "no_diversity":
+    elif baseline == "no_diversity":
         names = order[:1]
-    elif peer == "top_k":
+    elif baseline == "top_k":
         names = order[:k]
-    elif peer == "random":
-        # Drawn from the sorted names: the target's similarities have no part in it.
+    elif baseline == "random":
+        # drawn from the sorted names, so that similarity to the target plays no part
         drawn = np.random.default_rng(seed).choice(sorted(order), size=k, replace=False)
         names = [name for name in order if name in set(drawn.tolist())]
     else:
         missing = [name for name in order if name not in (scores or {})]
         if missing:
-            raise ValueError(f"peer {peer!r}: candidate {missing[0]!r} has no score")
+            raise ValueError(f"baseline {baseline!r}: candidate {missing[0]!r} has no score")
         assert scores is not None
-        names = sorted(order, key=lambda name: -scores[name])[:k]  # ties: the more similar
+        names = sorted(order, key=lambda name: -scores[name])[:k]  # stable: ties keep order
     return replace(selection, names=list(names))
 
 
 def class_responses(features: np.ndarray, centroids: np.ndarray) -> np.ndarray:
-    """Cosines [n, Z] of target features [n, d] with a candidate's class centroids [Z, d].
+    """Return cosines [n, Z] of target features [n, d] with a candidate's class centroids [Z, d].
 
-    The candidate's own nearest-centroid classifier, through which both scorers look at the target:
-    the encoder is the same for all candidates, so its features alone would score them all alike.
+    These are the outputs of the candidate's nearest-centroid classifier. Both scorers use them
+    instead of features: the encoder is the same for all candidates, so features alone would give
+    every candidate the same score.
     """
     return _unit_rows(features) @ _unit_rows(centroids).T
 
 
 def leep(probabilities: np.ndarray, labels: np.ndarray) -> float:
-    """Log expected empirical prediction (Nguyen et al. 2020, eq. 2), at most 0, larger is better.
+    """Return the log expected empirical prediction, at most 0; larger is better.
+
+    Nguyen et al. 2020, eq. 2.
 
     Args:
-        probabilities: [n, Z] of the candidate's classes, for each target example.
-        labels: [n] target labels, of its support.
+        probabilities: [n, Z] of the candidate's classes for each target example.
+        labels: [n] labels of the target examples.
     """
     classes, target = np.unique(labels, return_inverse=True)
     joint = np.zeros((len(classes), probabilities.shape[1]))
@@ -87,15 +96,15 @@ def leep(probabilities: np.ndarray, labels: np.ndarray) -> float:
 
 
 def logme(features: np.ndarray, labels: np.ndarray) -> float:
-    """Log maximum evidence of labels given features (You et al. 2021), per example.
+    """Return the log maximum evidence of labels given features, per example, mean over classes.
 
-    The mean over classes. The 0/1 labels of a class are linear in the features with Gaussian
-    weights (precision alpha) and noise (precision beta), both set where the evidence is highest, by
-    MacKay's fixed point.
+    You et al. 2021. The model of a class: its 0/1 labels are linear in the features with Gaussian
+    weights (precision alpha) and noise (precision beta). MacKay's fixed point finds the alpha and
+    beta of highest evidence.
 
     Args:
-        features: [n, D] of target examples, seen through a candidate.
-        labels: [n] target labels, of its support.
+        features: [n, D] of target examples, such as `class_responses` of a candidate.
+        labels: [n] labels of the target examples.
     """
     features = np.asarray(features, dtype=np.float64)
     left, values, _ = np.linalg.svd(features, full_matrices=False)
@@ -104,19 +113,24 @@ def logme(features: np.ndarray, labels: np.ndarray) -> float:
     return float(
         np.mean(
             [
-                _log_evidence(left, squares, (labels == one).astype(float), features.shape[1])
-                for one in classes
+                _log_evidence(left, squares, (labels == label).astype(float), features.shape[1])
+                for label in classes
             ]
         )
     )
 
 
 def _log_evidence(left: np.ndarray, squares: np.ndarray, y: np.ndarray, dimension: int) -> float:
-    """Highest log evidence per example; features = left sqrt(squares) right^T, y [n]."""
+    """Return the highest log evidence per example of y [n].
+
+    Args:
+        left, squares: the features are left sqrt(squares) right^T.
+    """
     n = len(y)
     projected = (left.T @ y) ** 2
-    outside = max(0.0, float(y @ y - projected.sum()))  # of the features' span
+    outside = max(0.0, float(y @ y - projected.sum()))  # outside the span of the features
     tiny = np.finfo(np.float64).tiny
+    # fixed point in alpha / beta; the bounds stop it where the features explain all or nothing
     alpha = beta = 1.0
     for _ in range(200):
         ratio = alpha / beta
@@ -127,6 +141,7 @@ def _log_evidence(left: np.ndarray, squares: np.ndarray, y: np.ndarray, dimensio
         alpha, beta = effective / weight, max(n - effective, tiny) / error
         if abs(alpha / beta - ratio) <= 1e-6 * ratio or not 1e-12 < alpha / beta < 1e12:
             break
+    # evidence at the fixed point
     ratio = alpha / beta
     shrunk = squares + ratio
     weight = float((squares * projected / shrunk**2).sum())

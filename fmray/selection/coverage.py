@@ -1,10 +1,10 @@
-"""Similarity and coverage: how consistent tasks are with a target, and how well they span it.
+"""Similarity, coverage, and Algorithm 1, which selects tasks by both (dissertation section 3.3.2).
 
-In: `TaskMoments` of tasks and of a target. Out: numbers (dissertation section 3.3.2). The tasks
-together are one Gaussian, a mixture with equal task weights (or weighted by sample). Its covariance
-is shrunk (OAS: Chen et al. 2010; Ledoit and Wolf 2004, both as scikit-learn has them), for with
-fewer samples than features the plain one has no inverse, and its pseudo-inverse calls a target
-that lies off the tasks' span near.
+Similarity tells how consistent a task is with a target, coverage how well a set of tasks spans it.
+Both are computed from `TaskMoments`. A set of tasks is one Gaussian: a mixture with equal weights
+by task or by sample. Its covariance is shrunk (OAS: Chen et al. 2010; Ledoit and Wolf 2004; both as
+in scikit-learn), because with fewer samples than features the plain covariance has no inverse, and
+its pseudo-inverse makes a target outside the span of the tasks look near.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ from fmray.selection.moments import CentralSums, TaskMoments, check_names
 
 Covariance = Literal["oas", "ledoit_wolf", "ml", "diag"]
 Weighting = Literal["task", "sample"]
-_ZERO = 1e-12  # a mean this small beside the features themselves has no direction
+_ZERO = 1e-12  # a mean of this size, relative to the features, has no direction
 
 
 def similarity(target: TaskMoments, task: TaskMoments) -> float:
-    """The cosine of the two mean features, in [-1, 1]: consistency (section 3.3.2).
+    """Return the cosine of the two mean features, in [-1, 1]: consistency (section 3.3.2).
 
     Raises:
         ValueError: a mean of zero, or different numbers of features d.
@@ -36,12 +36,13 @@ def similarity(target: TaskMoments, task: TaskMoments) -> float:
             f"task {task.name!r} has {len(task.mean)} features, target {target.name!r}"
             f" {len(target.mean)}: one encoder must have made both"
         )
-    for one in (target, task):
-        spread = np.trace(one.scatter) / one.count
-        if one.mean @ one.mean <= _ZERO**2 * (one.mean @ one.mean + spread):
+    for moments in (target, task):
+        spread = np.trace(moments.scatter) / moments.count
+        square = moments.mean @ moments.mean
+        if square <= _ZERO**2 * (square + spread):
             raise ValueError(
-                f"task {one.name!r}: its mean feature is zero and has no direction, so it has no"
-                " similarity; do not centre the features"
+                f"task {moments.name!r}: its mean feature is zero and has no direction, so its"
+                " similarity is undefined; do not centre the features"
             )
     cosine = _unit(target.mean) @ _unit(task.mean)
     return float(min(1.0, max(-1.0, cosine)))
@@ -53,22 +54,23 @@ def coverage(
     covariance: Covariance = "oas",
     weighting: Weighting = "task",
 ) -> float:
-    """1 / (mu_D - mu_0)^T C_D^-1 (mu_D - mu_0) of the mixture D of tasks (section 3.3.2).
+    """Return 1 / (mu_D - mu_0)^T C_D^-1 (mu_D - mu_0) of the mixture D of tasks (section 3.3.2).
 
     Args:
-        covariance: of D. `oas`, `ledoit_wolf` (needs moments made by `TaskMoments.of`), `ml`
-            (plain, divided by n) or `diag` (its variances alone). Shrinkage counts D's samples; by
-            task weight, its effective ones, (sum w)^2 / sum w^2, the same where counts are equal.
-        weighting: each task counts the same, or each sample.
+        covariance: estimator of C_D: `oas`, `ledoit_wolf` (needs moments made by
+            `TaskMoments.of`), `ml` (plain, divided by n) or `diag` (the variances of `ml` only).
+            Shrinkage depends on the number of samples; with weights by task, on the effective
+            number (sum w)^2 / sum w^2, which is the same if all tasks have as many samples.
+        weighting: each task has the same weight, or each sample.
 
     Returns:
-        inf where the means are the same.
+        The coverage; inf where the means are equal.
 
     Raises:
         ValueError: no tasks, duplicate names, different d, or a covariance that has no inverse.
     """
     if not tasks:
-        raise ValueError("coverage of no tasks: name one or more")
+        raise ValueError("coverage needs at least one task")
     check_names([task.name for task in tasks])
     mixture = Mixture(target, covariance, weighting)
     for task in tasks:
@@ -77,10 +79,10 @@ def coverage(
 
 
 class Mixture:
-    """A mixture of tasks that grows one at a time, and its coverage of a target.
+    """A mixture that grows task by task, and its coverage of a target.
 
-    A task's scatter is read once, when it is added; a step costs O(d^3 / 3), whatever the number of
-    tasks before it.
+    A task's scatter is read once, when it is added. A coverage costs O(d^3 / 3), whatever the
+    number of tasks.
     """
 
     def __init__(self, target: TaskMoments, covariance: Covariance, weighting: Weighting) -> None:
@@ -99,19 +101,19 @@ class Mixture:
         self._sums.add(task, 1.0 if self._weighting == "sample" else 1.0 / task.count)
 
     def coverage(self) -> float:
-        """The coverage of what was added; see the function `coverage`."""
+        """Return the coverage of the target by the tasks added so far; see the function."""
         distance = self._distance(self._sums.mean - self._target.mean)
         return 1.0 / distance if distance > 0 else math.inf
 
     def _distance(self, difference: np.ndarray) -> float:
-        """difference^T C^-1 difference, by Cholesky: nothing is inverted."""
+        """Return difference^T C^-1 difference, by Cholesky instead of an inverse."""
         sums = self._sums
         if self._kind == "diag":
             return self._diagonal_distance(difference, np.diagonal(sums.scatter) / sums.weight)
         if self._kind == "ml" and sums.count <= len(difference):
             raise ValueError(
                 f"covariance 'ml' of {sums.count} samples with {len(difference)} features has no"
-                " inverse: it needs more samples than features; 'oas' does with fewer"
+                " inverse: it needs more samples than features; use 'oas'"
             )
         shrinkage, variance = self._shrinkage()
         if not variance > 0:
@@ -120,7 +122,7 @@ class Mixture:
             )
         np.multiply(sums.scatter, (1 - shrinkage) / sums.weight, out=self._work)
         self._work.flat[:: len(difference) + 1] += shrinkage * variance
-        # Symmetric, so the transposed view is the same matrix and LAPACK works in place.
+        # the matrix is symmetric, so LAPACK can overwrite its transposed view
         norm = np.abs(self._work).sum(axis=0).max() if self._kind == "ml" else 0.0
         try:
             factor, _ = cho_factor(self._work.T, lower=True, overwrite_a=True, check_finite=False)
@@ -134,17 +136,17 @@ class Mixture:
         return float(half @ half)
 
     def _diagonal_distance(self, difference: np.ndarray, variances: np.ndarray) -> float:
-        dead = (variances <= 0) & (difference != 0)
-        if dead.any():
+        constant = (variances <= 0) & (difference != 0)
+        if constant.any():
             raise ValueError(
-                f"covariance 'diag': feature {np.flatnonzero(dead)[0]} does not vary over the"
+                f"covariance 'diag': feature {np.flatnonzero(constant)[0]} does not vary over the"
                 " tasks; use 'oas'"
             )
-        alive = variances > 0
-        return float((difference[alive] ** 2 / variances[alive]).sum())
+        varying = variances > 0
+        return float((difference[varying] ** 2 / variances[varying]).sum())
 
     def _shrinkage(self) -> tuple[float, float]:
-        """How far the covariance moves towards variance * identity, and that variance."""
+        """Return (share, variance): how far the covariance moves towards variance * identity."""
         sums, d = self._sums, len(self._sums.mean)
         n = sums.effective_count
         variance = float(np.trace(sums.scatter)) / sums.weight / d
@@ -157,7 +159,7 @@ class Mixture:
                 "covariance 'ledoit_wolf' needs the third- and fourth-order sums of every task:"
                 " make them with TaskMoments.of or a MomentStream"
             )
-        excess = square - d * variance**2  # of the covariance over variance * identity
+        excess = square - d * variance**2  # distance to variance * identity
         if excess <= 0:
             return 1.0, variance
         if self._kind == "oas":  # Chen et al. eq. 23, without its 2 / d, as scikit-learn
@@ -178,27 +180,17 @@ def _unit(vector: np.ndarray) -> np.ndarray:
     return scaled / np.sqrt(scaled @ scaled)
 
 
-# Algorithm 1: consistency-diversity task selection (dissertation section 3.3.2).
-#
-# In: the moments of a target and of candidate tasks. Out: a `Selection`: the names chosen, and the
-# whole curves that the choice was read from.
+# --- Algorithm 1: consistency-diversity task selection ---
 
 
 @dataclass(frozen=True)
 class Selection:
-    """Which tasks were chosen.
+    """The chosen tasks, and the curves of all candidates that the choice follows from."""
 
-    Attributes:
-        names: the tasks chosen, most similar first.
-        order: all candidates, most similar first.
-        similarity: of each candidate in `order` to the target.
-        coverage: of the target by the first 1, 2, ... candidates of `order`.
-    """
-
-    names: list[str]
-    order: list[str]
-    similarity: list[float]
-    coverage: list[float]
+    names: list[str]  #: chosen tasks, most similar first
+    order: list[str]  #: all candidates, most similar first
+    similarity: list[float]  #: to the target, of each candidate in `order`
+    coverage: list[float]  #: of the target by the first 1, 2, ... candidates of `order`
 
 
 def select_tasks(
@@ -208,14 +200,15 @@ def select_tasks(
     covariance: Covariance = "oas",
     weighting: Weighting = "task",
 ) -> Selection:
-    """Add tasks, the most similar first, while coverage grows by the share `threshold` (p) or more.
+    """Add tasks, most similar first, while each raises coverage by the share `threshold` or more.
 
-    It stops at the first task that fails, or when coverage is infinite: nothing adds to that.
-    Coverage is not monotone, so the curve of all candidates is part of the result. Scatters are
-    read one at a time, each once, in the order of similarity: held as memory maps they take no
-    memory, and a curve over M tasks costs M factorizations of [d, d].
+    Stops at the first task that does not, or when coverage is infinite. Coverage is not monotone,
+    so the result has the curve of all candidates. Scatters are read one at a time, each once, in
+    the order of similarity: as memory maps they take no memory. A curve over M tasks costs M
+    factorizations of [d, d].
 
     Args:
+        threshold: p of Algorithm 1, at least 0.
         covariance, weighting: as in `coverage`.
 
     Raises:
@@ -228,7 +221,7 @@ def select_tasks(
         raise ValueError("no candidate tasks to select from")
     check_names([task.name for task in candidates])
     similarities = {task.name: similarity(target, task) for task in candidates}
-    # Equal up to rounding is equal: the names decide, the same on every machine.
+    # similarities equal up to rounding are ties; the names decide, so every machine agrees
     ordered = sorted(candidates, key=lambda task: (-round(similarities[task.name], 12), task.name))
     mixture = Mixture(target, covariance, weighting)
     curve: list[float] = []
@@ -241,7 +234,11 @@ def select_tasks(
 
 
 def selected_count(coverage: Sequence[float], threshold: float) -> int:
-    """How many tasks Algorithm 1 selects, by the coverage of the first 1, 2, ... of them."""
+    """Return how many tasks Algorithm 1 selects.
+
+    Args:
+        coverage: of the target by the first 1, 2, ... candidates.
+    """
     chosen = 1
     while (
         chosen < len(coverage)

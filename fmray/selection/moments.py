@@ -1,10 +1,9 @@
-"""The moments of a task: what is kept of its features, and nothing else of them.
+"""The moments of a task: sufficient statistics of its features, which replace the features.
 
-In: features [n, d] of a task, all at once or as they stream by. Out: `TaskMoments`: count, mean and
-scatter in float64, which merge exactly (Chan, Golub and LeVeque 1983), so that parts of a task can
-be measured anywhere and in any order. The scatter alone gives the OAS covariance; Ledoit and Wolf's
-needs the fourth-order sum sum_k |x_k - mean|^4 as well, and that one merges only together with the
-third-order sum, so both are kept: d + 1 numbers more.
+`TaskMoments` has count, mean and scatter in float64. They merge exactly (Chan, Golub and LeVeque
+1983), so parts of a task can be computed on any machine and in any order. The OAS covariance needs
+only the scatter; Ledoit and Wolf's also needs the fourth-order sum sum_k |x_k - mean|^4, which
+merges only together with the third-order sum. Both are stored: d + 1 numbers more.
 """
 
 from __future__ import annotations
@@ -15,33 +14,25 @@ from typing import Any
 
 import numpy as np
 
-BUFFER_ROWS = 64  # rows of a task that a stream keeps before it adds their products
+BUFFER_ROWS = 64  # features of a task that a stream buffers before it adds their products
 
 
 @dataclass(frozen=True, eq=False)
 class TaskMoments:
-    """A task as a Gaussian in the encoder's feature space: its sufficient statistics.
+    """A task as a Gaussian in the encoder's feature space: sufficient statistics, in float64.
 
-    With y_k = x_k - mean, over the task's features x_k:
-
-    Attributes:
-        name: id of the task.
-        count: number of features n.
-        mean: [d] float64.
-        scatter: [d, d] float64, sum_k y_k y_k^T; may be memory-mapped.
-        cubic: [d] float64, sum_k |y_k|^2 y_k.
-        quartic: sum_k |y_k|^4. Without these two there is no `ledoit_wolf`.
-        mean_rest: [d], what rounding left of the mean: far from zero, the difference of two means
-            needs it to be exact, and merging squares that difference.
+    y_k = x_k - mean, for the task's features x_k. `cubic` and `quartic` are needed for
+    `ledoit_wolf` only. `mean_rest` is what rounding cut off the mean: far from zero, the difference
+    of two means needs it to be exact, and merging squares that difference.
     """
 
-    name: str
-    count: int
-    mean: np.ndarray
-    scatter: np.ndarray
-    cubic: np.ndarray | None = None
-    quartic: float | None = None
-    mean_rest: np.ndarray | None = None
+    name: str  #: id of the task
+    count: int  #: number of features n
+    mean: np.ndarray  #: [d]
+    scatter: np.ndarray  #: [d, d], sum_k y_k y_k^T; may be memory-mapped
+    cubic: np.ndarray | None = None  #: [d], sum_k |y_k|^2 y_k
+    quartic: float | None = None  #: sum_k |y_k|^4
+    mean_rest: np.ndarray | None = None  #: [d]
 
     def __post_init__(self) -> None:
         if self.count < 1:
@@ -56,10 +47,10 @@ class TaskMoments:
 
     @classmethod
     def of(cls, name: str, features: Any) -> TaskMoments:
-        """The moments of features [n, d]: an array, or a tensor on the CPU.
+        """Return the moments of features [n, d]: an array, or a tensor on the CPU.
 
         Raises:
-            ValueError: no features, another shape, or a value that is not finite (says which row).
+            ValueError: no features, another shape, or a row that is not finite.
         """
         values = np.asarray(features, dtype=np.float64)
         if values.ndim != 2 or 0 in values.shape:
@@ -67,6 +58,7 @@ class TaskMoments:
                 f"task {name!r}: features {list(values.shape)} should be [n, d], n and d 1 or more"
             )
         _check_finite(values, name)
+        # the mean in two passes: the second corrects the rounding of the first
         rough = values.mean(axis=0)
         centred = values - rough
         rest = centred.mean(axis=0)
@@ -84,10 +76,10 @@ class TaskMoments:
         )
 
     def merge(self, other: TaskMoments) -> TaskMoments:
-        """The moments of both sets of features together, under this task's name.
+        """Return the moments of both sets of features together, under this task's name.
 
         Raises:
-            ValueError: another number of features d.
+            ValueError: the tasks have different numbers of features d.
         """
         sums = CentralSums(len(self.mean))
         sums.add(self)
@@ -96,9 +88,13 @@ class TaskMoments:
 
 
 class CentralSums:
-    """Running weighted sums about the running mean: tasks are added, one after the other.
+    """Weighted sums about the running mean, to which tasks are added.
 
-    `weight` is the sum of the weights of all features, `spread` that of their squares.
+    Attributes:
+        count: number of features.
+        weight: sum of the weights of all features.
+        spread: sum of their squared weights.
+        mean, scatter, cubic, quartic: as in `TaskMoments`, weighted.
     """
 
     def __init__(self, dimension: int, scatter: np.ndarray | None = None) -> None:
@@ -110,14 +106,14 @@ class CentralSums:
 
     @property
     def effective_count(self) -> float:
-        """Kish's (sum w)^2 / sum w^2: as many equally weighted features would say as much."""
+        """Kish's effective sample size (sum w)^2 / sum w^2."""
         return self.weight**2 / self.spread
 
     def add(self, task: TaskMoments, scale: float = 1.0) -> None:
-        """Add a task, each of its features with the weight `scale`.
+        """Add a task; each of its features has the weight `scale`.
 
         Raises:
-            ValueError: another number of features d.
+            ValueError: the task has another number of features d than those before it.
         """
         if task.mean.shape != self.mean.shape:
             raise ValueError(
@@ -132,15 +128,15 @@ class CentralSums:
         difference = (task.mean - self.mean) + (rest - self._rest)
         if self.cubic is not None and task.cubic is not None and task.quartic is not None:
             step = difference * (weight / total)
-            ours = _shifted(self.scatter, self.weight, self.cubic, self.quartic, step)
-            theirs = _shifted(task.scatter, task.count, task.cubic, task.quartic, step - difference)
-            self.cubic = ours[0] + scale * theirs[0]
-            self.quartic = ours[1] + scale * theirs[1]
+            cubic, quartic = _shifted(self.scatter, self.weight, self.cubic, self.quartic, step)
+            added = _shifted(task.scatter, task.count, task.cubic, task.quartic, step - difference)
+            self.cubic = cubic + scale * added[0]
+            self.quartic = quartic + scale * added[1]
         else:
             self.cubic = self.quartic = None
         self.scatter += task.scatter if scale == 1.0 else scale * task.scatter
         self.scatter += np.outer(difference * (self.weight * weight / total), difference)
-        # Knuth's two-sum: what rounding the moved mean loses is kept beside it.
+        # Knuth's two-sum: `_rest` collects what rounding cuts off the mean
         step = difference * (weight / total)
         moved = self.mean + step
         part = moved - self.mean
@@ -151,8 +147,8 @@ class CentralSums:
         self.count += task.count
 
     def moments(self, name: str) -> TaskMoments:
-        """What was added with the weight 1, as one task."""
-        assert self.weight == self.count, "weighted sums are no task"
+        """Return the tasks added, all with the weight 1, as one task."""
+        assert self.weight == self.count, "only sums with the weight 1 are a task"
         return TaskMoments(
             name, self.count, self.mean, self.scatter, self.cubic, self.quartic, self._rest
         )
@@ -161,11 +157,17 @@ class CentralSums:
 class MomentStream:
     """Moments of many tasks in one pass over features in any order.
 
-    Memory: tasks * (d^2 + 64 d) numbers, whatever the number of features that pass.
+    Memory: tasks * (d^2 + 64 d) numbers, whatever the number of features.
     """
 
     def __init__(self, names: Sequence[str], dimension: int, scatters: np.ndarray | None = None):
-        """scatters: zeros [tasks, d, d] float64 to add into, such as a memory map."""
+        """Start with no features.
+
+        Args:
+            names: of the tasks.
+            dimension: d.
+            scatters: zeros [tasks, d, d] float64 to add into, such as a memory map.
+        """
         self.names = check_names(names)
         if scatters is None:
             scatters = np.zeros((len(names), dimension, dimension))
@@ -173,10 +175,13 @@ class MomentStream:
         self._waiting: list[list[np.ndarray]] = [[] for _ in names]
 
     def add(self, tasks: np.ndarray, features: np.ndarray) -> None:
-        """Add features [n, d]; tasks [n]: the position in `names` of each one's task.
+        """Add features [n, d] of several tasks.
+
+        Args:
+            tasks: [n] positions in `names`.
 
         Raises:
-            ValueError: a feature that is not finite, another d, or a task there is none of.
+            ValueError: a feature that is not finite, another d, or a task out of range.
         """
         if not len(tasks):
             return
@@ -200,7 +205,7 @@ class MomentStream:
                 self._flush(task)
 
     def moments(self) -> list[TaskMoments]:
-        """The moments of all tasks, in the order of `names`; nothing is added after that.
+        """Return the moments of all tasks in the order of `names`; do not add features afterwards.
 
         Raises:
             ValueError: a task without features.
@@ -217,11 +222,15 @@ class MomentStream:
 
 
 def check_names(names: Sequence[str]) -> list[str]:
-    """The names; ValueError where two tasks have the same one."""
+    """Return the names.
+
+    Raises:
+        ValueError: two tasks have the same name.
+    """
     seen: set[str] = set()
     for name in names:
         if name in seen:
-            raise ValueError(f"two tasks are called {name!r}: each needs an id of its own")
+            raise ValueError(f"two tasks are called {name!r}: names must be unique")
         seen.add(name)
     return list(names)
 
@@ -229,7 +238,10 @@ def check_names(names: Sequence[str]) -> list[str]:
 def _shifted(
     scatter: np.ndarray, weight: float, cubic: np.ndarray, quartic: float, step: np.ndarray
 ) -> tuple[np.ndarray, float]:
-    """Third- and fourth-order sums about a mean moved by `step`: of |y-e|^2 (y-e) and |y-e|^4."""
+    """Return third- and fourth-order sums about a mean moved by `step` (e).
+
+    These are the sums of |y-e|^2 (y-e) and of |y-e|^4.
+    """
     trace, length = np.trace(scatter), step @ step
     product = scatter @ step
     moved = cubic - trace * step - 2 * product - weight * length * step
@@ -243,5 +255,5 @@ def _check_finite(values: np.ndarray, name: str) -> None:
         raise ValueError(
             f"task {name!r}: the features of row {bad[0]} are not finite"
             + (f" (and of {len(bad) - 1} more)" if len(bad) > 1 else "")
-            + "; an encoder in float16, or an image of it, overflows"
+            + "; an encoder in float16 may overflow"
         )

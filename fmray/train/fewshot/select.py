@@ -31,7 +31,7 @@ from fmray.runtime.cluster import start_or_join
 from fmray.runtime.console import changed_settings, say
 from fmray.runtime.files import write_json
 from fmray.selection import Selection as Choice
-from fmray.selection import TaskMoments, choose_peer, select_tasks
+from fmray.selection import TaskMoments, choose_baseline, select_tasks
 from fmray.selection.baselines import class_responses, leep, logme
 from fmray.train.fewshot.encoder import TaskFeatures, load_encoder, open_pool
 
@@ -200,7 +200,7 @@ def choose(
     """The tasks to finetune on for a target.
 
     Args:
-        method: `selected` is Algorithm 1, the others its peers (`fmray.selection.choose_peer`).
+        method: `selected` is Algorithm 1, the others its peers (`fmray.selection.choose_baseline`).
         seed: of method `random`.
         measured: of the same target; default: measured now.
 
@@ -211,7 +211,7 @@ def choose(
     choice = measured.choice
     if method != "selected":
         scores = _scores(measured, method, recipe.train.temperature)
-        choice = choose_peer(choice, method, recipe.select.k, seed, scores)
+        choice = choose_baseline(choice, method, recipe.select.k, seed, scores)
     return Selected(
         choice.names,
         choice.order,

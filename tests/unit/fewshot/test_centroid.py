@@ -21,7 +21,9 @@ from fmray.fewshot import centroid_logits
     features=st.integers(2, 20),
     seed=st.integers(0, 2**32 - 1),
 )
-def test_equals_nearest_neighbour_of_raw_centroids(ways, shots, queries, features, seed):
+def test_prediction_is_the_nearest_neighbour_among_raw_centroids(
+    ways, shots, queries, features, seed
+):
     generator = np.random.default_rng(seed)
     # norms differ tenfold, so that normalising before the mean would give other centroids
     support = generator.normal(size=(ways, shots, features))
@@ -35,7 +37,7 @@ def test_equals_nearest_neighbour_of_raw_centroids(ways, shots, queries, feature
     assert (logits.argmax(1) == expected).all()
 
 
-def test_raw_mean_is_not_the_mean_of_normalised_features():
+def test_centroid_is_the_mean_of_raw_features():
     support = torch.tensor([[[100.0, 0.0], [0.0, 1.0]], [[1.0, 1.0], [1.0, 1.0]]])
     query = torch.tensor([[0.6, 0.8]])
     # the long vector rules its centroid, which points along x; normalised first, it would be (1, 1)
@@ -44,7 +46,7 @@ def test_raw_mean_is_not_the_mean_of_normalised_features():
     )
 
 
-def test_leading_dimensions_and_half_precision():
+def test_leading_dimensions_and_half_precision_are_supported():
     generator = torch.Generator().manual_seed(0)
     support = torch.randn(4, 3, 2, 16, generator=generator)
     query = torch.randn(4, 5, 16, generator=generator)
@@ -56,7 +58,7 @@ def test_leading_dimensions_and_half_precision():
     torch.testing.assert_close(half, 10 / 3 * together, atol=0.1, rtol=0)
 
 
-def test_mistakes():
+def test_invalid_features_are_errors():
     good, query = torch.ones(3, 2, 4), torch.ones(5, 4)
     bad = good.clone()
     bad[1, 0, 2] = torch.nan

@@ -1,5 +1,6 @@
-"""Encoders: equal to what their own library computes; saved and loaded; told apart when they do not
-fit. Tiny random models in each library's own format; nothing is downloaded.
+"""Encoders match their own library, survive saving and loading, and reject weights that do not fit.
+
+The models are tiny and random, in each library's own format; nothing is downloaded.
 """
 
 from __future__ import annotations
@@ -87,7 +88,7 @@ DIRECTORIES = {
 
 
 @pytest.mark.parametrize("kind", DIRECTORIES)
-def test_library_directory_and_our_own(kind, tmp_path):
+def test_features_match_the_library_and_survive_saving(kind, tmp_path):
     theirs = DIRECTORIES[kind](tmp_path / "library")
     name = f"{kind.split('-')[0]}/{tmp_path / 'library'}"
     encoder = create_encoder(name)
@@ -101,31 +102,31 @@ def test_library_directory_and_our_own(kind, tmp_path):
     assert again.preprocess == encoder.preprocess
     with torch.no_grad():
         assert torch.equal(again(images), features)
-    # every parameter has a gradient, or DistributedDataParallel would stop
+    # DistributedDataParallel needs a gradient for every parameter
     encoder(images).square().sum().backward()
     unused = [name for name, p in encoder.named_parameters() if p.requires_grad and p.grad is None]
     assert not unused
 
 
-def test_clip_preprocessing_is_read(tmp_path):
+def test_preprocessing_of_clip_is_read_from_its_folder(tmp_path):
     clip_directory(tmp_path)
     preprocess = create_encoder(f"clip/{tmp_path}").preprocess
     assert preprocess.mean == pytest.approx((0.48145466, 0.4578275, 0.40821073))
     assert (preprocess.size, preprocess.squash, preprocess.interpolation) == (32, False, "bicubic")
 
 
-def test_incomplete_library_directory(tmp_path):
+def test_missing_weights_in_a_library_folder_are_an_error(tmp_path):
     vit_directory(tmp_path)
     weights = load_file(tmp_path / "model.safetensors")
     weights.pop("layernorm.weight")
-    weights.pop("pooler.dense.weight")  # not used, and often not there
+    weights.pop("pooler.dense.weight")  # unused, and often missing
     save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(ValueError, match=r"1 weights do not fit \(layernorm.weight\)"):
         create_encoder(f"hf/{tmp_path}")
 
 
 @pytest.mark.parametrize("kind", ["clip", "hf-vit", "hf-dinov2"])
-def test_pretrained_false_is_random(kind, tmp_path):
+def test_pretrained_false_gives_random_weights(kind, tmp_path):
     DIRECTORIES[kind](tmp_path)
     name = f"{kind.split('-')[0]}/{tmp_path}"
     images = torch.randn(2, 3, 32, 32)
@@ -135,14 +136,14 @@ def test_pretrained_false_is_random(kind, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["small/vit", "small/conv", "timm/test_vit", "test_resnet"])
-def test_save_and_load_at_another_size(name, tmp_path):
+def test_encoder_of_another_size_survives_saving(name, tmp_path):
     encoder = create_encoder(name, pretrained=False, image_size=64)
     images = torch.randn(2, 3, 64, 64)
     encoder.save_pretrained(tmp_path)
     again = create_encoder(name, checkpoint=tmp_path)
     assert again.preprocess.size == 64 and not again.training
     assert torch.equal(encoder(images), again(images))
-    # over an older one: the newer weights are read
+    # saving again replaces the weights
     with torch.no_grad():
         next(encoder.parameters()).add_(1)
     encoder.save_pretrained(tmp_path)
@@ -151,28 +152,28 @@ def test_save_and_load_at_another_size(name, tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["clip", "hf-vit", "hf-dinov2", "hf-resnet"])
-def test_image_size_of_library_models(kind, tmp_path):
+def test_library_models_accept_another_image_size(kind, tmp_path):
     DIRECTORIES[kind](tmp_path)
     encoder = create_encoder(f"{kind.split('-')[0]}/{tmp_path}", image_size=48)
     assert encoder(torch.randn(1, 3, 48, 48)).shape == (1, encoder.features)
 
 
 @pytest.mark.parametrize("name", ["small/vit", "small/conv"])
-def test_small_encoders(name):
+def test_small_encoders_depend_on_positions_and_not_on_the_batch(name):
     torch.manual_seed(0)
     encoder = create_encoder(name, pretrained=False)
     assert 0.3e6 < sum(p.numel() for p in encoder.parameters()) < 1e6
     images = torch.randn(4, 3, 32, 32)
     with torch.no_grad():
-        # no batch statistics: an image alone gives the same features, in training mode too
+        # no batch statistics: a single image has the same features, in training mode too
         torch.testing.assert_close(encoder.train()(images)[:1], encoder.eval()(images[:1]))
-        # place matters
+        # positions matter
         assert not torch.allclose(encoder(images), encoder(images.roll(9, dims=-1)), atol=1e-3)
 
 
 @pytest.mark.parametrize("prefix", ["module.base_encoder.", "module.encoder_q.", ""])
 @pytest.mark.parametrize("suffix", [".safetensors", ".pth"])
-def test_moco_style_state_dict(prefix, suffix, tmp_path):
+def test_state_dict_of_moco_loads_the_query_encoder(prefix, suffix, tmp_path):
     source = timm.create_model("test_vit", num_classes=0).eval()
     tensors = {prefix + name: value for name, value in source.state_dict().items()}
     tensors[f"{prefix}head.0.weight"] = torch.zeros(4, 4)
@@ -192,7 +193,7 @@ def test_moco_style_state_dict(prefix, suffix, tmp_path):
     assert torch.equal(encoder(images), source(images))
 
 
-def test_mismatched_checkpoints(tmp_path):
+def test_mismatched_checkpoints_are_errors(tmp_path):
     weights = timm.create_model("test_vit", num_classes=0).state_dict()
     weights = {f"module.{name}": value for name, value in weights.items()}
     file = tmp_path / "weights.safetensors"
@@ -203,27 +204,27 @@ def test_mismatched_checkpoints(tmp_path):
     with pytest.raises(ValueError, match=r"0 missing; 1 not in the model \(odd\)"):
         create_encoder("timm/test_vit", checkpoint=file)
     save_file({**weights, "module.cls_token": torch.ones(1, 1, 9)}, file)
-    with pytest.raises(ValueError, match=r"cls_token is \[1, 1, 9\]; the model asks for"):
+    with pytest.raises(ValueError, match=r"cls_token is \[1, 1, 9\]; the model needs"):
         create_encoder("timm/test_vit", checkpoint=file)
     file.write_bytes(b"not tensors")
     with pytest.raises(ValueError, match="not a readable safetensors file"):
         create_encoder("timm/test_vit", checkpoint=file)
 
 
-def test_mistakes(tmp_path):
+def test_unusable_names_and_checkpoints_are_errors(tmp_path):
     create_encoder("small/vit", pretrained=False).save_pretrained(tmp_path / "vit")
     for call, message in (
         (lambda: create_encoder("openai/clip"), "write timm/NAME"),
-        (lambda: create_encoder("timm/vit_smal_patch16_224"), "near it are vit_small_patch16_224"),
+        (lambda: create_encoder("timm/vit_smal_patch16_224"), "did you mean vit_small_patch16_224"),
         (lambda: create_encoder("small/resnet"), "small/vit and small/conv"),
-        (lambda: create_encoder(f"hf/{tmp_path}"), "its files cannot be had"),
+        (lambda: create_encoder(f"hf/{tmp_path}"), "cannot load its files"),
         (lambda: create_encoder("small/vit", image_size=36), "multiple of 8: 36"),
         (lambda: create_encoder("small/vit", checkpoint=tmp_path / "none"), "no such file"),
-        (lambda: create_encoder("hf/x", checkpoint=tmp_path), "no encoder.json; a directory of"),
+        (lambda: create_encoder("hf/x", checkpoint=tmp_path), "no encoder.json; a folder in"),
         (lambda: create_encoder("small/conv", checkpoint=tmp_path / "vit"), "it is a 'small/vit'"),
         (
             lambda: create_encoder("hf/x", checkpoint=tmp_path / "vit" / "model.safetensors"),
-            "a directory of ours",
+            "a folder that fmray saved",
         ),
     ):
         with pytest.raises(ValueError, match=message):

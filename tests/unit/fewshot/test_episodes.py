@@ -30,7 +30,7 @@ def make_labels(counts: list[int], seed: int = 0) -> np.ndarray:
     seed=st.integers(0, 2**40),
     index=st.integers(0, 2**40),
 )
-def test_episode_invariants(counts, ways, shots, queries, seed, index):
+def test_episodes_are_disjoint_and_balanced(counts, ways, shots, queries, seed, index):
     labels = make_labels(counts)
     eligible = 3 * np.flatnonzero(np.array(counts) >= shots + queries)
     if ways > len(eligible):
@@ -63,7 +63,7 @@ def take(world_size: int, rank: int, total: int, start: int = 0) -> dict[int, by
 
 
 @pytest.mark.parametrize("world_size", [2, 8])
-def test_equal_for_any_number_of_workers_and_after_resume(world_size):
+def test_episodes_are_equal_for_any_number_of_workers_and_after_a_resume(world_size):
     alone = take(1, 0, 40)
     shared: dict[int, bytes] = {}
     for rank in reversed(range(world_size)):
@@ -74,7 +74,7 @@ def test_equal_for_any_number_of_workers_and_after_resume(world_size):
     assert len(set(alone.values())) == 40
 
 
-def test_equal_in_another_process():
+def test_episodes_are_equal_in_another_process():
     code = (
         "from fmray.fewshot import EpisodeSampler as S\n"
         "import numpy as np\n"
@@ -90,7 +90,7 @@ def test_equal_in_another_process():
     assert printed.strip() == here
 
 
-def test_split_and_seed_change_the_draw():
+def test_split_and_seed_change_the_episodes():
     labels = make_labels([20] * 10)
     drawn = {
         sampler[3].support.tobytes()
@@ -114,10 +114,10 @@ def test_every_class_and_image_is_drawn_equally_often():
     assert np.abs(times - mean).max() < 4.5 * deviation
 
 
-def test_left_out_classes_are_counted_in_the_log(caplog):
+def test_skipped_classes_are_counted_in_a_warning(caplog):
     sampler = EpisodeSampler(make_labels([11, 11, 11, 10]), 3, 1, 10, 0, "test")
     assert sampler.left_out == 1
-    assert "1 of 4 classes of the test split have fewer than 11 images" in caplog.text
+    assert "1 of 4 classes of the test split: they have fewer than 11 images" in caplog.text
 
 
 @pytest.mark.parametrize(
@@ -132,16 +132,16 @@ def test_left_out_classes_are_counted_in_the_log(caplog):
         ({"split": "valid"}, "split must be one of train, val, test, all"),
         ({"labels": np.ones(5)}, "labels must be .n. integers, not float64"),
         ({"rows": np.arange(3)}, "rows must be 47 integers"),
-        ({"rows": np.arange(47) // 2}, "rows must be distinct, and 0 is there"),
+        ({"rows": np.arange(47) // 2}, "rows must be distinct, but 0 occurs"),
     ],
 )
-def test_mistakes(changes, message):
+def test_invalid_arguments_are_errors(changes, message):
     arguments = {"labels": make_labels([12, 12, 12, 11]), "ways": 4, "shots": 1, "queries": 10}
     arguments |= {"seed": 0, "split": "test"} | changes
     with pytest.raises(ValueError, match=message):
         EpisodeSampler(**arguments)
 
 
-def test_no_negative_episode():
+def test_negative_episode_is_an_error():
     with pytest.raises(IndexError, match="numbered from 0"):
         EpisodeSampler(make_labels([12] * 4), 4, 1, 10, 0, "test")[-1]

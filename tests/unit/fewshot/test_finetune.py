@@ -1,4 +1,4 @@
-"""Finetuning losses: against their definition, finite differences, scikit-learn's probe."""
+"""Finetuning losses, against their definition, finite differences and scikit-learn."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from fmray.fewshot.methods import (
 
 
 class Projection(nn.Module):
-    """A linear encoder of 2x2 pictures."""
+    """A linear encoder of 2x2 images."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -40,7 +40,7 @@ def make_episode(ways=3, shots=2, queries=4, size=2, seed=0):
     return images[:, :shots], images[:, shots:]
 
 
-def test_multitask_loss_is_its_definition():
+def test_multitask_loss_matches_its_definition():
     encoder, temperature = Projection().double(), 7.0
     support, query = (part.double() for part in make_episode())
     loss, accuracy = multitask_loss(
@@ -74,7 +74,7 @@ def test_multitask_gradient_flows_through_centroids_and_temperature():
 
 
 @pytest.mark.parametrize("name", ["timm/test_vit", "timm/test_resnet", "small/conv"])
-def test_multitask_learns_and_batch_norms_stay(name):
+def test_multitask_learns_and_batch_norms_do_not_change(name):
     torch.manual_seed(0)
     encoder = finetuning_mode(create_encoder(name, pretrained=False, image_size=32))
     temperature = log_temperature()
@@ -112,7 +112,7 @@ def make_features(seed=0, classes=4, images=200, dimensions=6):
     return features * torch.logspace(-3, 2, dimensions) + 50, labels
 
 
-def test_linear_probe_is_logistic_regression():
+def test_linear_probe_matches_logistic_regression():
     features, labels = make_features()
     head = linear_probe(features, labels, 4, steps=3000, seed=0)
     mean, scale = features.mean(0), features.std(0)
@@ -122,7 +122,7 @@ def test_linear_probe_is_logistic_regression():
     np.testing.assert_allclose(ours, theirs, atol=0.02)
 
 
-def test_lp_ft_starts_where_the_probe_ends_and_probing_leaves_the_encoder():
+def test_lp_ft_starts_from_the_probe_and_probing_does_not_change_the_encoder():
     torch.manual_seed(0)
     encoder = create_encoder("small/conv", pretrained=False)
     before = copy.deepcopy(encoder.state_dict())
@@ -138,11 +138,11 @@ def test_lp_ft_starts_where_the_probe_ends_and_probing_leaves_the_encoder():
     loss, accuracy = classification_loss(encoder, head, images, labels)
     torch.testing.assert_close(loss, nn.functional.cross_entropy(probe_logits, labels))
     assert accuracy == (probe_logits.argmax(1) == labels).float().mean() > 0.5
-    loss.backward()  # then all
+    loss.backward()  # finetuning then trains encoder and head
     assert all(p.grad is not None for p in [*encoder.parameters(), *head.parameters()])
 
 
-def test_heads_are_drawn_from_the_seed_alone():
+def test_heads_depend_on_the_seed_alone():
     features, labels = make_features()
     torch.manual_seed(1)
     first = linear_head(6, 4, seed=3), linear_probe(features, labels, 4, steps=5, seed=3, batch=32)
@@ -153,7 +153,7 @@ def test_heads_are_drawn_from_the_seed_alone():
         assert torch.equal(a.weight, b.weight) and torch.equal(a.bias, b.bias)
 
 
-def test_linear_probe_mistakes():
+def test_invalid_input_of_the_linear_probe_is_an_error():
     features, labels = make_features()
     with pytest.raises(ValueError, match=r"labels must lie in 0..2, not 0..3"):
         linear_probe(features, labels, 3, steps=1, seed=0)

@@ -17,33 +17,33 @@ ACCURACIES = st.lists(st.floats(0, 1), min_size=2, max_size=50)
 
 @settings(max_examples=50, deadline=None)
 @given(values=ACCURACIES, level=st.sampled_from([0.5, 0.9, 0.95, 0.99]))
-def test_t_interval_is_scipys(values, level):
-    found = confidence_interval(values, level)
+def test_t_interval_matches_scipy(values, level):
+    interval = confidence_interval(values, level)
     expected = stats.sem(values) * stats.t.ppf((1 + level) / 2, len(values) - 1)
-    assert found.mean == pytest.approx(np.mean(values), abs=1e-12)
-    assert found.half_width == pytest.approx(expected, rel=1e-9, abs=1e-12)
+    assert interval.mean == pytest.approx(np.mean(values), abs=1e-12)
+    assert interval.half_width == pytest.approx(expected, rel=1e-9, abs=1e-12)
 
 
-def test_meta_dataset_interval():
+def test_meta_dataset_interval_uses_the_population_variance():
     # mean 2, population variance 2/3
-    found = confidence_interval([1.0, 2.0, 3.0], kind="meta_dataset")
-    assert found.half_width == pytest.approx(1.96 * math.sqrt(2 / 3) / math.sqrt(3))
+    interval = confidence_interval([1.0, 2.0, 3.0], kind="meta_dataset")
+    assert interval.half_width == pytest.approx(1.96 * math.sqrt(2 / 3) / math.sqrt(3))
 
 
-def test_one_value_has_no_interval():
+def test_single_value_has_no_interval():
     for kind in ("t", "meta_dataset"):
-        found = confidence_interval([0.5], kind=kind)
-        assert found.mean == 0.5 and math.isnan(found.half_width)
+        interval = confidence_interval([0.5], kind=kind)
+        assert interval.mean == 0.5 and math.isnan(interval.half_width)
 
 
-def test_paired_interval_is_scipys_paired_test():
+def test_paired_interval_matches_the_paired_test_of_scipy():
     generator = np.random.default_rng(0)
     difficulty = generator.uniform(0.2, 0.8, 200)
     a, b = (difficulty + generator.normal(shift, 0.02, 200) for shift in (0.01, 0.0))
-    found, test = paired_interval(a, b), stats.ttest_rel(a, b)
+    paired, test = paired_interval(a, b), stats.ttest_rel(a, b)
     expected = test.confidence_interval(0.95)
-    assert (found.low, found.high) == pytest.approx((expected.low, expected.high))
-    assert found.low > 0  # and unpaired, the same difference is lost in the tasks' spread
+    assert (paired.low, paired.high) == pytest.approx((expected.low, expected.high))
+    assert paired.low > 0  # unpaired, the difference is lost in the tasks' spread
     assert confidence_interval(a).low < confidence_interval(b).high
 
 
@@ -59,6 +59,6 @@ def test_paired_interval_is_scipys_paired_test():
         (lambda: paired_interval([0.1, 0.2], [0.1]), "same tasks"),
     ],
 )
-def test_mistakes(call, message):
+def test_invalid_values_are_errors(call, message):
     with pytest.raises(ValueError, match=message):
         call()

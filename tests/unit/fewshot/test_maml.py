@@ -25,9 +25,11 @@ VALUES = st.floats(-3, 3)
     lr=st.floats(0.01, 0.4),
     steps=st.integers(1, 4),
 )
-def test_closed_form_on_a_quadratic(start, support, query, curvature, lr, steps):
-    """Inner a/2 (w - s)^2, outer (w' - q)^2 / 2: w' = s + (1 - lr a)^n (w - s), and the outer
-    gradient is w' - q to first order, times (1 - lr a)^n to second.
+def test_gradients_match_closed_form_on_a_quadratic(start, support, query, curvature, lr, steps):
+    """The inner loss is a/2 (w - s)^2 and the outer one (w' - q)^2 / 2.
+
+    Then w' = s + (1 - lr a)^n (w - s), and the outer gradient is w' - q to first order, times
+    (1 - lr a)^n to second order.
     """
     factor = (1 - lr * curvature) ** steps
     reached = support + factor * (start - support)
@@ -42,7 +44,7 @@ def test_closed_form_on_a_quadratic(start, support, query, curvature, lr, steps)
         assert weight.item() == start
 
 
-def test_weights_the_loss_does_not_use_stay():
+def test_weights_unused_by_the_loss_do_not_change():
     weights = {name: torch.ones(2, requires_grad=True) for name in ("used", "unused")}
     fast = adapt(weights, lambda w: w["used"].square().sum(), 0.1, 2, 1)
     assert fast["unused"] is weights["unused"]
@@ -61,7 +63,7 @@ def make_episode(ways=3, shots=2, queries=2, size=32, seed=0, dtype=torch.float3
 
 @pytest.mark.parametrize("name", ["small/vit", "timm/test_resnet"])
 @pytest.mark.parametrize("order", [1, 2])
-def test_fast_weights_are_gradient_descent_and_the_encoder_stays(name, order):
+def test_fast_weights_match_gradient_descent_and_the_encoder_does_not_change(name, order):
     torch.manual_seed(0)
     encoder = finetuning_mode(create_encoder(name, pretrained=False, image_size=32))
     before = copy.deepcopy(encoder.state_dict())
@@ -109,7 +111,7 @@ class Tanh(nn.Module):
         return torch.tanh(self.linear(images.flatten(1)))
 
 
-def test_second_order_gradient_is_the_true_one():
+def test_second_order_gradient_matches_finite_differences():
     torch.manual_seed(0)
     encoder = Tanh()
     support, query = make_episode(size=2)
@@ -119,25 +121,25 @@ def test_second_order_gradient_is_the_true_one():
     first.zero_grad()
     maml_loss(first, support, query, 0.3, 3, order=1)[0].backward()
     numeric = torch.zeros_like(encoder.linear.weight)
-    for place in range(numeric.numel()):
+    for index in range(numeric.numel()):
         ends = []
         for sign in (1, -1):
             moved = copy.deepcopy(encoder)
             with torch.no_grad():
-                moved.linear.weight.view(-1)[place] += sign * 1e-2
+                moved.linear.weight.view(-1)[index] += sign * 1e-2
             ends.append(maml_loss(moved, support, query, 0.3, 3, order=2)[0].item())
-        numeric.view(-1)[place] = (ends[0] - ends[1]) / 2e-2
+        numeric.view(-1)[index] = (ends[0] - ends[1]) / 2e-2
     torch.testing.assert_close(encoder.linear.weight.grad, numeric, atol=2e-4, rtol=2e-2)
-    # which the first-order gradient is not
+    # the first-order gradient does not
     assert (first.linear.weight.grad - numeric).abs().max() > 10 * (
         encoder.linear.weight.grad - numeric
     ).abs().max()
 
 
-def test_evaluates_under_no_grad():
+def test_loss_under_no_grad_is_the_same():
     encoder, (support, query) = Tanh(), make_episode(size=2)
     expected, _ = maml_loss(encoder, support, query, 0.3, 2, order=1)
     with torch.no_grad():
-        found, accuracy = maml_loss(encoder, support, query, 0.3, 2, order=1)
-    assert torch.equal(found, expected) and not found.requires_grad
+        loss, accuracy = maml_loss(encoder, support, query, 0.3, 2, order=1)
+    assert torch.equal(loss, expected) and not loss.requires_grad
     assert 0 <= accuracy <= 1

@@ -1,4 +1,4 @@
-"""Meta-Dataset's sampler: its bounds on ways, queries and support, with and without groups."""
+"""Meta-Dataset's sampler: bounds and laws of ways, queries and support, with and without groups."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def check_episode(episode, labels, counts):
     seed=st.integers(0, 2**40),
     index=st.integers(0, 2**40),
 )
-def test_bounds(counts, seed, index):
+def test_ways_queries_and_support_are_within_their_bounds(counts, seed, index):
     labels, large = make_labels(counts), sum(count >= 2 for count in counts)
     if large < 5:
         with pytest.raises(ValueError, match="no 5 classes of at least 2 images"):
@@ -47,14 +47,14 @@ def test_bounds(counts, seed, index):
     assert 5 <= len(episode.classes) <= min(50, large)
     assert sampler.left_out == len(counts) - large
     check_episode(episode, labels, counts)
-    # a pure function of seed, split and index, under any ids
+    # row ids do not change the episode
     ids = np.random.default_rng(1).permutation(3 * len(labels))[: len(labels)]
     named = MetaDatasetSampler(labels, seed, "train", rows=ids)[index]
     for theirs, ours in zip(named.support, episode.support, strict=True):
         assert np.array_equal(theirs, ids[ours])
 
 
-def test_laws_of_ways_and_support():
+def test_ways_and_support_follow_their_laws():
     counts = [60] * 30
     labels = make_labels(counts)
     sampler = MetaDatasetSampler(labels, 0, "train")
@@ -72,7 +72,7 @@ def test_laws_of_ways_and_support():
     assert max(s.sum() for s in shots) > 480
 
 
-def test_imbalanced_classes_get_support_by_their_size():
+def test_large_classes_get_more_support():
     counts = [20] * 5 + [200] * 5
     sampler = MetaDatasetSampler(make_labels(counts), 0, "train")
     small, large = [], []
@@ -83,11 +83,11 @@ def test_imbalanced_classes_get_support_by_their_size():
     assert np.mean(large) > 5 * np.mean(small)
 
 
-def test_alphabets_and_nodes():
+def test_episodes_draw_classes_from_one_group():
     labels = make_labels([20] * 100)
     alphabets = [np.arange(0, 14), np.arange(14, 20), np.arange(20, 23), np.arange(23, 100)]
     sampler = MetaDatasetSampler(labels, 0, "train", groups=alphabets)
-    assert len(sampler.groups) == 3  # three characters make no episode
+    assert len(sampler.groups) == 3  # three classes are too few
     drawn = np.zeros(4)
     for i in range(600):
         classes = sampler[i].classes
@@ -103,7 +103,7 @@ def test_alphabets_and_nodes():
 
 
 @pytest.mark.parametrize("split, nodes", [("train", 113), ("val", 18), ("test", 15)])
-def test_the_eligible_nodes_of_ilsvrc(real_data, split, nodes):
+def test_groups_of_ilsvrc_are_its_eligible_nodes(real_data, split, nodes):
     specification = DatasetSpecification.read(
         real_data / "meta_dataset" / "dataset_specs" / "ilsvrc_2012_dataset_spec.json"
     )

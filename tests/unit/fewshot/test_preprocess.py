@@ -1,4 +1,4 @@
-"""Preprocessing against timm's own transform, on shapes and modes that real images come in."""
+"""Preprocessing against timm's own transform, on shapes and modes of real images."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def smooth_image(width: int, height: int, seed: int = 0) -> Image.Image:
 
 @pytest.mark.parametrize("width, height", [(120, 80), (50, 90), (64, 64), (300, 40)])
 @pytest.mark.parametrize("squash", [False, True])
-def test_equals_timms_transform(width, height, squash):
+def test_preprocessing_matches_the_transform_of_timm(width, height, squash):
     image = smooth_image(width, height)
     preprocess = Preprocess(32, shorter=36, squash=squash)
     theirs = create_transform(
@@ -40,12 +40,12 @@ def test_equals_timms_transform(width, height, squash):
         crop_mode="squash" if squash else "center",
     )
     ours = preprocess.normalise(preprocess.decode([encode(image)]))[0]
-    # one pass instead of resize, round and crop: they differ by parts of a source pixel
+    # one pass instead of resize, round and crop: the difference is a fraction of a source pixel
     assert (ours - theirs(image)).abs().mean() < 0.04
     assert ours.shape == (3, 32, 32) and ours.dtype == torch.float32
 
 
-def test_every_mode_becomes_rgb():
+def test_every_image_mode_becomes_rgb():
     grey = smooth_image(40, 30).convert("L")
     preprocess = Preprocess(16)
     for mode in ("L", "1", "P", "LA", "RGBA", "CMYK", "RGB"):
@@ -56,7 +56,7 @@ def test_every_mode_becomes_rgb():
             assert (pixels[0, 0] == pixels[0, 1]).all()
 
 
-def test_normalise_takes_bytes_and_floats():
+def test_normalise_accepts_bytes_and_floats():
     preprocess = Preprocess(8, mean=(0.5, 0.4, 0.3), std=(0.1, 0.2, 0.3))
     pixels = torch.full((2, 3, 8, 8), 51, dtype=torch.uint8)
     expected = torch.tensor([(0.2 - 0.5) / 0.1, (0.2 - 0.4) / 0.2, (0.2 - 0.3) / 0.3])
@@ -64,18 +64,18 @@ def test_normalise_takes_bytes_and_floats():
     torch.testing.assert_close(preprocess.normalise(pixels / 255), preprocess.normalise(pixels))
 
 
-def test_resized_keeps_the_crop():
+def test_resized_keeps_the_share_of_the_crop():
     assert Preprocess(224, shorter=256).resized(112) == Preprocess(112, shorter=128)
 
 
-def test_unreadable_image_is_named():
+def test_error_names_the_unreadable_image():
     good = encode(smooth_image(20, 20), "JPEG")
     for bad in (b"no image", b"", good[: len(good) // 2]):
         with pytest.raises(ValueError, match="image 1 of 2 is not readable"):
             Preprocess(8).decode([good, bad])
 
 
-def test_real_images(real_data):
+def test_real_images_are_decoded(real_data):
     table = pq.read_table(real_data / "images" / "omniglot.parquet", columns=["image"])
     images = table["image"].to_pylist()[:20]
     pixels = Preprocess(32).decode(images)

@@ -13,7 +13,7 @@ from fmray.fewshot import create_encoder
 from fmray.fewshot.pretrain import MoCo, SimCLR, Supervised, augment, simclr_loss
 
 
-def test_simclr_loss_is_its_definition():
+def test_simclr_loss_matches_its_definition():
     generator = np.random.default_rng(0)
     views = generator.normal(size=(2, 4, 5))
     unit = (views / np.linalg.norm(views, axis=-1, keepdims=True)).reshape(8, 5)
@@ -22,14 +22,14 @@ def test_simclr_loss_is_its_definition():
         partner = (i + 4) % 8
         similar = {k: math.exp(unit[i] @ unit[k] / 0.5) for k in range(8) if k != i}
         losses.append(-math.log(similar[partner] / sum(similar.values())))
-    found = simclr_loss(*torch.from_numpy(views), temperature=0.5)
-    assert found.item() == pytest.approx(np.mean(losses), rel=1e-6)
+    loss = simclr_loss(*torch.from_numpy(views), temperature=0.5)
+    assert loss.item() == pytest.approx(np.mean(losses), rel=1e-6)
     with pytest.raises(ValueError, match="B >= 2"):
         simclr_loss(torch.ones(1, 5), torch.ones(1, 5))
 
 
 class Flat(nn.Module):
-    """A linear encoder of 4x4 pictures."""
+    """A linear encoder of 4x4 images."""
 
     features = 6
 
@@ -41,7 +41,7 @@ class Flat(nn.Module):
         return self.linear(images.flatten(1))
 
 
-def test_moco_loss_queue_and_momentum():
+def test_moco_loss_queue_and_momentum_match_their_definition():
     torch.manual_seed(0)
     moco = MoCo(Flat(), temperature=0.3, queue=10, momentum=0.9)
     first, second = torch.randn(2, 4, 3, 4, 4)
@@ -74,7 +74,7 @@ def test_moco_loss_queue_and_momentum():
     torch.testing.assert_close(moco.key_encoder.linear.weight, old + 0.1)
 
 
-def test_moco_queue_shorter_than_the_batch():
+def test_moco_queue_shorter_than_the_batch_holds_the_newest_keys():
     moco = MoCo(Flat(), queue=3)
     _, second = images = torch.randn(2, 7, 3, 4, 4)
     moco(*images)
@@ -82,7 +82,7 @@ def test_moco_queue_shorter_than_the_batch():
     torch.testing.assert_close(moco.keys[[4 % 3, 5 % 3, 6 % 3]], keys[4:])
 
 
-def test_augment_is_drawn_from_the_generator():
+def test_augmentation_depends_on_the_generator_alone():
     images = torch.randint(0, 256, (16, 3, 32, 40), dtype=torch.uint8)
     first, again, other = (
         augment(images, torch.Generator().manual_seed(seed)) for seed in (5, 5, 6)
@@ -92,21 +92,21 @@ def test_augment_is_drawn_from_the_generator():
     assert torch.equal(first, again) and not torch.equal(first, other)
 
 
-def test_augment_crops_within_the_image_and_flips():
-    # red is the column, green the row: a view's colours say where its pixels came from
+def test_augmentation_crops_within_the_image_and_flips():
+    # red is the column, green the row: colours tell where the pixels of a view came from
     columns = torch.linspace(0, 255, 64).expand(64, 64)
     image = torch.stack([columns, columns.T, torch.zeros(64, 64)]).to(torch.uint8)
-    grey = image[:1].expand(3, -1, -1)  # keeps order under any colour change
+    grey = image[:1].expand(3, -1, -1)  # colour changes keep the order of grey values
     views = augment(grey.expand(400, -1, -1, -1), torch.Generator().manual_seed(0))
     steps = views[:, 0, 32, 1:] - views[:, 0, 32, :-1]
     rising, falling = (steps >= -1e-6).all(1), (steps <= 1e-6).all(1)
-    assert (rising | falling).all()  # no reflection, no turn
+    assert (rising | falling).all()  # no reflection, no rotation
     assert 0.4 < rising.float().mean() < 0.6
     # grey stays grey
     torch.testing.assert_close(views[:, 0], views[:, 2], atol=1e-5, rtol=0)
 
 
-def test_augment_sometimes_removes_colour():
+def test_augmentation_sometimes_removes_colour():
     red = torch.zeros(1000, 3, 8, 8, dtype=torch.uint8)
     red[:, 0] = 200
     views = augment(red, torch.Generator().manual_seed(0))
@@ -117,7 +117,7 @@ def test_augment_sometimes_removes_colour():
 
 
 @pytest.mark.parametrize("objective", ["simclr", "supervised"])
-def test_each_objective_learns(objective):
+def test_simclr_and_supervised_learn(objective):
     torch.manual_seed(0)
     encoder = create_encoder("small/conv", pretrained=False)
     images = nn.functional.interpolate(255 * torch.rand(16, 3, 4, 4), scale_factor=8)
@@ -132,20 +132,20 @@ def test_each_objective_learns(objective):
     trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=1e-3)
 
-    def found() -> float:
-        """The share of first views whose most similar second view is of the same image."""
+    def accuracy() -> float:
+        """Return the share of first views that are matched to their own image or label."""
         if objective == "supervised":
             return (module.head(encoder(first)).argmax(1) == labels).float().mean().item()
         views = (nn.functional.normalize(encoder(view), dim=1) for view in (first, second))
         return (torch.mm(next(views), next(views).mT).argmax(1) == labels).float().mean().item()
 
-    before = found()
+    before = accuracy()
     for _ in range(20):
         loss = module(first, second, labels)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-    assert before < 0.4 and found() > 0.8
+    assert before < 0.4 and accuracy() > 0.8
     assert all(parameter.grad is not None for parameter in trained)
 
 
@@ -157,7 +157,7 @@ def test_moco_learns():
     first, second = torch.randn(2, 16, 3, 32, 32)
     queue, losses = moco.keys.clone(), []
     for _ in range(6):
-        moco.keys.copy_(queue)  # the same few images again would be negatives of themselves
+        moco.keys.copy_(queue)  # or the same few images would be their own negatives
         loss = moco(first, second)
         optimizer.zero_grad()
         loss.backward()

@@ -46,7 +46,7 @@ def write(path: Path, **changes: Any) -> Path:
     return path
 
 
-def test_published_classes(real_data: Path) -> None:
+def test_numbers_of_classes_match_the_paper(real_data: Path) -> None:
     for name, counts in PUBLISHED.items():
         specification = read(real_data, name)
         classes = [specification.classes(split) for split in SPLITS]
@@ -54,7 +54,7 @@ def test_published_classes(real_data: Path) -> None:
         assert sorted(np.concatenate(classes)) == list(range(sum(counts)))
 
 
-def test_named_splits_agree_with_the_papers_files(real_data: Path) -> None:
+def test_splits_match_the_published_lists(real_data: Path) -> None:
     for name in ("cu_birds", "dtd", "mscoco", "quickdraw", "fungi", "aircraft"):
         specification = read(real_data, name)
         listed = json.loads((real_data / "meta_dataset/splits" / f"{name}_splits.json").read_text())
@@ -63,7 +63,7 @@ def test_named_splits_agree_with_the_papers_files(real_data: Path) -> None:
             assert names == set(listed.get(key, []))
 
 
-def test_eligible_nodes_and_alphabets(real_data: Path) -> None:
+def test_groups_are_eligible_nodes_and_alphabets(real_data: Path) -> None:
     imagenet, omniglot = read(real_data, "ilsvrc_2012"), read(real_data, "omniglot")
     assert [len(imagenet.groups(split)) for split in SPLITS] == [113, 18, 15]
     assert [len(omniglot.groups(split)) for split in SPLITS] == [25, 5, 20]
@@ -78,8 +78,8 @@ def test_eligible_nodes_and_alphabets(real_data: Path) -> None:
     assert read(real_data, "cu_birds").groups("train") is None
 
 
-def test_nodes_span_the_leaves_that_paths_lead_to(real_data: Path) -> None:
-    """Against a walk down every path, which a shared descendant is on more than once."""
+def test_groups_of_a_graph_match_a_walk_down_every_path(real_data: Path) -> None:
+    """A walk down every path meets a shared descendant more than once."""
     path = real_data / "meta_dataset/dataset_specs/ilsvrc_2012_dataset_spec.json"
     graph = json.loads(path.read_text())["split_subgraphs"]["VALID"]
     children = {node["wn_id"]: node["children_ids"] for node in graph}
@@ -105,11 +105,11 @@ def test_nodes_span_the_leaves_that_paths_lead_to(real_data: Path) -> None:
         ({"class_names": {"0": "a", "1": "b", "2": "a"}}, "ids 0 and 2 are both 'a'"),
         ({"class_names": {"0": "a", "1": "b"}}, "the splits have 3 classes, class_names 2"),
         ({"images_per_class": {"0": 1}}, "images_per_class 1"),
-        ({"classes_per_split": {"TRAIN": 3}}, "there is no 'VALID'"),
+        ({"classes_per_split": {"TRAIN": 3}}, "'VALID' is missing"),
         ({"classes_per_split": 3}, "spec.json: "),
     ],
 )
-def test_a_wrong_specification_says_what_is_wrong(
+def test_invalid_specification_is_an_error(
     tmp_path: Path, changes: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(ValueError, match=r"spec\.json: ") as error:
@@ -117,7 +117,7 @@ def test_a_wrong_specification_says_what_is_wrong(
     assert message in str(error.value)
 
 
-def test_a_graph_that_goes_round_is_refused(tmp_path: Path) -> None:
+def test_cyclic_graph_is_an_error(tmp_path: Path) -> None:
     nodes = [{"wn_id": "x", "children_ids": ["y"]}, {"wn_id": "y", "children_ids": ["x"]}]
     graphs = {"TRAIN": nodes, "VALID": [], "TEST": []}
     changes = {"__class__": "HierarchicalDatasetSpecification", "split_subgraphs": graphs}

@@ -1,4 +1,4 @@
-"""Task moments: merged and streamed against all at once, and against exact arithmetic."""
+"""Task moments: merged and streamed against a single pass, and against exact arithmetic."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from fmray.selection import MomentStream, TaskMoments
 
 
 def assert_same(a: TaskMoments, b: TaskMoments, relative: float = 1e-12) -> None:
-    """Equal up to rounding, each statistic beside its own size."""
+    """Assert equality up to rounding, relative to the size of each statistic."""
     assert a.count == b.count
     np.testing.assert_allclose(a.mean, b.mean, rtol=relative)
     diagonal = np.sqrt(np.diagonal(b.scatter))
@@ -28,7 +28,7 @@ def features(n: int, d: int = 7, offset: float = 1e3, seed: int = 0) -> np.ndarr
     return generator.normal(size=(n, d)) @ generator.normal(size=(d, d)) + offset
 
 
-def test_moments_are_those_of_numpy():
+def test_moments_match_numpy():
     x = features(50, offset=0.3)
     moments = TaskMoments.of("a", torch.from_numpy(x))
     y = x - x.mean(axis=0)
@@ -41,7 +41,7 @@ def test_moments_are_those_of_numpy():
     assert moments.mean.dtype == moments.scatter.dtype == np.float64
 
 
-def test_at_a_large_offset_the_scatter_is_that_of_exact_arithmetic():
+def test_scatter_at_a_large_offset_matches_exact_arithmetic():
     x = features(40, d=3)
     exact = [[Fraction(float(value)) for value in row] for row in x]
     mean = [sum(column) / 40 for column in zip(*exact, strict=True)]
@@ -57,7 +57,7 @@ def test_at_a_large_offset_the_scatter_is_that_of_exact_arithmetic():
     np.testing.assert_allclose(merged.mean, [float(value) for value in mean], rtol=3e-16)
 
 
-def test_streamed_equals_batch_at_an_offset_of_a_thousand():
+def test_streamed_moments_match_a_single_pass_at_a_large_offset():
     x, tasks = features(5000), np.random.default_rng(1).integers(0, 3, 5000)
     stream = MomentStream(["a", "b", "c"], 7)
     for start in range(0, 5000, 37):
@@ -69,7 +69,7 @@ def test_streamed_equals_batch_at_an_offset_of_a_thousand():
 
 @settings(max_examples=40, deadline=None)
 @given(st.lists(st.integers(1, 30), min_size=1, max_size=8), st.sampled_from([0.0, 1e3]))
-def test_any_cut_and_any_order_of_merging_is_the_whole(sizes, offset):
+def test_parts_merged_in_any_order_match_a_single_pass(sizes, offset):
     x = features(sum(sizes), d=4, offset=offset, seed=len(sizes))
     cuts = np.cumsum(sizes)[:-1]
     parts = [TaskMoments.of("part", part) for part in np.split(x, cuts)]
@@ -133,6 +133,6 @@ def test_a_stream_may_add_into_a_memory_map(tmp_path):
         ),
     ],
 )
-def test_what_is_no_task_is_said(make, message):
+def test_invalid_tasks_are_errors(make, message):
     with pytest.raises(ValueError, match=message):
         make()

@@ -14,7 +14,7 @@ EXAMPLE = {"A": (4, 1), "B": (4, -2), "C": (0, 4), "D": (-4, 0)}
 
 
 def unit_task(name: str, mean: tuple[float, float]) -> TaskMoments:
-    """Four features of covariance I in the plane."""
+    """Return a task of four features in the plane, with covariance I."""
     corners = math.sqrt(2) * np.array([[1, 0], [-1, 0], [0, 1], [0, -1]])
     return TaskMoments.of(name, corners + mean)
 
@@ -29,7 +29,7 @@ def of(groups: list[np.ndarray]) -> list[TaskMoments]:
     return [TaskMoments.of(f"t{i}", group) for i, group in enumerate(groups)]
 
 
-def test_the_worked_example():
+def test_worked_example():
     target = unit_task("target", (4, 0))
     tasks = [unit_task(name, mean) for name, mean in EXAMPLE.items()]
     result = select_tasks(target, tasks[::-1], 0.05, covariance="ml")
@@ -39,7 +39,7 @@ def test_the_worked_example():
     assert result.similarity == pytest.approx([4 / 17**0.5, 4 / 20**0.5, 0, -1])
     for threshold, names in ((0, ["A", "B"]), (11.9, ["A", "B"]), (12.1, ["A"])):
         assert select_tasks(target, tasks, threshold, "ml").names == names
-    # By sample is by task where all tasks have as many.
+    # weights by sample and by task are the same where all tasks have as many samples
     assert select_tasks(target, tasks, 0.05, "ml", "sample").coverage == pytest.approx(
         result.coverage
     )
@@ -47,26 +47,26 @@ def test_the_worked_example():
 
 @pytest.mark.parametrize(("kind", "oracle"), [("oas", OAS), ("ledoit_wolf", LedoitWolf)])
 @pytest.mark.parametrize("sizes", [(9, 9, 9), (200, 200), (5, 40, 17), (3,)])
-def test_covariances_are_those_of_scikit_learn(kind, oracle, sizes):
+def test_covariances_match_scikit_learn(kind, oracle, sizes):
     groups = candidates(len(sizes), 12, sizes)
     target = np.random.default_rng(9).normal(size=(6, 12))
     pooled = np.concatenate(groups)
     difference = pooled.mean(axis=0) - target.mean(axis=0)
     distance = difference @ np.linalg.solve(oracle().fit(pooled).covariance_, difference)
-    found = coverage(of(groups), TaskMoments.of("0", target), kind, "sample")
-    assert found == pytest.approx(1 / distance, rel=1e-10)
+    by_sample = coverage(of(groups), TaskMoments.of("0", target), kind, "sample")
+    assert by_sample == pytest.approx(1 / distance, rel=1e-10)
     if len(set(sizes)) == 1:
         by_task = coverage(of(groups), TaskMoments.of("0", target), kind, "task")
-        assert by_task == pytest.approx(found, rel=1e-10)
+        assert by_task == pytest.approx(by_sample, rel=1e-10)
 
 
 @pytest.mark.parametrize("kind", ["ml", "diag"])
-def test_plain_and_diagonal_covariance_of_an_unequal_mixture(kind):
+def test_plain_and_diagonal_covariance_of_tasks_of_unequal_size(kind):
     groups = candidates(3, 4, (30, 90, 11))
     target = np.random.default_rng(1).normal(size=(5, 4))
     means = np.array([group.mean(axis=0) for group in groups])
     mixture = np.mean([empirical_covariance(group) for group in groups], axis=0)
-    mixture += empirical_covariance(means)  # between the tasks
+    mixture += empirical_covariance(means)  # variance between the tasks
     if kind == "diag":
         mixture = np.diag(np.diag(mixture))
     difference = means.mean(axis=0) - target.mean(axis=0)
@@ -74,11 +74,11 @@ def test_plain_and_diagonal_covariance_of_an_unequal_mixture(kind):
     assert coverage(of(groups), TaskMoments.of("0", target), kind) == pytest.approx(expected)
 
 
-def test_by_task_weight_shrinkage_counts_effective_samples():
+def test_shrinkage_with_weights_by_task_uses_the_effective_sample_size():
     groups = candidates(5, 6, (10, 40))
     target = TaskMoments.of("0", np.ones((3, 6)) / 2)
-    # Each feature of the small task repeated four times, with the count of the rest the same, is
-    # the same mixture; Kish's count of it is 2^2 / (1 / 10 + 1 / 40) = 32.
+    # Repeating each feature of the small task four times gives the same mixture. Kish's effective
+    # sample size is 2^2 / (1 / 10 + 1 / 40) = 32.
     repeated = np.concatenate([np.repeat(groups[0], 4, axis=0), groups[1]])
     plain = empirical_covariance(repeated)
     d, variance, square = 6, np.trace(plain) / 6, (plain**2).sum()
@@ -91,7 +91,7 @@ def test_by_task_weight_shrinkage_counts_effective_samples():
 
 
 def brute_force(target: np.ndarray, groups: list[np.ndarray], threshold: float) -> list[int]:
-    """Algorithm 1 as written, over raw features, with scikit-learn and an inverse."""
+    """Return the choice of Algorithm 1 from raw features, with scikit-learn and an inverse."""
     origin = target.mean(axis=0)
     means = [group.mean(axis=0) for group in groups]
     cosines = [m @ origin / np.linalg.norm(m) / np.linalg.norm(origin) for m in means]
@@ -111,7 +111,7 @@ def brute_force(target: np.ndarray, groups: list[np.ndarray], threshold: float) 
 
 
 @pytest.mark.parametrize("seed", range(12))
-def test_selection_is_that_of_brute_force(seed):
+def test_selection_matches_brute_force(seed):
     groups = candidates(seed, 5, (20,) * 8)
     target = np.random.default_rng(100 + seed).normal(size=(15, 5)) + 1
     for threshold in (0.0, 0.05, 0.5):
@@ -119,15 +119,15 @@ def test_selection_is_that_of_brute_force(seed):
         assert result.names == [f"t{i}" for i in brute_force(target, groups, threshold)]
 
 
-def test_with_fewer_samples_than_features_shrinkage_finds_the_tasks_and_pinv_does_not():
-    """Three tasks around the target and six away, 12 samples of 64 features each."""
+def test_shrinkage_finds_the_tasks_with_fewer_samples_than_features_and_pinv_does_not():
+    """Three tasks around the target and six far from it, 12 samples of 64 features each."""
     right = {"oas": 0, "ledoit_wolf": 0, "pinv": 0}
     for seed in range(25):
         generator = np.random.default_rng(seed)
         center = generator.normal(size=64)
         center *= 8 / np.linalg.norm(center)
         directions = np.linalg.qr(generator.normal(size=(64, 9)))[0].T
-        # Around: the mean of the three is the target's. Away: in a direction each of their own.
+        # The mean of the three near tasks is the target's; each far task has its own direction.
         around = directions[:3] - directions[:3].mean(axis=0)
         means = [center + 4 * step for step in around] + [6 * step for step in directions[3:]]
         groups = [mean + generator.normal(size=(12, 64)) for mean in means]
@@ -150,7 +150,7 @@ def test_with_fewer_samples_than_features_shrinkage_finds_the_tasks_and_pinv_doe
     assert right == {"oas": 25, "ledoit_wolf": 25, "pinv": 0}
 
 
-def test_a_distance_of_zero_ends_the_selection():
+def test_selection_stops_at_a_distance_of_zero():
     target = unit_task("target", (4, 0))
     tasks = [unit_task(str(i), (4, 0)) for i in range(5)]
     with np.errstate(all="raise"):
@@ -159,9 +159,9 @@ def test_a_distance_of_zero_ends_the_selection():
     assert result.coverage == [math.inf] * 5
 
 
-def test_ties_are_broken_by_name_whatever_the_order_given():
+def test_ties_are_broken_by_name_in_any_order_of_the_candidates():
     target = unit_task("target", (1, 1))
-    # The same direction, with lengths that round differently.
+    # the same direction, with lengths that round differently
     tasks = [
         unit_task(name, (scale, scale)) for name, scale in zip("cab", (0.1, 7, 0.3), strict=True)
     ]
@@ -210,7 +210,7 @@ def few(n: int = 4) -> TaskMoments:
         ),
         (lambda: coverage([good(), good()], good()), "two tasks are called 'a'"),
         (lambda: select_tasks(good(), [], 0.1), "no candidate tasks"),
-        (lambda: coverage([], good()), "coverage of no tasks"),
+        (lambda: coverage([], good()), "coverage needs at least one task"),
         (lambda: select_tasks(good(), [good()], -0.1), "threshold: .* not -0.1"),
         (lambda: select_tasks(good(), [good()], math.nan), "threshold: .* not nan"),
         (lambda: select_tasks(good(), [good()], 0.1, "pinv"), "covariance: one of oas, .*'pinv'"),
@@ -247,7 +247,7 @@ def few(n: int = 4) -> TaskMoments:
         ),
     ],
 )
-def test_bad_input_is_said(call, message):
+def test_bad_input_is_an_error(call, message):
     with pytest.raises(ValueError, match=message):
         call()
 
