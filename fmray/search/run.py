@@ -40,7 +40,7 @@ from fmray.search.watch import Books, Suggestions, TrialTable, Watcher, describe
 from fmray.train import checkpoint as checkpoints
 
 if TYPE_CHECKING:
-    from fmray.train.fewshot.select import Measured
+    from fmray.train.fewshot.select import EmbeddedTasks
 
 # what may change when a search goes on; all else decides which trials there are
 FREE_SETTINGS = {"name", "cluster", "tracking", "trials", "recommend"}
@@ -88,7 +88,7 @@ def search(loaded: LoadedRecipe[SearchRecipe], run_id: str) -> SearchResult:
         say(why)
 
         @cache
-        def measured() -> Measured:
+        def measured() -> EmbeddedTasks:
             return _measure(base)
 
         def tasks() -> Tasks:
@@ -202,17 +202,17 @@ def _check_same(recipe: SearchRecipe, base: dict[str, Any], path: Path) -> None:
             )
 
 
-def _measure(base: FewshotRecipe) -> Measured:
+def _measure(base: FewshotRecipe) -> EmbeddedTasks:
     """The candidate tasks, embedded."""
     # imports torch and an encoder's library, which a search that goes on has no use for
     from fmray.train.fewshot.encoder import load_encoder
-    from fmray.train.fewshot.select import measure
+    from fmray.train.fewshot.select import embed_tasks
 
     store = ImageStore.open(base.images.store, base.images.cache)
-    return measure(base, store, load_encoder(base.encoder), base.target)
+    return embed_tasks(base, store, load_encoder(base.encoder), base.target)
 
 
-def _tasks(base: FewshotRecipe, path: Path, measured: Callable[[], Measured]) -> Tasks:
+def _tasks(base: FewshotRecipe, path: Path, measured: Callable[[], EmbeddedTasks]) -> Tasks:
     """The candidate tasks as Algorithm 1 sees them; embedded once, then read from `path`."""
     if not isinstance(base, FewshotRecipe):
         raise ValueError(f"it varies tasks, which a base recipe of kind {base.kind} has none of")
@@ -223,7 +223,7 @@ def _tasks(base: FewshotRecipe, path: Path, measured: Callable[[], Measured]) ->
 
 
 def _task_notes(
-    base: FewshotRecipe, finished: Sequence[Finished], measured: Callable[[], Measured]
+    base: FewshotRecipe, finished: Sequence[Finished], measured: Callable[[], EmbeddedTasks]
 ) -> list[str]:
     """How well Algorithm 1's cheap scores ranked the sets of tasks that were trained on, without
     shares of their own."""

@@ -17,8 +17,8 @@ from fmray.config.fewshot import FewshotRecipe, SelectConfig
 from fmray.data.image_store import ImageStore
 from fmray.fewshot import paired_interval
 from fmray.selection import TaskMoments, coverage, similarity
-from fmray.train.fewshot.encoder import Pictures, load_encoder
-from fmray.train.fewshot.evaluate import measure, percent, shots_name, task_samplers
+from fmray.train.fewshot.encoder import ImageReader, load_encoder
+from fmray.train.fewshot.evaluate import measure_accuracy, percent, shots_name, task_samplers
 
 LEAST = 5  # sets, below which no interval says anything
 RESAMPLES = 2000
@@ -107,8 +107,8 @@ def held_out_gains(base: FewshotRecipe, models: Mapping[str, Path]) -> list[str]
     accuracies = {}
     for folder in set(models.values()):
         encoder = load_encoder(base.encoder.model_copy(update={"checkpoint": folder}))
-        pictures = Pictures(store, encoder.preprocess)
-        accuracies[folder] = measure(encoder, pictures, rows, samplers, base.evaluate)
+        images = ImageReader(store, encoder.preprocess)
+        accuracies[folder] = measure_accuracy(encoder, images, rows, samplers, base.evaluate)
     where = f"{base.target.collection}, split {base.target.split}"
     if (base.train.eval_split or base.target.split) == base.target.split:
         where += " (other tasks of the classes that trials were judged by)"

@@ -34,8 +34,8 @@ from fmray.runtime.console import changed_settings, say
 from fmray.runtime.nodes import session
 from fmray.train.fewshot.comparison import (
     Cell,
+    CellResult,
     Comparison,
-    Measured,
     digest,
     make_cell,
     read_cell,
@@ -46,7 +46,7 @@ from fmray.train.fewshot.comparison import (
 from fmray.train.fewshot.encoder import TaskFeatures, decode_all, load_encoder
 from fmray.train.fewshot.evaluate import percent, shots_name
 from fmray.train.fewshot.pretrain import pretrain
-from fmray.train.fewshot.select import candidate_tasks, choose, measure
+from fmray.train.fewshot.select import candidate_tasks, choose, embed_tasks
 
 
 def compare(loaded: LoadedRecipe[FewshotRecipe], run_id: str) -> Comparison:
@@ -141,7 +141,7 @@ def _selections(
             }
             path = run_dir / "selections" / f"{digest(settings)}.json"
             if not path.is_file():
-                measured = measured or measure(recipe, store, encoder, target, known)
+                measured = measured or embed_tasks(recipe, store, encoder, target, known)
                 chosen = choose(recipe, store, encoder, target, selection, seed or 0, measured)
                 _write_json(path, settings | {"tasks": chosen.names})
             names = json.loads(path.read_text(encoding="utf-8"))["tasks"]
@@ -157,7 +157,7 @@ def _run(
     run_dir: Path,
     run_id: str,
     parent: str | None,
-) -> dict[str, Measured]:
+) -> dict[str, CellResult]:
     """Accuracies by key: read where they are there, computed where not, one training at a time or
     `cluster.workers` of them."""
     files = {cell.key: run_dir / "cells" / f"{cell.key}.parquet" for cell in cells}
@@ -193,14 +193,14 @@ def _run(
 
 def _in_process(
     recipe: FewshotRecipe, groups: list[list[Cell]], kept: np.ndarray | None
-) -> Iterator[tuple[list[Cell], dict[str, Measured]]]:
+) -> Iterator[tuple[list[Cell], dict[str, CellResult]]]:
     for group in groups:
         yield group, run_cells(recipe, group, kept)
 
 
 def _as_ray_tasks(
     recipe: FewshotRecipe, groups: list[list[Cell]], kept: np.ndarray | None
-) -> Iterator[tuple[list[Cell], dict[str, Measured]]]:
+) -> Iterator[tuple[list[Cell], dict[str, CellResult]]]:
     cluster = recipe.cluster
     remote = ray.remote(run_cells).options(
         num_cpus=cluster.cpus_per_worker, num_gpus=cluster.gpus_per_worker
@@ -217,7 +217,7 @@ def _as_ray_tasks(
 
 
 def _track(
-    recipe: FewshotRecipe, cell: Cell, measured: Measured, run_id: str, parent: str | None
+    recipe: FewshotRecipe, cell: Cell, measured: CellResult, run_id: str, parent: str | None
 ) -> None:
     """The cell's child run in MLflow."""
     parameters = {
@@ -244,7 +244,9 @@ def _track(
             run.log(0, loss=measured.loss)
 
 
-def _comparison(recipe: FewshotRecipe, cells: list[Cell], found: dict[str, Measured]) -> Comparison:
+def _comparison(
+    recipe: FewshotRecipe, cells: list[Cell], found: dict[str, CellResult]
+) -> Comparison:
     """Cells to lines and columns; seeds of a line become their mean, task by task."""
     parts: dict[str, dict[tuple[str, int], list[np.ndarray]]] = {}
     ways: dict[tuple[str, int], int] = {}
@@ -262,7 +264,7 @@ def _comparison(recipe: FewshotRecipe, cells: list[Cell], found: dict[str, Measu
 
 
 def _write(
-    result: Comparison, cells: list[Cell], found: dict[str, Measured], run_dir: Path
+    result: Comparison, cells: list[Cell], found: dict[str, CellResult], run_dir: Path
 ) -> None:
     records: list[dict[str, Any]] = []
     for cell in cells:

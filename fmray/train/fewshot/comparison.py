@@ -25,8 +25,14 @@ from fmray.config.fewshot import FewshotRecipe, Method, Selection, TargetConfig
 from fmray.data.image_store import ImageStore
 from fmray.fewshot import Encoder, Interval, confidence_interval, paired_interval
 from fmray.train.engine import make_engine
-from fmray.train.fewshot.encoder import Pictures, load_encoder
-from fmray.train.fewshot.evaluate import measure, percent, shots_name, task_samplers, ways_of
+from fmray.train.fewshot.encoder import ImageReader, load_encoder
+from fmray.train.fewshot.evaluate import (
+    measure_accuracy,
+    percent,
+    shots_name,
+    task_samplers,
+    ways_of,
+)
 from fmray.train.fewshot.learners import make_learner
 from fmray.train.fewshot.method import run_steps
 from fmray.train.fewshot.select import CandidateTask, candidate_tasks
@@ -206,7 +212,7 @@ class Cell:
 
 
 @dataclass(frozen=True)
-class Measured:
+class CellResult:
     """What a cell's file holds: accuracies [tasks] and ways by shots; the training's seconds (0
     without one) and its loss over the last tenth of the steps."""
 
@@ -256,7 +262,7 @@ def make_cell(
 
 def run_cells(
     recipe: FewshotRecipe, cells: list[Cell], kept: np.ndarray | None
-) -> dict[str, Measured]:
+) -> dict[str, CellResult]:
     """Train once, and measure on each cell's target; by key.
 
     cells: all of one training. kept: decoded pictures of the store.
@@ -266,7 +272,7 @@ def run_cells(
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     store = ImageStore.open(recipe.images.store, recipe.images.cache)
     encoder = load_encoder(recipe.encoder).to(device)
-    pictures = Pictures(store, encoder.preprocess, kept)
+    pictures = ImageReader(store, encoder.preprocess, kept)
     seconds, loss = 0.0, None
     if first.method != "direct":
         with redirect_stdout(io.StringIO()):  # what it leaves out was said when cells were planned
@@ -280,19 +286,19 @@ def run_cells(
         seconds = sum(own.train.episodes_per_step / metrics["episodes_per_s"] for metrics in steps)
         last = steps[-max(1, len(steps) // 10) :]
         loss = sum(metrics["loss"] for metrics in last) / len(last)
-    results: dict[str, Measured] = {}
+    results: dict[str, CellResult] = {}
     for cell in cells:
         if cell.key in results:
             continue
         rows = store.select(cell.target.collection, cell.target.split)
         with redirect_stdout(io.StringIO()):  # the table says how many ways there are
             samplers = task_samplers(store, rows, cell.target, recipe.evaluate, recipe.seed)
-        found = measure(encoder, pictures, rows, samplers, recipe.evaluate)
-        results[cell.key] = Measured(found, ways_of(samplers), seconds, loss)
+        found = measure_accuracy(encoder, pictures, rows, samplers, recipe.evaluate)
+        results[cell.key] = CellResult(found, ways_of(samplers), seconds, loss)
     return results
 
 
-def write_cell(path: Path, measured: Measured) -> None:
+def write_cell(path: Path, measured: CellResult) -> None:
     """One file, moved when complete: it is there, or the cell is not done."""
     records = [
         {"shots": shots, "ways": measured.ways[shots], "task": task, "accuracy": accuracy}
@@ -307,7 +313,7 @@ def write_cell(path: Path, measured: Measured) -> None:
     os.replace(partial, path)
 
 
-def read_cell(path: Path) -> Measured:
+def read_cell(path: Path) -> CellResult:
     """What `write_cell` wrote."""
     table = pq.read_table(path)
     shots, task = table["shots"].to_numpy(), table["task"].to_numpy()
@@ -317,7 +323,7 @@ def read_cell(path: Path) -> Measured:
         chosen = np.flatnonzero(shots == number)
         accuracies[number] = values[chosen[np.argsort(task[chosen])]]
         by_shots[number] = int(ways[chosen[0]])
-    return Measured(accuracies, by_shots, **json.loads(table.schema.metadata[b"training"]))
+    return CellResult(accuracies, by_shots, **json.loads(table.schema.metadata[b"training"]))
 
 
 def weights_digest(encoder: Encoder) -> str:

@@ -26,7 +26,7 @@ from fmray.runtime.console import say
 from fmray.selection import TaskMoments
 from fmray.selection.moments import CentralSums
 
-# Pictures of the store as tensors: decoded once where they fit in memory, else when asked for.
+# ImageReader of the store as tensors: decoded once where they fit in memory, else when asked for.
 #
 # In: an `ImageStore` and an encoder's `Preprocess`. Out: uint8 tensors by global row id.
 
@@ -34,7 +34,7 @@ MEMORY_BYTES = 2 * 2**30  # decoded pictures that are kept
 DECODE_CHUNK = 1024  # pictures decoded at a time
 
 
-class Pictures:
+class ImageReader:
     """The pictures of a store at an encoder's size.
 
     `kept`: what `decode_all` made, shared by all who train on the same store; without it every
@@ -75,7 +75,7 @@ def load_encoder(config: EncoderConfig) -> Encoder:
 
 
 @torch.no_grad()
-def embed(encoder: Encoder, pictures: Pictures, rows: np.ndarray, batch: int) -> Tensor:
+def embed(encoder: Encoder, pictures: ImageReader, rows: np.ndarray, batch: int) -> Tensor:
     """float32 [n, d] features of rows [n], `batch` pictures a call, where the encoder is.
 
     Leaves the encoder in eval mode.
@@ -134,7 +134,7 @@ class Embedder:
     def __init__(self, store: ImageStore | Path, cache: Path | None, encoder: Encoder) -> None:
         """store: as a path on another node."""
         opened = ImageStore.open(store, cache) if isinstance(store, Path) else store
-        self._pictures = Pictures(opened, encoder.preprocess)
+        self._pictures = ImageReader(opened, encoder.preprocess)
         self._encoder = encoder.to("cuda" if torch.cuda.is_available() else "cpu")
 
     def features(self, rows: np.ndarray) -> np.ndarray:
@@ -164,7 +164,9 @@ class Pool:
         ]
         return np.concatenate(list(self._call("features", chunks)))
 
-    def measure(self, tasks: Sequence[tuple[str, np.ndarray, np.ndarray]]) -> list[TaskFeatures]:
+    def task_features(
+        self, tasks: Sequence[tuple[str, np.ndarray, np.ndarray]]
+    ) -> list[TaskFeatures]:
         """The features of each task (name, rows [n], labels [n]), in their order.
 
         Raises:

@@ -31,7 +31,7 @@ from fmray.fewshot import (
 )
 from fmray.runtime import tracking
 from fmray.runtime.console import say
-from fmray.train.fewshot.encoder import Pictures, embed, load_encoder
+from fmray.train.fewshot.encoder import ImageReader, embed, load_encoder
 from fmray.train.mirror import find_model
 
 DIRECT = "direct"
@@ -48,7 +48,7 @@ TASK_SCHEMA = pa.schema(
 
 
 @dataclass(frozen=True)
-class Evaluation:
+class EncoderReport:
     """Accuracies [tasks] by (method, shots), in [0, 1]; ways by shots, 0 where they vary."""
 
     target: str
@@ -69,7 +69,7 @@ class Evaluation:
         return "\n".join(lines)
 
 
-def evaluate_encoder(loaded: LoadedRecipe[FewshotRecipe], run_id: str) -> Evaluation:
+def evaluate_encoder(loaded: LoadedRecipe[FewshotRecipe], run_id: str) -> EncoderReport:
     """Measure the encoder that the run `run_id` finetuned, and the one it started from.
 
     Raises ValueError for a recipe without a target, or a run without a model.
@@ -91,10 +91,10 @@ def evaluate_encoder(loaded: LoadedRecipe[FewshotRecipe], run_id: str) -> Evalua
         accuracies: dict[tuple[str, int], np.ndarray] = {}
         for name, config in encoders.items():
             encoder = load_encoder(config)
-            pictures = Pictures(store, encoder.preprocess)
-            measured = measure(encoder, pictures, rows, samplers, recipe.evaluate)
+            pictures = ImageReader(store, encoder.preprocess)
+            measured = measure_accuracy(encoder, pictures, rows, samplers, recipe.evaluate)
             accuracies |= {(name, shots): values for shots, values in measured.items()}
-        result = Evaluation(recipe.target.collection, ways_of(samplers), accuracies)
+        result = EncoderReport(recipe.target.collection, ways_of(samplers), accuracies)
         _write(result, out)
         run.log(
             0,
@@ -154,9 +154,9 @@ def ways_of(samplers: Mapping[int, Sampler]) -> dict[int, int]:
     return {shots: getattr(sampler, "ways", VARIABLE) for shots, sampler in samplers.items()}
 
 
-def measure(
+def measure_accuracy(
     encoder: Encoder,
-    pictures: Pictures,
+    pictures: ImageReader,
     rows: Rows,
     samplers: Mapping[int, Sampler],
     config: FewshotEvaluateConfig,
@@ -184,7 +184,7 @@ def percent(interval: Interval, sign: str = "") -> str:
     return f"{100 * interval.mean:{sign}.2f} ± {100 * interval.half_width:.2f}"
 
 
-def _write(result: Evaluation, out: Path) -> None:
+def _write(result: EncoderReport, out: Path) -> None:
     out.mkdir(parents=True, exist_ok=True)
     records = [
         {"method": method, "shots": shots, "task": task, "accuracy": accuracy}

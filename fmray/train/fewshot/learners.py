@@ -20,7 +20,7 @@ from fmray.fewshot import (
     multitask_loss,
 )
 from fmray.fewshot.methods import maml_loss
-from fmray.train.fewshot.encoder import Pictures, embed
+from fmray.train.fewshot.encoder import ImageReader, embed
 from fmray.train.fewshot.tasks import TrainingSet
 
 PROBE_BATCH = 256  # pictures an encoder call
@@ -29,7 +29,7 @@ PROBE_BATCH = 256  # pictures an encoder call
 def make_learner(
     encoder: Encoder,
     training: TrainingSet,
-    pictures: Pictures,
+    pictures: ImageReader,
     config: FewshotTrainConfig,
     seed: int,
     device: torch.device,

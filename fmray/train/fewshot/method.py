@@ -18,8 +18,8 @@ from fmray.data.image_store import ImageStore
 from fmray.data.loader import passes_of
 from fmray.fewshot import Encoder, finetuning_mode
 from fmray.train.engine import ZERO_STAGE, TorchEngine, make_engine
-from fmray.train.fewshot.encoder import Pictures, export_encoder, load_encoder
-from fmray.train.fewshot.evaluate import measure, shots_name, task_samplers
+from fmray.train.fewshot.encoder import ImageReader, export_encoder, load_encoder
+from fmray.train.fewshot.evaluate import measure_accuracy, shots_name, task_samplers
 from fmray.train.fewshot.learners import make_learner
 from fmray.train.fewshot.select import candidate_tasks
 from fmray.train.fewshot.tasks import TrainingSet, read_ahead
@@ -45,7 +45,7 @@ class FewshotMethod:
         self._training = TrainingSet(
             tasks, store, recipe.episodes, recipe.seed, recipe.select.weights
         )
-        self._pictures = Pictures(store, self._encoder.preprocess)
+        self._pictures = ImageReader(store, self._encoder.preprocess)
         self._learner = make_learner(
             self._encoder, self._training, self._pictures, train, recipe.seed, worker.device
         )
@@ -102,7 +102,7 @@ class FewshotMethod:
 def run_steps(
     engine: TorchEngine | DeepSpeedEngine,
     training: TrainingSet,
-    pictures: Pictures,
+    pictures: ImageReader,
     train: FewshotTrainConfig,
     start: int,
     worker: Worker,
@@ -142,7 +142,7 @@ def run_steps(
 
 
 def _evaluation(
-    recipe: FewshotRecipe, store: ImageStore, pictures: Pictures
+    recipe: FewshotRecipe, store: ImageStore, pictures: ImageReader
 ) -> Callable[[Encoder], Evaluation]:
     """The function that evaluates an encoder on the target; scores are named `N-shot`.
 
@@ -155,7 +155,7 @@ def _evaluation(
     samplers = task_samplers(store, rows, target, recipe.evaluate, seed)
 
     def evaluate(encoder: Encoder) -> Evaluation:
-        values = measure(encoder, pictures, rows, samplers, recipe.evaluate)
+        values = measure_accuracy(encoder, pictures, rows, samplers, recipe.evaluate)
         return Evaluation(
             tuple(Score(shots_name(n), float(accuracy.mean())) for n, accuracy in values.items())
         )

@@ -25,7 +25,7 @@ from fmray.runtime import tracking
 from fmray.runtime.console import changed_settings, say
 from fmray.runtime.run_log import Progress, StepLog
 from fmray.train.engine import lr_factor
-from fmray.train.fewshot.encoder import Pictures, decode_all, export_encoder
+from fmray.train.fewshot.encoder import ImageReader, decode_all, export_encoder
 
 STATE_EVERY = 250  # steps
 WARMUP = 0.05  # of the steps
@@ -74,7 +74,7 @@ def pretrain(recipe: FewshotRecipe, run_dir: Path, run_id: str) -> Pretrained:
     encoder = create_encoder(
         recipe.encoder.name, pretrained=False, image_size=recipe.encoder.image_size
     )
-    pictures = Pictures(store, encoder.preprocess, decode_all(store, encoder.preprocess))
+    pictures = ImageReader(store, encoder.preprocess, decode_all(store, encoder.preprocess))
     objective = _objective(encoder, config, int(labels.max()) + 1).to(device).train()
     learnt = [p for p in objective.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(learnt, lr=config.lr, weight_decay=config.weight_decay)

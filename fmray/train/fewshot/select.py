@@ -1,7 +1,7 @@
 """Which candidate tasks to finetune on: from collections of images to a choice, and the job.
 
-In: a recipe of kind fewshot, its image store, an encoder and a target. Out: `Selected`; from the
-job also, in `<storage>/<run id>/selection/`: tasks.parquet (`TASK_SCHEMA`), similarity.png and
+In: a recipe of kind fewshot, its image store, an encoder and a target. Out: `SelectedTasks`; from
+the job also, in `<storage>/<run id>/selection/`: tasks.parquet (`TASK_SCHEMA`), similarity.png and
 coverage.png, which go to MLflow too. The target is known by its unlabelled images alone, but for
 the scorers LEEP and LogME, which need a few labelled ones.
 """
@@ -65,7 +65,7 @@ class CandidateTask:
 
 
 @dataclass(frozen=True)
-class Measured:
+class EmbeddedTasks:
     """All that the choices for one target are made from: they share one pass over the images.
 
     Attributes:
@@ -86,7 +86,7 @@ class Measured:
 
 
 @dataclass(frozen=True)
-class Selected:
+class SelectedTasks:
     """The choice. names: chosen; order: all candidates, most similar first; similarity: by name, in
     that order; coverage: by the first 1, 2, ... of `order`; tasks: those chosen."""
 
@@ -141,13 +141,13 @@ def candidate_tasks(
     return tasks
 
 
-def measure(
+def embed_tasks(
     recipe: FewshotRecipe,
     store: ImageStore,
     encoder: Encoder,
     target: TargetConfig,
     known: dict[str, TaskFeatures] | None = None,
-) -> Measured:
+) -> EmbeddedTasks:
     """Embed candidates and target, once for all choices; on Ray where it runs.
 
     Args:
@@ -172,7 +172,7 @@ def measure(
     about = f"target {target.collection}/{target.split}"
     pieces.append((about, whole.rows[unlabelled], whole.labels[unlabelled]))
     with open_pool(store, encoder, recipe.cluster, recipe.images.cache) as pool:
-        *features, found = pool.measure(pieces)
+        *features, found = pool.task_features(pieces)
         support_features = pool.embed(whole.rows[support])
     known |= {one.moments.name: one for one in features}
     moments = {name: known[name].moments for name in candidates}
@@ -185,7 +185,9 @@ def measure(
     )
     centroids = {name: known[name].centroids for name in candidates}
     labels = whole.labels[support]
-    return Measured(candidates, choice, moments, found.moments, centroids, support_features, labels)
+    return EmbeddedTasks(
+        candidates, choice, moments, found.moments, centroids, support_features, labels
+    )
 
 
 def choose(
@@ -195,8 +197,8 @@ def choose(
     target: TargetConfig,
     method: Selection,
     seed: int,
-    measured: Measured | None = None,
-) -> Selected:
+    measured: EmbeddedTasks | None = None,
+) -> SelectedTasks:
     """The tasks to finetune on for a target.
 
     Args:
@@ -205,14 +207,14 @@ def choose(
         measured: of the same target; default: measured now.
 
     Raises:
-        ValueError: as `measure`, or `select.k` beyond the number of candidates.
+        ValueError: as `embed_tasks`, or `select.k` beyond the number of candidates.
     """
-    measured = measured or measure(recipe, store, encoder, target)
+    measured = measured or embed_tasks(recipe, store, encoder, target)
     choice = measured.choice
     if method != "selected":
         scores = _scores(measured, method, recipe.train.temperature)
         choice = choose_baseline(choice, method, recipe.select.k, seed, scores)
-    return Selected(
+    return SelectedTasks(
         choice.names,
         choice.order,
         dict(zip(choice.order, choice.similarity, strict=True)),
@@ -248,7 +250,7 @@ def choose_for_run(recipe: FewshotRecipe, path: Path) -> list[str]:
     return tasks
 
 
-def select_run(loaded: LoadedRecipe[FewshotRecipe], run_id: str) -> Selected:
+def select_run(loaded: LoadedRecipe[FewshotRecipe], run_id: str) -> SelectedTasks:
     """The job: choose, print the table, write it with two plots, and log all to MLflow.
 
     Raises:
@@ -268,7 +270,7 @@ def select_run(loaded: LoadedRecipe[FewshotRecipe], run_id: str) -> Selected:
         tracking.open_job_run(recipe, run_id, "select_tasks") as run,
         nullcontext() if recipe.cluster.workers == 0 else start_or_join(recipe.cluster),
     ):
-        measured = measure(recipe, store, encoder, recipe.target)
+        measured = embed_tasks(recipe, store, encoder, recipe.target)
         selected = choose(
             recipe, store, encoder, recipe.target, recipe.select.method, recipe.seed, measured
         )
@@ -292,7 +294,7 @@ def select_run(loaded: LoadedRecipe[FewshotRecipe], run_id: str) -> Selected:
     return selected
 
 
-def table(selected: Selected) -> str:
+def table(selected: SelectedTasks) -> str:
     """For the terminal: a line per candidate, most similar first; `*` marks those chosen."""
     width = max(len(name) for name in [*selected.order, "task"])
     lines = [f"    {'task':{width}}  similarity  coverage"]
@@ -353,7 +355,9 @@ def _support(rows: Rows, shots: int, seed: int) -> np.ndarray:
     return shuffled[_first_of_classes(task, shots)]
 
 
-def _scores(measured: Measured, method: Selection, temperature: float) -> dict[str, float] | None:
+def _scores(
+    measured: EmbeddedTasks, method: Selection, temperature: float
+) -> dict[str, float] | None:
     """LEEP or LogME of each candidate, by its nearest-centroid classifier on the support."""
     if method not in ("leep", "logme"):
         return None
@@ -367,7 +371,7 @@ def _scores(measured: Measured, method: Selection, temperature: float) -> dict[s
     return scores
 
 
-def _write_table(measured: Measured, selected: Selected, path: Path) -> None:
+def _write_table(measured: EmbeddedTasks, selected: SelectedTasks, path: Path) -> None:
     tasks = [measured.candidates[name] for name in selected.order]
     columns: dict[str, Sequence[object]] = {
         "rank": range(1, len(tasks) + 1),

@@ -19,7 +19,7 @@ from torch import Tensor
 from fmray.config.fewshot import EpisodeConfig
 from fmray.data.image_store import ImageStore
 from fmray.fewshot import EpisodeSampler
-from fmray.train.fewshot.encoder import Pictures
+from fmray.train.fewshot.encoder import ImageReader
 from fmray.train.fewshot.select import CandidateTask
 
 
@@ -114,7 +114,7 @@ class TrainingSet:
 
 
 def read_ahead(
-    training: TrainingSet, pictures: Pictures, indices: Sequence[int]
+    training: TrainingSet, pictures: ImageReader, indices: Sequence[int]
 ) -> Iterator[TaskBatch]:
     """Episodes by index; the next one's pictures are decoded while this one is learnt."""
 

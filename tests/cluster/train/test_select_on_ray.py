@@ -14,7 +14,7 @@ from fmray.data.image_store import ImageStore
 from fmray.runtime import tracking
 from fmray.train.fewshot import select as selection
 from fmray.train.fewshot.encoder import open_pool
-from fmray.train.fewshot.select import choose, measure, select_run
+from fmray.train.fewshot.select import choose, embed_tasks, select_run
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")
 
@@ -27,7 +27,7 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> ImageStore:
 def test_actors_measure_what_one_process_does(store, capsys):
     recipe = color_recipe(store, store.path.parent).recipe
     there = recipe.model_copy(update={"cluster": ClusterConfig(workers=9)})
-    here, spread = (measure(one, store, color_encoder(), one.target) for one in (recipe, there))
+    here, spread = (embed_tasks(one, store, color_encoder(), one.target) for one in (recipe, there))
     assert "embedding with 2 actors, not 9" in capsys.readouterr().out
     assert spread.choice == here.choice  # to the last bit: the parts are merged in the same order
     for name, centroids in here.centroids.items():
@@ -42,7 +42,7 @@ def test_what_an_actor_cannot_do_is_a_mistake_of_one_line(store):
         pytest.raises(ValueError, match=r"^task 'sea': the features of row 0 are not finite.*$"),
         open_pool(store, encoder, ClusterConfig(workers=1)) as pool,
     ):
-        pool.measure([("sea", np.arange(3), np.zeros(3, dtype=int))])
+        pool.task_features([("sea", np.arange(3), np.zeros(3, dtype=int))])
     with (
         pytest.raises(ValueError, match="no node of this Ray cluster has 3 CPU for an actor"),
         open_pool(store, color_encoder(), ClusterConfig(workers=1, cpus_per_worker=3)),

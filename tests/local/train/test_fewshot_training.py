@@ -21,8 +21,8 @@ from fmray.runtime.files import MANIFEST, describe_files, write_manifest
 from fmray.train.fewshot import compare
 from fmray.train.fewshot import comparison as cells
 from fmray.train.fewshot import pretrain as pretraining
-from fmray.train.fewshot.encoder import Pictures, load_encoder
-from fmray.train.fewshot.evaluate import evaluate_encoder, measure, task_samplers
+from fmray.train.fewshot.encoder import ImageReader, load_encoder
+from fmray.train.fewshot.evaluate import evaluate_encoder, measure_accuracy, task_samplers
 from fmray.train.fewshot.method import EVALUATION_SEED
 from fmray.train.fewshot.pretrain import pretrain_encoder
 from fmray.train.launch import train
@@ -91,7 +91,9 @@ def test_evaluations_on_the_way_change_nothing_and_tell_the_accuracy(store, tmp_
     samplers = task_samplers(
         store, rows, again.target, again.evaluate, again.seed + EVALUATION_SEED
     )
-    measured = measure(model, Pictures(store, model.preprocess), rows, samplers, again.evaluate)
+    measured = measure_accuracy(
+        model, ImageReader(store, model.preprocess), rows, samplers, again.evaluate
+    )
     for shots, values in measured.items():
         assert result.metrics[f"accuracy/{shots}-shot"] == values.mean()
         assert evaluations[6][f"accuracy/{shots}-shot"] == values.mean()

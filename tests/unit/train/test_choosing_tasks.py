@@ -16,7 +16,7 @@ from fmray.selection import TaskMoments, select_tasks
 from fmray.train.fewshot import encoder as embedding
 from fmray.train.fewshot import select as selection
 from fmray.train.fewshot.encoder import Embedder, open_pool
-from fmray.train.fewshot.select import candidate_tasks, choose, measure, select_run
+from fmray.train.fewshot.select import candidate_tasks, choose, embed_tasks, select_run
 
 
 @pytest.fixture(scope="module")
@@ -93,7 +93,7 @@ def test_measured_in_chunks_is_algorithm_1_on_all_features_at_once(store, monkey
     monkeypatch.setattr(embedding, "EMBED_CHUNK", 7)
     monkeypatch.setattr(embedding, "BATCH", 3)
     recipe, encoder = recipe_of(store), color_encoder()
-    measured = measure(recipe, store, encoder, recipe.target)
+    measured = embed_tasks(recipe, store, encoder, recipe.target)
     monkeypatch.undo()
     embedder = Embedder(store, None, encoder)
     moments = []
@@ -120,7 +120,7 @@ def test_measured_in_chunks_is_algorithm_1_on_all_features_at_once(store, monkey
 
 def test_another_target_embeds_no_candidate_again(store, monkeypatch):
     recipe, encoder, known = recipe_of(store), color_encoder(), {}
-    first = measure(recipe, store, encoder, recipe.target, known)
+    first = embed_tasks(recipe, store, encoder, recipe.target, known)
     seen: list[int] = []
     features = embedding.Embedder.features
 
@@ -129,11 +129,11 @@ def test_another_target_embeds_no_candidate_again(store, monkeypatch):
         return features(self, rows)
 
     monkeypatch.setattr(embedding.Embedder, "features", counted)
-    again = measure(recipe, store, encoder, recipe.target, known)
+    again = embed_tasks(recipe, store, encoder, recipe.target, known)
     assert again.choice == first.choice
     assert sum(seen) == 30 + 15
     other = recipe.target.model_copy(update={"collection": "sea"})
-    assert set(measure(recipe, store, encoder, other, known).choice.order) == {
+    assert set(embed_tasks(recipe, store, encoder, other, known).choice.order) == {
         "crimson",
         "moss",
         "scarlet",
@@ -155,7 +155,7 @@ def test_another_target_embeds_no_candidate_again(store, monkeypatch):
 )
 def test_peers_choose_as_many_as_they_are_asked_for(store, method, count):
     recipe = recipe_of(store, select={"k": 2})
-    measured = measure(recipe, store, color_encoder(), recipe.target)
+    measured = embed_tasks(recipe, store, color_encoder(), recipe.target)
     chosen = choose(recipe, store, color_encoder(), recipe.target, method, 0, measured)
     assert len(chosen.names) == count
     assert [task.name for task in chosen.tasks] == chosen.names
@@ -195,7 +195,7 @@ def test_no_target_and_no_images_are_said(store, tmp_path):
         open_pool(store, color_encoder(), loaded.recipe.cluster) as pool,
         pytest.raises(ValueError, match="task 'nothing' has no images"),
     ):
-        pool.measure([("nothing", np.empty(0, dtype=int), np.empty(0, dtype=int))])
+        pool.task_features([("nothing", np.empty(0, dtype=int), np.empty(0, dtype=int))])
 
 
 def test_real_domains_are_told_apart(real_data: Path, tmp_path: Path) -> None:
@@ -213,7 +213,7 @@ def test_real_domains_are_told_apart(real_data: Path, tmp_path: Path) -> None:
         target={"collection": "pacs_photo", "split": "all"},
         select={"images_per_class": 20},
     )
-    order = measure(recipe, store, color_encoder(), recipe.target).choice.order
+    order = embed_tasks(recipe, store, color_encoder(), recipe.target).choice.order
     assert set(order) == set(names[1:])
     assert set(order[:2]) == {"pacs_art_painting", "dtd"}
     assert order[-1] == "mnist"

@@ -13,7 +13,7 @@ from fmray.config.fewshot import EpisodeConfig, FewshotTrainConfig
 from fmray.data.image_store import ImageStore
 from fmray.train.engine import make_engine
 from fmray.train.fewshot.comparison import ALL, SELECTED, Comparison
-from fmray.train.fewshot.encoder import Pictures, decode_all
+from fmray.train.fewshot.encoder import ImageReader, decode_all
 from fmray.train.fewshot.select import CandidateTask, candidate_tasks
 from fmray.train.fewshot.tasks import TrainingSet, read_ahead
 
@@ -111,8 +111,8 @@ def test_pictures_kept_and_decoded_are_the_same_and_come_in_order(store, tasks):
     training = TrainingSet(tasks, store, EPISODES, seed=3)
     for place, (one, other) in enumerate(
         zip(
-            read_ahead(training, Pictures(store, preprocess, kept), [4, 0, 9]),
-            read_ahead(training, Pictures(store, preprocess), [4, 0, 9]),
+            read_ahead(training, ImageReader(store, preprocess, kept), [4, 0, 9]),
+            read_ahead(training, ImageReader(store, preprocess), [4, 0, 9]),
             strict=True,
         )
     ):
