@@ -15,7 +15,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     actions = parser.add_subparsers(metavar="ACTION", required=True, dest="action")
     text = "register a finished run's model and make it the production version"
     register = actions.add_parser("register", help=text, description=text)
-    register.add_argument("run", metavar="RUN", help="run id, or the run's folder")
+    register.add_argument("run_id", metavar="RUN", help="run id, or the run's folder")
     register.add_argument("name", metavar="NAME", help="name in the registry")
     register.add_argument(
         "--storage",
@@ -36,9 +36,9 @@ def run(arguments: argparse.Namespace) -> int:
     from fmray.config import load
     from fmray.runtime.registry import register
 
-    folder = Path(arguments.run)
+    folder = Path(arguments.run_id)
     if not (folder / "recipe.yaml").is_file():
-        folder = arguments.storage / arguments.run
+        folder = arguments.storage / arguments.run_id
     if not (folder / "recipe.yaml").is_file():
         raise ValueError(
             f"{folder}: no run there (no recipe.yaml); give a run id with --storage, or its folder"
