@@ -24,7 +24,8 @@ from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4, generate_late
 from prometheus_client.registry import Collector
 
 if TYPE_CHECKING:
-    from fmray.engine.requests import Result
+    from fmray.engine.requests import EngineStats, Result
+    from fmray.engine.stats import WorkerStats
     from fmray.engine.worker import EngineWorker
     from fmray.serve.openai import ApiError, Fmray
 
@@ -129,86 +130,77 @@ class _WorkerFamilies(Collector):
         self._worker = worker
 
     def collect(self) -> Iterator[Metric]:
-        """Yield the families of queue, batch, load control, caches, memory and calibration."""
+        """Yield the families of load, waiting times, predictions, memory and caches."""
         stats = self._worker.stats()
-        # Queue, batch and load control
-        yield _gauge("fmray_queue_requests", "Requests waiting for the engine", stats.queued)
-        yield _gauge("fmray_active_rows", "Requests in the engine", stats.active)
-        yield _gauge("fmray_auto_budget", "Budget that `auto` requests get now", stats.auto_budget)
-        yield _gauge("fmray_auto_units", "Units on that `auto` requests get now", stats.auto_units)
-        yield _gauge(
-            "fmray_draining", "1 while the replica finishes its last answers", stats.draining
-        )
-        refused = CounterMetricFamily(
-            "fmray_refused", "Requests that the policy refused", labels=["code"]
-        )
-        for code, count in stats.refused.items():
-            refused.add_metric([code], count)
-        yield refused
-        finished = CounterMetricFamily(
+        yield from _load_families(stats)
+        yield from _time_families(stats)
+        if stats.engine is not None:
+            yield from _engine_families(stats.engine)
+
+
+def _load_families(stats: WorkerStats) -> Iterator[Metric]:
+    """Yield the families of queue, batch, load control and results."""
+    yield _gauge("fmray_queue_requests", "Requests waiting for the engine", stats.queued)
+    yield _gauge("fmray_active_rows", "Requests in the engine", stats.active)
+    yield _gauge("fmray_auto_budget", "Budget that `auto` requests get now", stats.auto_budget)
+    yield _gauge("fmray_auto_units", "Units on that `auto` requests get now", stats.auto_units)
+    yield _gauge("fmray_draining", "1 while the replica finishes its last answers", stats.draining)
+    for name, text, label, counts in (
+        ("fmray_refused", "Requests that the policy refused", "code", stats.refused),
+        (
             "fmray_finished",
             "Requests by how they ended, health checks included",
-            labels=["reason"],
-        )
-        for reason, count in stats.finished.items():
-            finished.add_metric([reason], count)
-        yield finished
-        yield CounterMetricFamily(
-            "fmray_engine_tokens",
-            "Tokens generated, health checks included",
-            value=stats.tokens_out,
-        )
-        # Waiting times and accuracy of predictions
-        queue = stats.queue_seconds
-        running, buckets = 0, []
-        for bound, count in zip((*queue.bounds, math.inf), queue.counts, strict=True):
-            running += count
-            buckets.append(("+Inf" if math.isinf(bound) else str(bound), running))
-        yield HistogramMetricFamily(
-            "fmray_queue_seconds", "Wait before the engine", buckets=buckets, sum_value=queue.sum
-        )
-        errors = GaugeMetricFamily(
-            "fmray_prediction_error",
-            "Median relative error of predicted times",
-            labels=["of"],
-        )
-        for name, value in (
-            ("first_token", stats.first_token_error),
-            ("answer", stats.answer_error),
-            ("prefill_step", stats.calibration_error[0]),
-            ("decode_step", stats.calibration_error[1]),
-        ):
-            errors.add_metric([name], value)
-        yield errors
-        # Memory, caches and steps of the engine
-        engine = stats.engine
-        if engine is None:
-            return
-        for name, text, value in (
-            ("fmray_kv_bytes", "Keys and values in memory", engine.kv_bytes),
-            ("fmray_kv_reserved_bytes", "Keys and values reserved for rows", engine.kv_reserved),
-            ("fmray_kv_bound_bytes", "Upper bound on keys and values", engine.kv_bound),
-            ("fmray_vision_cache_bytes", "Cached image features", engine.vision_bytes),
-            ("fmray_prefix_cache_bytes", "Cached prompt prefixes", engine.prefix_bytes),
-        ):
-            yield _gauge(name, text, value)
-        for name, text, value in (
-            (
-                "fmray_vision_cache_hits",
-                "Images whose features came from the cache",
-                engine.vision_hits,
-            ),
-            (
-                "fmray_vision_cache_misses",
-                "Images whose features were computed",
-                engine.vision_misses,
-            ),
-            ("fmray_prefix_cache_hits", "Prompts with a cached prefix", engine.prefix_hits),
-            ("fmray_prefix_cache_misses", "Prompts without a cached prefix", engine.prefix_misses),
-            ("fmray_decode_steps", "Decode steps", engine.decode_steps),
-            ("fmray_prefill_steps", "Prefill steps", engine.prefill_steps),
-        ):
-            yield CounterMetricFamily(name, text, value=value)
+            "reason",
+            stats.finished,
+        ),
+    ):
+        family = CounterMetricFamily(name, text, labels=[label])
+        for value, count in counts.items():
+            family.add_metric([value], count)
+        yield family
+    text = "Tokens generated, health checks included"
+    yield CounterMetricFamily("fmray_engine_tokens", text, value=stats.tokens_out)
+
+
+def _time_families(stats: WorkerStats) -> Iterator[Metric]:
+    """Yield the waiting time and the errors of predicted times."""
+    queue = stats.queue_seconds
+    total, buckets = 0, []
+    for bound, count in zip((*queue.bounds, math.inf), queue.counts, strict=True):
+        total += count
+        buckets.append(("+Inf" if math.isinf(bound) else str(bound), total))
+    yield HistogramMetricFamily(
+        "fmray_queue_seconds", "Wait before the engine", buckets=buckets, sum_value=queue.sum
+    )
+    errors = GaugeMetricFamily(
+        "fmray_prediction_error", "Median relative error of predicted times", labels=["of"]
+    )
+    errors.add_metric(["first_token"], stats.first_token_error)
+    errors.add_metric(["answer"], stats.answer_error)
+    errors.add_metric(["prefill_step"], stats.calibration_error[0])
+    errors.add_metric(["decode_step"], stats.calibration_error[1])
+    yield errors
+
+
+def _engine_families(stats: EngineStats) -> Iterator[Metric]:
+    """Yield the families of memory, caches and steps of the engine."""
+    for name, text, value in (
+        ("kv_bytes", "Keys and values in memory", stats.kv_bytes),
+        ("kv_reserved_bytes", "Keys and values reserved for rows", stats.kv_reserved),
+        ("kv_bound_bytes", "Upper bound on keys and values", stats.kv_bound),
+        ("vision_cache_bytes", "Cached image features", stats.vision_bytes),
+        ("prefix_cache_bytes", "Cached prompt prefixes", stats.prefix_bytes),
+    ):
+        yield _gauge(f"fmray_{name}", text, value)
+    for name, text, value in (
+        ("vision_cache_hits", "Images whose features came from the cache", stats.vision_hits),
+        ("vision_cache_misses", "Images whose features were computed", stats.vision_misses),
+        ("prefix_cache_hits", "Prompts with a cached prefix", stats.prefix_hits),
+        ("prefix_cache_misses", "Prompts without a cached prefix", stats.prefix_misses),
+        ("decode_steps", "Decode steps", stats.decode_steps),
+        ("prefill_steps", "Prefill steps", stats.prefill_steps),
+    ):
+        yield CounterMetricFamily(f"fmray_{name}", text, value=value)
 
 
 class MetricsBoard:

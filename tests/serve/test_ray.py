@@ -96,9 +96,9 @@ class Endpoint:
                     pids.add(int(folder.name))
         return pids
 
-    def load(self, tokens: int) -> Load:
-        """Start four clients at full budget."""
-        return Load(4, lambda client, number: self.ask(max_tokens=tokens, budget="1"))
+    def load(self, tokens: int, pause: float) -> Load:
+        """Start four clients that send requests at full budget, `pause` seconds apart."""
+        return Load(4, lambda client, number: self.ask(max_tokens=tokens, budget="1"), pause)
 
 
 @pytest.fixture(scope="module")
@@ -260,7 +260,7 @@ def test_headers_do_not_change_limits(endpoint: Endpoint) -> None:
 def test_rolling_update_drops_no_request(endpoint: Endpoint) -> None:
     """Two new replicas replace the only one while four clients send requests."""
     old = endpoint.processes()
-    with endpoint.load(tokens=30) as load:
+    with endpoint.load(tokens=30, pause=0.2) as load:
         wait_until(lambda: len(load.answers) >= 8, 30, "answers before the update")
         endpoint.deploy(2, max_new_tokens=5)
         wait_until(lambda: not old & endpoint.processes(), 60, "the old replica to stop")
@@ -282,17 +282,22 @@ def test_metrics_include_all_replicas(two_replicas: Endpoint) -> None:
 
 
 def test_killed_replica_fails_only_its_own_requests(two_replicas: Endpoint) -> None:
-    with two_replicas.load(tokens=60) as load:
+    with two_replicas.load(tokens=60, pause=0.02) as load:
         wait_until(lambda: len(load.answers) >= 8, 30, "answers before the kill")
-        killed = time.monotonic()
         victim = min(two_replicas.processes())
+        killed = time.monotonic()
         os.kill(victim, signal.SIGKILL)
 
-        def replaced() -> bool:
-            processes = two_replicas.processes()
-            return len(processes) == 2 and victim not in processes
+        def answered_later() -> bool:
+            return sum(answer.start > killed + 1.0 for answer in load.answers) >= 16
 
-        wait_until(replaced, START_SECONDS, "a replacement of the killed replica")
+        wait_until(answered_later, 60, "answers after the kill")
+
+    def replaced() -> bool:
+        processes = two_replicas.processes()
+        return len(processes) == 2 and victim not in processes
+
+    wait_until(replaced, START_SECONDS, "a replacement of the killed replica")
     assert len(load.failures) <= 4, load.failures
     for answer in load.failures:
         assert answer.start <= killed + 1.0 and answer.end - killed < 10, "it was sent elsewhere"

@@ -105,12 +105,15 @@ class Answer(NamedTuple):
 class Load:
     """Clients that each send one request after the other until the context manager ends.
 
-    `ask` takes the number of the client and of its request and returns the response.
+    `ask` takes the number of the client and of its request and returns the response. Clients
+    pause between requests to leave the CPU to the servers.
     """
 
-    def __init__(self, clients: int, ask: Callable[[int, int], httpx.Response]) -> None:
+    def __init__(
+        self, clients: int, ask: Callable[[int, int], httpx.Response], pause: float = 0.0
+    ) -> None:
         self.answers: list[Answer] = []
-        self._ask, self._stop = ask, threading.Event()
+        self._ask, self._pause, self._stop = ask, pause, threading.Event()
         self._pool = ThreadPoolExecutor(clients)
         self._runs = [self._pool.submit(self._run, client) for client in range(clients)]
 
@@ -126,6 +129,7 @@ class Load:
                 time.sleep(0.05)
             self.answers.append(Answer(client, number, start, time.monotonic(), status, text))
             number += 1
+            self._stop.wait(self._pause)
 
     def __enter__(self) -> Load:
         return self
