@@ -56,12 +56,12 @@ class Metrics:
             "Units on in answered requests",
             buckets=[*range(0, units, step), units],
         )
-        self._first = histogram(
+        self._first_token_seconds = histogram(
             "fmray_time_to_first_token_seconds",
             "From a request's arrival to its first token",
             buckets=_SECONDS,
         )
-        self._whole = histogram(
+        self._answer_seconds = histogram(
             "fmray_answer_seconds",
             "From a request's arrival to the end of its answer",
             buckets=_SECONDS,
@@ -88,9 +88,9 @@ class Metrics:
         self._budget.observe(cost.budget)
         self._units.observe(cost.units_on)
         if cost.first_token_ms is not None:
-            self._first.observe(cost.first_token_ms / 1e3)
+            self._first_token_seconds.observe(cost.first_token_ms / 1e3)
         seconds = cost.answer_ms / 1e3
-        self._whole.observe(seconds)
+        self._answer_seconds.observe(seconds)
         if cost.first_token_ms is not None and result.completion_tokens > 1:
             later = seconds - cost.first_token_ms / 1e3
             if later > 0:

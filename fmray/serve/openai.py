@@ -308,14 +308,14 @@ def check_json(body: bytes) -> None:
         raise ApiError(400, f"the JSON has more than {MAX_VALUES} values", code="invalid_json")
     depth = 0
     for match in _STRUCTURE.finditer(body):
-        first = body[match.start()]
-        if first in b"[{":
+        bracket = body[match.start()]
+        if bracket in b"[{":
             depth += 1
             if depth > MAX_DEPTH:
                 raise ApiError(
                     400, f"the JSON is nested more than {MAX_DEPTH} deep", code="invalid_json"
                 )
-        elif first in b"]}":
+        elif bracket in b"]}":
             depth -= 1
 
 

@@ -112,7 +112,7 @@ def test_answers_equal_those_of_generate(client: openai.OpenAI, folder: Path, bu
 
 def test_stream_has_the_same_answer(client: openai.OpenAI) -> None:
     ask = {"model": "tiny", "messages": messages(encoded_image()), "max_tokens": 12}
-    whole = client.chat.completions.create(**ask, extra_body={"budget": 1})
+    answer = client.chat.completions.create(**ask, extra_body={"budget": 1})
     stream = client.chat.completions.create(
         **ask,
         stream=True,
@@ -121,10 +121,10 @@ def test_stream_has_the_same_answer(client: openai.OpenAI) -> None:
     )
     chunks = list(stream)
     text = "".join(chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices)
-    assert text == whole.choices[0].message.content
-    assert chunks[-1].usage.total_tokens == whole.usage.total_tokens
+    assert text == answer.choices[0].message.content
+    assert chunks[-1].usage.total_tokens == answer.usage.total_tokens
     assert chunks[-1].model_extra["fmray"]["plan"]
-    assert chunks[-2].choices[0].finish_reason == whole.choices[0].finish_reason
+    assert chunks[-2].choices[0].finish_reason == answer.choices[0].finish_reason
 
 
 def test_official_client_maps_errors(client: openai.OpenAI) -> None:

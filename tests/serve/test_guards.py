@@ -198,12 +198,12 @@ def test_memory_of_all_bodies_is_bounded(
 ) -> None:
     """Of three slow bodies of 0.9 MiB two fit: one is rejected, and all memory is freed."""
     app = build_app(worker, max_body_mib=1, max_bodies_mib=2)
-    whole = json.dumps(chat()).encode()
+    complete = json.dumps(chat()).encode()
 
     async def body() -> AsyncIterator[bytes]:
         yield b" " * (900 * 1024)
         await asyncio.sleep(0.5)
-        yield whole
+        yield complete
 
     async def run() -> list[int]:
         async with client_of(app, headers={"content-type": "application/json"}) as client:

@@ -226,8 +226,8 @@ def test_hostile_input_is_a_4xx_and_the_next_request_works(
 def test_corrupt_images_are_value_errors(noise: bytes, place: int) -> None:
     """Random bytes at random places of files of each format."""
     for kind in ("PNG", "JPEG", "WEBP"):
-        whole = encoded_image((24, 16), kind=kind)
-        broken = whole[:place] + noise + whole[place + len(noise) // 2 :]
+        complete = encoded_image((24, 16), kind=kind)
+        broken = complete[:place] + noise + complete[place + len(noise) // 2 :]
         message = "the image was read"
         try:
             decode(kind, broken, 10_000)
