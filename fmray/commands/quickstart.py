@@ -103,7 +103,7 @@ class _Phases:
     def start(self, title: str) -> None:
         """Announce the next phase."""
         self._number += 1
-        say(f"\n== {self._number}/4 [{self.elapsed()}] {title}")
+        say(f"== {self._number}/4 [{self.elapsed()}] {title}")
 
     def elapsed(self) -> str:
         """Return the time since the start as M:SS."""
@@ -136,7 +136,7 @@ def _run(options: argparse.Namespace, folder: Path) -> int:
                 return code
         phases.start("measure accuracy at every budget")
         evaluation = measure_run(adaptive.loaded, "adaptive")
-    say("\n" + evaluation.accuracy_table())
+    say(f"{evaluation.accuracy_table()}\n")
     _finish(options.folder, adaptive, phases.elapsed())
     return 0
 
@@ -184,10 +184,9 @@ def _finish(folder: Path, adaptive: _Stage, elapsed: str) -> None:
     image, question = _example(folder)
     options = "" if folder == STORAGE else f" --storage {folder}"
     say(
-        f"""
-Done in {elapsed}. The model is registered as {MODEL}, version {version}, in production.
-  table  {evaluation / "results.json"}
+        f"""Done in {elapsed}. The model is registered as {MODEL}, version {version}, in production.
   plots  {evaluation / "budget_curve.png"}, {evaluation / "plans.png"}
+  table  {evaluation / "results.json"}
   log    {folder / LOG}
 Next:
   mlflow ui --backend-store-uri {tracking_uri(tracking, storage)}

@@ -38,7 +38,7 @@ RELAY = "FMRAY_CONSOLE"  # set where another process shows what this one reports
 LINE_MARK, PROGRESS_MARK = "fmray| ", "fmray~ "
 LINE_SECONDS = 10.0  # at least, between two progress lines of a task
 LONGEST_SECONDS = 60.0  # ... at most, unless it advances by LINE_SHARE earlier
-LINE_SHARE = 0.2
+LINE_SHARE = 0.25
 RELAY_SECONDS = 1.0  # between two updates that are sent to the process with the terminal
 WIDTH = 100
 VALUE_LENGTH = 60  # longer values of settings are cut
@@ -305,22 +305,25 @@ class _Display(Protocol):
 
 
 class _Lines:
-    """Plain lines; of progress about six for a short task, and one a minute for a long one."""
+    """Plain lines; of progress at most five for a short task, and one a minute for a long one."""
 
     def __init__(self, file: TextIO, verbose: bool) -> None:
         self._file, self._verbose = file, verbose
-        self._shown: dict[str, tuple[float, int]] = {}  # task -> time and step of its last line
+        self._shown: dict[str, tuple[float, int]] = {}  # task -> time and step of its last line,
+        # or of its start, which the task itself has reported
 
     def line(self, text: str) -> None:
         print(text, file=self._file, flush=True)
 
     def progress(self, step: Step) -> None:
         now = time.monotonic()
-        before, done = self._shown.get(step.task, (-LONGEST_SECONDS, 0))
+        before, done = self._shown.setdefault(step.task, (now, step.done))
+        if step.done < done:  # the task was restarted
+            self._shown[step.task] = before, done = now, step.done
         advanced = step.done - done >= LINE_SHARE * step.total
         seconds = now - before
         due = seconds >= LONGEST_SECONDS or (seconds >= LINE_SECONDS and advanced)
-        if due or step.done < done or step.done >= step.total:  # fewer steps: it was restarted
+        if due or step.done >= step.total:
             self._shown[step.task] = (now, step.done)
             self.line(str(step))
 
@@ -417,7 +420,7 @@ def changed_settings(loaded: LoadedRecipe[Any], path: Path | None = None) -> str
             # `/somewhere/recipe.yaml:12` -> `recipe.yaml`; the full recipe has the lines
             source = re.sub(r":\d+$", "", origin).rpartition("/")[2]
             section, _, name = key.rpartition(".")
-            text = dump_value(value)
+            text = dump_value(value).replace(f"{Path.cwd()}/", "")
             text = text if len(text) <= VALUE_LENGTH else text[: VALUE_LENGTH - 3] + "..."
             groups.setdefault(source, {}).setdefault(section, []).append(f"{name}={text}")
     where = f" (full recipe: {path})" if path is not None else ""

@@ -197,10 +197,11 @@ def _summary(recipe: BaseRecipe, run_id: str, result: Result) -> list[str]:
         lines[0] += f", accuracy {scores[0].accuracy:.4f}, loss {scores[0].loss:.4f}"
     elif scores:
         what = "shots" if isinstance(recipe, FewshotRecipe) else "budget"
-        lines.append(f"{what:>13}  {'accuracy':>8}  {'loss':>8}")
-        for score in scores:
-            loss = "" if score.loss is None else f"{score.loss:8.4f}"
-            lines.append(f"{score.name:>13}  {score.accuracy:8.4f}  {loss}".rstrip())
+        lines.append(f"{what:>8}" + "".join(f"{score.name:>11}" for score in scores))
+        lines.append("accuracy" + "".join(f"{score.accuracy:11.4f}" for score in scores))
+        losses = [score.loss for score in scores if score.loss is not None]
+        if losses:
+            lines.append(f"{'loss':>8}" + "".join(f"{loss:11.4f}" for loss in losses))
     lines.append(f"model: {result.model_dir}")
     if result.model_version is not None:
         name = recipe.tracking.register_as

@@ -62,7 +62,6 @@ def test_only_fmrays_lines_are_shown_and_the_log_has_everything(tmp_path: Path) 
     assert done.stdout.splitlines() == [
         "started",
         "a worker's line",
-        "run: step 1 of 5 (20%), loss 0.5",
         "run: step 5 of 5 (100%), loss 0.5",
         "warning: tracking fails",
         "ended",
@@ -173,3 +172,20 @@ def test_changed_settings_leave_the_defaults_out(tmp_path: Path) -> None:
     assert lines[1].startswith("  --set: cluster.workers=2, train.lr=0.5, evaluate.budgets=[")
     assert lines[-1] == "  parent.yaml: train.weight_decay=0.25"
     assert "...\n" in text and max(map(len, lines)) <= 100
+
+
+def test_progress_lines_of_short_and_long_tasks(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seconds = 0.0
+    monkeypatch.setattr(console.time, "monotonic", lambda: seconds)
+    with open_log(tmp_path / "log.txt"):
+        for _ in track(range(100), "short", "step", total=100):
+            seconds += 1.0
+        for _ in track(range(1000), "long", "step", total=1000):
+            seconds += 1.0
+    lines = capsys.readouterr().out.splitlines()
+    steps = [int(line.split()[2]) for line in lines if line.startswith("short")]
+    assert steps == [26, 51, 76, 100]
+    steps = [int(line.split()[2]) for line in lines if line.startswith("long")]
+    assert len(steps) == 17 and steps[:2] == [61, 121]
