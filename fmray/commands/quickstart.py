@@ -116,9 +116,9 @@ def _run(options: argparse.Namespace, folder: Path) -> int:
 
     phases = _Phases()
     base, adaptive = _stages(folder, options.fast, options.seed)
-    say(f"writing to {options.folder}; full log: {options.folder / LOG}")
     with start_or_join(adaptive.loaded.recipe.cluster) as session:
-        say(f"Ray at {session.address}, dashboard {session.dashboard}")
+        ray = f"Ray at {session.address}, dashboard {session.dashboard}"
+        say(f"{ray}; full log: {options.folder / LOG}")
         # Call the jobs' functions in this process: a process per job would import everything again.
         from fmray.data.ingest import prepare
         from fmray.train.adallava.evaluate import measure_run
@@ -136,7 +136,7 @@ def _run(options: argparse.Namespace, folder: Path) -> int:
                 return code
         phases.start("measure accuracy at every budget")
         evaluation = measure_run(adaptive.loaded, "adaptive")
-    say(f"{evaluation.accuracy_table()}\n")
+    say(evaluation.accuracy_table())
     _finish(options.folder, adaptive, phases.elapsed())
     return 0
 
@@ -180,14 +180,12 @@ def _finish(folder: Path, adaptive: _Stage, elapsed: str) -> None:
 
     tracking, storage = adaptive.loaded.recipe.tracking, adaptive.run_dir.parent
     version = register(tracking, storage, MODEL, adaptive.run_dir / "model", "adaptive")
-    evaluation = folder / "adaptive" / "evaluation"
     image, question = _example(folder)
     options = "" if folder == STORAGE else f" --storage {folder}"
     say(
         f"""Done in {elapsed}. The model is registered as {MODEL}, version {version}, in production.
-  plots  {evaluation / "budget_curve.png"}, {evaluation / "plans.png"}
-  table  {evaluation / "results.json"}
-  log    {folder / LOG}
+  results   {folder / "adaptive" / "evaluation"}: budget_curve.png, plans.png, results.json
+  full log  {folder / LOG}
 Next:
   mlflow ui --backend-store-uri {tracking_uri(tracking, storage)}
   fmray ask {image} {question!r} --budget 0.5{options}

@@ -17,6 +17,7 @@ from ray.job_submission import JobStatus, JobSubmissionClient
 from fmray.cli import main
 from fmray.config import ClusterConfig
 from fmray.runtime.cluster import Session, check_answers, start_or_join, submit
+from fmray.runtime.console import open_log
 from fmray.runtime.placement import machines_of_cluster
 
 JOB = """
@@ -24,6 +25,15 @@ import os, sys, time
 print("folder", os.getcwd(), "words", sys.argv[1:], flush=True)
 time.sleep(float(sys.argv[2]))
 sys.exit(int(sys.argv[1]))
+"""
+
+FAILING_JOB = """
+import sys
+from fmray.runtime.console import say
+say("step 1 is done")
+print("chatter of a library")
+print("fmray: no room", file=sys.stderr)
+sys.exit(1)
 """
 
 
@@ -48,6 +58,17 @@ def test_jobs_run_in_this_folder_and_return_their_exit_codes(
     assert submit(session, script, ["0", "0", "a b"], "passes") == 0
     assert f"folder {os.getcwd()} words ['0', '0', 'a b']" in capsys.readouterr().out
     assert submit(session, script, ["3", "0"], "fails") == 3
+
+
+def test_with_an_open_log_only_the_jobs_own_lines_and_its_error_are_shown(
+    session: Session, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    script = tmp_path / "job.py"
+    script.write_text(FAILING_JOB)
+    with open_log(tmp_path / "log.txt"):
+        assert submit(session, script, [], "reports") == 1
+    assert capsys.readouterr().out == "step 1 is done\nfmray: no room\n"
+    assert "chatter of a library" in (tmp_path / "log.txt").read_text()
 
 
 def test_joining_leaves_the_cluster_running(session: Session) -> None:
