@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -21,6 +20,7 @@ from support.serving import (
     encoded_image,
     make_app,
     make_model_directory,
+    post_and_disconnect,
     serving,
     wait_until,
 )
@@ -191,12 +191,11 @@ def test_disconnected_clients_free_their_rows(
     """Clients that occupy every row disconnect; within a second the engine is empty."""
     body = chat(data_url(encoded_image()), max_tokens=1000, stream=stream)
 
-    def disconnect() -> None:
-        with contextlib.suppress(httpx.TimeoutException):
-            httpx.post(f"{url}/v1/chat/completions", json=body, timeout=0.3)
-
+    cancelled = chat_model.worker.stats().finished.get("cancelled", 0)
     with ThreadPoolExecutor(4) as pool:
-        list(pool.map(lambda _: disconnect(), range(4)))
+        clients = [pool.submit(post_and_disconnect, url, body, {}) for _ in range(4)]
+        for client in clients:
+            client.result()
     start = time.monotonic()
 
     def idle() -> bool:
@@ -205,6 +204,7 @@ def test_disconnected_clients_free_their_rows(
 
     wait_until(idle, 10, "an empty engine")
     assert time.monotonic() - start < 1.1
+    assert chat_model.worker.stats().finished["cancelled"] == cancelled + 4
     assert httpx.get(f"{url}/readyz").status_code == 200
 
 

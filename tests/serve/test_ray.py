@@ -25,7 +25,7 @@ import pytest
 import ray
 from ray import serve
 from ray.serve._private.api import call_user_app_builder_with_args_if_necessary
-from support.serving import Load, chat, data_url, encoded_image, wait_until
+from support.serving import Load, chat, data_url, encoded_image, post_and_disconnect, wait_until
 
 from fmray.config.serve import ServeConfig
 from fmray.serve.app import build
@@ -197,13 +197,10 @@ def test_disconnected_clients_free_their_rows(endpoint: Endpoint, stream: bool) 
     wait_until(lambda: active_rows() == 0, 30, "an idle engine")
     body = chat(data_url(encoded_image()), max_tokens=1000, stream=stream)
 
-    def disconnect() -> None:
-        with contextlib.suppress(httpx.TimeoutException):
-            endpoint.post(body, timeout=0.5)
-
     with ThreadPoolExecutor(4) as pool:
-        for future in [pool.submit(disconnect) for _ in range(4)]:
-            future.result()
+        clients = [pool.submit(post_and_disconnect, endpoint.url, body, HEADERS) for _ in range(4)]
+        for client in clients:
+            client.result()
     wait_until(lambda: active_rows() == 0, 12, "the rows of disconnected clients")
     assert endpoint.ask(max_tokens=2).status_code == 200
 

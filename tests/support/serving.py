@@ -91,6 +91,19 @@ def chat(*urls: str, text: str = "what is in the picture ?", **fields: Any) -> d
     return {"model": "tiny", "messages": [{"role": "user", "content": content}], **fields}
 
 
+def post_and_disconnect(url: str, body: dict[str, Any], headers: dict[str, str]) -> None:
+    """Send a chat request and disconnect: a stream after its first chunk, else after 0.5 s."""
+    path = f"{url}/v1/chat/completions"
+    timeout = httpx.Timeout(60 if body.get("stream") else 0.5)
+    with (
+        contextlib.suppress(httpx.TimeoutException),
+        httpx.stream("POST", path, json=body, headers=headers, timeout=timeout) as response,
+    ):
+        assert body.get("stream"), "the answer came before the timeout"
+        assert response.status_code == 200
+        next(response.iter_raw())
+
+
 class Answer(NamedTuple):
     """The response to one request of a `Load`."""
 
