@@ -38,12 +38,21 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         folder = item.path.relative_to(TESTS).parts[0]
         if folder in COST_CLASSES:
             item.add_marker(getattr(pytest.mark, folder))
+        item.add_marker(pytest.mark.xdist_group(_group(item)))
         if folder == "gpu" and not torch.cuda.is_available():
             item.add_marker(pytest.mark.skip(reason="this machine has no GPU"))
         if folder == "chaos":  # 25 minutes
             item.add_marker(pytest.mark.slow)
         if folder == "chaos" and no_machines is not None:
             item.add_marker(pytest.mark.skip(reason=no_machines))
+    # with `-n 2`, the one long group starts first
+    items.sort(key=lambda item: _group(item) != "ray")
+
+
+def _group(item: pytest.Item) -> str:
+    """The tests that one process of `pytest -n 2` runs: all with Ray, or all of one file."""
+    path = item.path.relative_to(TESTS)
+    return "ray" if path.parts[0] == "cluster" or path.name == "test_ray.py" else str(path)
 
 
 def _no_machines() -> str | None:

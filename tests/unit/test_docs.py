@@ -103,7 +103,7 @@ def test_the_readme_fits_a_few_screens() -> None:
     assert len(text.splitlines()) <= 230
     [commands] = [body for body in fences(text, "bash") if "quickstart" in body]
     assert "pip install -e . && fmray quickstart" in commands
-    assert 'pip install -e ".[test]" && pytest' in commands
+    assert 'pip install -e ".[test]" && pytest -n 2' in commands
 
 
 @by_name
