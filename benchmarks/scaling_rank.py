@@ -56,8 +56,8 @@ def measure(case: dict[str, Any]) -> dict[str, Any]:
     class Marks(Progress):
         """A mark at the end of each step, on every rank."""
 
-        def __init__(self, total: int, start: int, enabled: bool) -> None:
-            super().__init__(total, start, enabled=False)
+        def __init__(self, total: int, start: int, enabled: bool, name: str) -> None:
+            super().__init__(total, start, False, name)
             self._last: tuple[float, float, int, dict[str, int]] | None = None
 
         def update(self, step: int, metrics: dict[str, float]) -> None:
