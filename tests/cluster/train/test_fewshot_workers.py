@@ -41,7 +41,8 @@ def test_two_workers_learn_the_same_as_one_and_one_can_resume(
     steps = TRAIN | {"method": method, "checkpoint_every": 2, "keep_checkpoints": 9}
     steps |= {"episodes_per_step": 3}
     if strategy == "zero":
-        steps |= {"optimizer": "adamw", "lr": 1e-3}
+        # at 1e-3 the loss diverges (0.007, 163, 82, ...) and amplifies rounding
+        steps |= {"optimizer": "adamw", "lr": 1e-4}
     encoder = {"checkpoint": start}
     alone = train(fewshot_recipe(store, tmp_path / "alone", train=steps, encoder=encoder), "run")
     steps |= {"strategy": strategy}
