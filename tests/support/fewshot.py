@@ -25,7 +25,7 @@ EPISODES = {"ways": 3, "shots": 1, "queries": 4, "tasks": 7}
 def fewshot_recipe(
     store: ImageStore, storage: Path, **sections: Any
 ) -> LoadedRecipe[FewshotRecipe]:
-    """Six steps of two 3-way episodes on all tasks of the store, in this process."""
+    """Return a recipe of six steps of two 3-way episodes on all tasks, in this process."""
     values: dict[str, Any] = {
         "encoder": ENCODER,
         "train": TRAIN,
@@ -39,13 +39,14 @@ def fewshot_recipe(
 
 
 def start_encoder(folder: Path) -> Path:
-    """The encoder that finetuning starts from, always the same one."""
+    """Write the encoder that finetuning starts from, always with the same weights."""
     torch.manual_seed(1)
     create_encoder(**ENCODER).save_pretrained(folder)
     return folder
 
 
 def losses(run_dir: Path) -> list[float]:
+    """Return the training loss of each step."""
     return [line["loss"] for line in read_log(run_dir / "log.jsonl") if "loss" in line]
 
 
@@ -54,7 +55,7 @@ def weights(model_dir: Path) -> dict[str, Tensor]:
 
 
 def forget_after(run_dir: Path, step: int) -> None:
-    """As if the run had died after the checkpoint of `step`."""
+    """Remove what a run that died after the checkpoint of `step` would not have written."""
     for path in run_dir.glob("checkpoint-*"):
         if int(path.name.rpartition("-")[2]) > step:
             shutil.rmtree(path)

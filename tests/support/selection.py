@@ -1,4 +1,4 @@
-"""Collections of noise in known colours, and an encoder that sees colours alone."""
+"""Collections of noise in known colours, and an encoder of mean colours."""
 
 from __future__ import annotations
 
@@ -28,8 +28,10 @@ SPLITS = ("train",) * 6 + ("val",) * 1 + ("test",) * 3
 
 
 class MeanColors(nn.Module):
-    """[B, 3, 8, 8] -> [B, 12]: the mean colour of each quarter of the picture, and nothing learnt
-    but a scale, so that it has a device."""
+    """[B, 3, 8, 8] -> [B, 12]: mean colour of each quarter of an image.
+
+    Its only parameter is a scale, so that the module has a device.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -45,7 +47,11 @@ def color_encoder() -> Encoder:
 
 
 def color_store(folder: Path, images: int = 12) -> ImageStore:
-    """A store of `COLORS`: ten classes each, six of them for training, `images` a class."""
+    """Return a store of `COLORS`: ten classes each, six of them for training.
+
+    Args:
+        images: per class.
+    """
     collections = {}
     for number, (name, color) in enumerate(COLORS.items()):
         generator = np.random.default_rng(number)
@@ -54,7 +60,7 @@ def color_store(folder: Path, images: int = 12) -> ImageStore:
             middle = np.array(color) + generator.normal(0, 12, 3)
             rows += [
                 {
-                    "image": _picture(generator.normal(middle, 10, (8, 8, 3))),
+                    "image": _png(generator.normal(middle, 10, (8, 8, 3))),
                     "label": label,
                     "class_name": f"class {label}",
                     "split": split,
@@ -68,7 +74,7 @@ def color_store(folder: Path, images: int = 12) -> ImageStore:
 
 
 def color_recipe(store: ImageStore, storage: Path, **sections: Any) -> LoadedRecipe[FewshotRecipe]:
-    """A recipe on such a store for the target `target`, in this process."""
+    """Return a recipe on that store for the target `target`, in this process."""
     values: dict[str, Any] = {
         "name": "colors",
         "seed": 3,
@@ -96,7 +102,7 @@ def color_recipe(store: ImageStore, storage: Path, **sections: Any) -> LoadedRec
     return LoadedRecipe(recipe, origins)
 
 
-def _picture(pixels: np.ndarray) -> bytes:
+def _png(pixels: np.ndarray) -> bytes:
     file = io.BytesIO()
     Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(file, format="png")
     return file.getvalue()

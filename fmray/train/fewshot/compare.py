@@ -1,18 +1,25 @@
-"""The comparison: target x (method, selection), every cell with intervals, resumable cell by cell.
+"""The comparison job: every method and selection on every target, resumed cell by cell.
 
-In: a recipe with `compare.targets`. Out: in `<storage>/<run id>/` the resolved `recipe.yaml`,
-`selections/`, a file a cell in `cells/`, and when all are there `results.json`, `tasks.parquet`
-(every accuracy of every task) and `comparison.png`; in MLflow a run with a child a cell. The same
-run id goes on where it stopped: what is there is not computed again.
+Writes to the run's folder:
 
-An image store that is not there yet is prepared, and a small encoder without a checkpoint is
-pretrained by the recipe's `pretrain` section first, so that one command does all.
+    recipe.yaml      the resolved recipe
+    selections/      chosen tasks, one file per target and selection
+    cells/           accuracies, one file per cell
+    results.json     the table
+    tasks.parquet    the accuracy of every task
+    comparison.png   the table as a figure
+
+The last three are written when all cells exist. The same run id resumes: existing selections and
+cells are not computed again. MLflow has a run with a child per cell.
+
+The job prepares a missing image store, and pretrains a small encoder without a checkpoint by the
+recipe's `pretrain` section, so that one command is enough.
 """
 
 from __future__ import annotations
 
 import json
-import os
+import math
 from collections.abc import Iterator
 from contextlib import nullcontext
 from pathlib import Path
@@ -31,10 +38,12 @@ from fmray.fewshot import Encoder, confidence_interval
 from fmray.plots import fewshot as fewshot_plots
 from fmray.runtime import tracking
 from fmray.runtime.console import changed_settings, say
+from fmray.runtime.files import atomic_path, write_json
 from fmray.runtime.nodes import session
 from fmray.train.fewshot.comparison import (
     Cell,
     CellResult,
+    Column,
     Comparison,
     digest,
     make_cell,
@@ -50,11 +59,12 @@ from fmray.train.fewshot.select import candidate_tasks, choose, embed_tasks
 
 
 def compare(loaded: LoadedRecipe[FewshotRecipe], run_id: str) -> Comparison:
-    """Compute the cells that are missing, and put the table together.
+    """Compute the missing cells and return the table.
 
-    `cluster.workers` trainings at a time as Ray tasks; 0: one after another in this process.
+    `cluster.workers` trainings run at a time as Ray tasks; 0: one after another in this process.
 
-    Raises ValueError for a recipe that has no targets, or whose data do not allow an episode.
+    Raises:
+        ValueError: a recipe without targets, or whose data do not allow an episode.
     """
     recipe = loaded.recipe.with_absolute_paths()
     if not recipe.compare.targets:
@@ -70,22 +80,22 @@ def compare(loaded: LoadedRecipe[FewshotRecipe], run_id: str) -> Comparison:
         with nullcontext() if recipe.cluster.workers == 0 else session(recipe):
             store = ImageStore.open(recipe.images.store, recipe.images.cache)
             cells = _plan(recipe, store, run_dir)
-            found = _run(recipe, store, cells, run_dir, run_id, run.mlflow_run_id)
-        result = _comparison(recipe, cells, found)
-        _write(result, cells, found, run_dir)
+            results = _compute(recipe, store, cells, run_dir, run_id, run.mlflow_run_id)
+        comparison = _comparison(cells, results)
+        _write(comparison, cells, results, run_dir)
         for name in ("results.json", "tasks.parquet", "comparison.png"):
             run.artifact(run_dir / name)
-        for line, columns in result.accuracies.items():
+        for line, columns in comparison.accuracies.items():
             for shots in dict.fromkeys(shots for _, shots in columns):
                 means = [values.mean() for (_, n), values in columns.items() if n == shots]
                 run.log(0, **{f"mean/{line}/{shots_name(shots)}": float(np.mean(means))})
-    say(result.table())
+    say(comparison.table())
     say(f"results: {run_dir / 'results.json'}")
-    return result
+    return comparison
 
 
 def _with_encoder(recipe: FewshotRecipe, run_dir: Path, run_id: str) -> FewshotRecipe:
-    """The recipe with weights to start from: a small encoder has none on a hub."""
+    """Return the recipe with weights to start from: pretrain a small encoder without any."""
     config = recipe.encoder
     if not config.name.startswith("small/") or config.checkpoint is not None:
         return recipe
@@ -96,10 +106,10 @@ def _with_encoder(recipe: FewshotRecipe, run_dir: Path, run_id: str) -> FewshotR
 
 
 def _plan(recipe: FewshotRecipe, store: ImageStore, run_dir: Path) -> list[Cell]:
-    """All cells of the table; the tasks are selected here, once for each target and selection."""
+    """Return all cells of the table; select the tasks once for each target and selection."""
     encoder = load_encoder(recipe.encoder)
     weights = weights_digest(encoder)
-    known: dict[str, TaskFeatures] = {}  # of candidates: embedded once for all targets
+    known: dict[str, TaskFeatures] = {}  # candidates are embedded once for all targets
     cells: list[Cell] = []
     for target in recipe.compare.targets:
         candidates = {task.name: task for task in candidate_tasks(store, recipe, target)}
@@ -127,8 +137,8 @@ def _selections(
     known: dict[str, TaskFeatures],
     run_dir: Path,
 ) -> Iterator[tuple[Selection, int | None, list[str]]]:
-    """(selection, its seed where it has one, names of the tasks) for one target; kept on disk."""
-    measured = None
+    """Yield (selection, seed if it is random, names of tasks) for one target; cached on disk."""
+    embedded = None
     for selection in recipe.compare.selections:
         for seed in recipe.compare.random_seeds if selection == "random" else (None,):
             settings = {
@@ -141,16 +151,17 @@ def _selections(
             }
             path = run_dir / "selections" / f"{digest(settings)}.json"
             if not path.is_file():
-                measured = measured or embed_tasks(recipe, store, encoder, target, known)
-                chosen = choose(recipe, store, encoder, target, selection, seed or 0, measured)
-                _write_json(path, settings | {"tasks": chosen.names})
+                embedded = embedded or embed_tasks(recipe, store, encoder, target, known)
+                chosen = choose(recipe, store, encoder, target, selection, seed or 0, embedded)
+                path.parent.mkdir(parents=True, exist_ok=True)
+                write_json(path, settings | {"tasks": chosen.names})
             names = json.loads(path.read_text(encoding="utf-8"))["tasks"]
             label = selection if seed is None else f"{selection} {seed}"
             say(f"{target.collection}: {label}: {len(names)} tasks: {', '.join(names)}")
             yield selection, seed, names
 
 
-def _run(
+def _compute(
     recipe: FewshotRecipe,
     store: ImageStore,
     cells: list[Cell],
@@ -158,54 +169,58 @@ def _run(
     run_id: str,
     parent: str | None,
 ) -> dict[str, CellResult]:
-    """Accuracies by key: read where they are there, computed where not, one training at a time or
-    `cluster.workers` of them."""
+    """Return results by key: read the cells that exist, and compute the others."""
     files = {cell.key: run_dir / "cells" / f"{cell.key}.parquet" for cell in cells}
-    found = {key: read_cell(path) for key, path in files.items() if path.is_file()}
-    groups: dict[str, list[Cell]] = {}
+    results = {key: read_cell(path) for key, path in files.items() if path.is_file()}
+    trainings: dict[str, list[Cell]] = {}  # missing cells by training
     for cell in cells:
-        if cell.key not in found:
-            groups.setdefault(cell.training, []).append(cell)
+        if cell.key not in results:
+            trainings.setdefault(cell.training, []).append(cell)
     say(
-        f"{len(cells)} cells; {sum(cell.key in found for cell in cells)} are there already,"
-        f" {len(groups)} trainings to run"
+        f"{len(cells)} cells: {sum(cell.key in results for cell in cells)} exist already,"
+        f" {len(trainings)} trainings to run"
     )
-    if not groups:
-        return found
-    kept = decode_all(store, load_encoder(recipe.encoder).preprocess)
+    if not trainings:
+        return results
+    decoded = decode_all(store, load_encoder(recipe.encoder).preprocess)
     run_all = _in_process if recipe.cluster.workers == 0 else _as_ray_tasks
-    for done, (group, measured) in enumerate(run_all(recipe, list(groups.values()), kept), 1):
-        for key, values in measured.items():
-            write_cell(files[key], values)
-        found |= measured
+    for done, (group, computed) in enumerate(
+        run_all(recipe, list(trainings.values()), decoded), start=1
+    ):
+        for key, result in computed.items():
+            write_cell(files[key], result)
+        results |= computed
         for cell in group:
-            _track(recipe, cell, found[cell.key], run_id, parent)
+            result = results[cell.key]
+            _track(recipe, cell, result, run_id, parent)
             accuracies = ", ".join(
                 f"{shots_name(shots)} {percent(confidence_interval(values))}"
-                for shots, values in found[cell.key].accuracies.items()
+                for shots, values in result.accuracies.items()
             )
             say(
-                f"[{done}/{len(groups)}] {cell.name}: {accuracies}"
-                f" ({found[cell.key].seconds:.0f} s of training)"
+                f"[{done}/{len(trainings)}] {cell.name}: {accuracies}"
+                f" ({result.seconds:.0f} s of training)"
             )
-    return found
+    return results
 
 
 def _in_process(
-    recipe: FewshotRecipe, groups: list[list[Cell]], kept: np.ndarray | None
+    recipe: FewshotRecipe, groups: list[list[Cell]], decoded: np.ndarray | None
 ) -> Iterator[tuple[list[Cell], dict[str, CellResult]]]:
+    """Yield the cells and results of each training, one after another."""
     for group in groups:
-        yield group, run_cells(recipe, group, kept)
+        yield group, run_cells(recipe, group, decoded)
 
 
 def _as_ray_tasks(
-    recipe: FewshotRecipe, groups: list[list[Cell]], kept: np.ndarray | None
+    recipe: FewshotRecipe, groups: list[list[Cell]], decoded: np.ndarray | None
 ) -> Iterator[tuple[list[Cell], dict[str, CellResult]]]:
+    """Yield the cells and results of each training as it ends, `cluster.workers` at a time."""
     cluster = recipe.cluster
     remote = ray.remote(run_cells).options(
         num_cpus=cluster.cpus_per_worker, num_gpus=cluster.gpus_per_worker
     )
-    shared = ray.put(kept)  # one copy on a node, which all its tasks read
+    shared = ray.put(decoded)  # one copy per node, which all its tasks read
     waiting = list(reversed(groups))
     running: dict[ray.ObjectRef, list[Cell]] = {}
     while waiting or running:
@@ -217,9 +232,9 @@ def _as_ray_tasks(
 
 
 def _track(
-    recipe: FewshotRecipe, cell: Cell, measured: CellResult, run_id: str, parent: str | None
+    recipe: FewshotRecipe, cell: Cell, result: CellResult, run_id: str, parent: str | None
 ) -> None:
-    """The cell's child run in MLflow."""
+    """Log the cell as a child run in MLflow."""
     parameters = {
         "target": cell.target.model_dump(),
         "method": cell.method,
@@ -237,39 +252,37 @@ def _track(
         {"fmray.job": "compare_fewshot"},
         parent,
     ) as run:
-        for shots, values in measured.accuracies.items():
+        for shots, values in result.accuracies.items():
             run.log(0, **{f"accuracy/{shots_name(shots)}": float(values.mean())})
-        run.log(0, seconds=measured.seconds)
-        if measured.loss is not None:
-            run.log(0, loss=measured.loss)
+        run.log(0, seconds=result.seconds)
+        if result.loss is not None:
+            run.log(0, loss=result.loss)
 
 
-def _comparison(
-    recipe: FewshotRecipe, cells: list[Cell], found: dict[str, CellResult]
-) -> Comparison:
-    """Cells to lines and columns; seeds of a line become their mean, task by task."""
-    parts: dict[str, dict[tuple[str, int], list[np.ndarray]]] = {}
-    ways: dict[tuple[str, int], int] = {}
+def _comparison(cells: list[Cell], results: dict[str, CellResult]) -> Comparison:
+    """Put cells into lines and columns; the seeds of a line become their mean, task by task."""
+    by_line: dict[str, dict[Column, list[np.ndarray]]] = {}
+    ways: dict[Column, int] = {}
     for cell in cells:
-        measured = found[cell.key]
-        for shots, values in measured.accuracies.items():
+        result = results[cell.key]
+        for shots, values in result.accuracies.items():
             column = (cell.column, shots)
-            ways[column] = measured.ways[shots]
-            parts.setdefault(cell.row, {}).setdefault(column, []).append(values)
+            ways[column] = result.ways[shots]
+            by_line.setdefault(cell.row, {}).setdefault(column, []).append(values)
     accuracies = {
         line: {column: np.mean(values, axis=0) for column, values in columns.items()}
-        for line, columns in parts.items()
+        for line, columns in by_line.items()
     }
     return Comparison(accuracies, ways)
 
 
 def _write(
-    result: Comparison, cells: list[Cell], found: dict[str, CellResult], run_dir: Path
+    comparison: Comparison, cells: list[Cell], results: dict[str, CellResult], run_dir: Path
 ) -> None:
+    """Write tasks.parquet, comparison.png and results.json."""
     records: list[dict[str, Any]] = []
     for cell in cells:
-        measured = found[cell.key]
-        for shots, values in measured.accuracies.items():
+        for shots, values in results[cell.key].accuracies.items():
             label = {
                 "target": cell.column,
                 "line": cell.row,
@@ -280,33 +293,29 @@ def _write(
                 label | {"task": task, "accuracy": accuracy}
                 for task, accuracy in enumerate(values.tolist())
             ]
-    path = run_dir / "tasks.parquet"
-    partial = path.with_name(f".{path.name}.partial")
-    pq.write_table(pa.Table.from_pylist(records), partial)
-    os.replace(partial, path)
-    trainings = [
-        {
-            "cell": cell.name,
-            "tasks": list(cell.tasks),
-            "training": cell.training,
-            "seconds": found[cell.key].seconds,
-            "loss": found[cell.key].loss,
-        }
-        for cell in cells
-    ]
+    with atomic_path(run_dir / "tasks.parquet") as temporary:
+        pq.write_table(pa.Table.from_pylist(records), temporary)
+
     points = []
-    for line, columns in result.accuracies.items():
+    for line, columns in comparison.accuracies.items():
         for (target, shots), values in columns.items():
             interval = confidence_interval(values)
             points.append(
                 fewshot_plots.Accuracy(target, shots, line, interval.mean, interval.half_width)
             )
     fewshot_plots.comparison(points, run_dir / "comparison.png")
-    _write_json(run_dir / "results.json", result.values() | {"trainings": trainings})
 
-
-def _write_json(path: Path, values: dict[str, Any]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
-    os.replace(partial, path)
+    trainings = []
+    for cell in cells:
+        result = results[cell.key]
+        diverged = result.loss is not None and not math.isfinite(result.loss)
+        trainings.append(
+            {
+                "cell": cell.name,
+                "tasks": list(cell.tasks),
+                "training": cell.training,
+                "seconds": result.seconds,
+                "loss": None if diverged else result.loss,  # JSON has no NaN
+            }
+        )
+    write_json(run_dir / "results.json", comparison.values() | {"trainings": trainings})

@@ -1,17 +1,16 @@
-"""The table of a comparison: accuracies, paired differences, and what they say of the thesis.
+"""The cells of a comparison (target x method x selection), and the table they are put into.
 
-In: accuracies over the same test tasks, by line of the table, target and shots. Out: text for the
-terminal, and plain values for `results.json`. Differences are paired, task by task.
+A cell is stored as one Parquet file (`CELL_SCHEMA`) named by a hash of everything that decides its
+accuracies, so it is computed once. Cells that train on the same tasks in the same way share one
+training. The table has accuracies, paired differences task by task, and what they say about the
+claims of the thesis.
 """
 
 from __future__ import annotations
 
 import hashlib
-import io
 import json
-import os
 from collections.abc import Iterator, Mapping
-from contextlib import redirect_stdout
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +23,7 @@ import torch
 from fmray.config.fewshot import FewshotRecipe, Method, Selection, TargetConfig
 from fmray.data.image_store import ImageStore
 from fmray.fewshot import Encoder, Interval, confidence_interval, paired_interval
+from fmray.runtime.files import atomic_path
 from fmray.train.engine import make_engine
 from fmray.train.fewshot.encoder import ImageReader, load_encoder
 from fmray.train.fewshot.evaluate import (
@@ -41,7 +41,7 @@ from fmray.train.method import Worker, training_settings
 
 ALL, RANDOM, SELECTED = "multitask/all", "multitask/random", "multitask/selected"
 CLAIMS = (
-    # what the thesis says (chapter 3), and the lines of the table it is about
+    # claims of the thesis (chapter 3): text, better line of the table, worse line, relation
     ("selected tasks are at least as good as all tasks", SELECTED, ALL, ">="),
     ("selected tasks beat as many random ones", SELECTED, RANDOM, ">"),
     ("multitask finetuning beats standard finetuning", ALL, "standard", ">"),
@@ -53,22 +53,21 @@ Column = tuple[str, int]  # target, shots
 
 @dataclass(frozen=True)
 class Claim:
-    """A claim beside what was found: in how many columns the 95 % interval of `better - worse`
-    lies above zero, holds it, or lies below; difference: mean over the columns, in [-1, 1]."""
+    """A claim of the thesis, and the 95 % intervals of `better - worse` in all columns."""
 
     text: str
-    better: str
-    worse: str
-    relation: str
-    above: int
-    within: int
-    below: int
-    difference: float
+    better: str  #: a line of the table
+    worse: str  #: a line of the table
+    relation: str  #: the claim is `better relation worse`
+    above: int  #: columns whose interval lies above zero
+    within: int  #: columns whose interval contains zero
+    below: int  #: columns whose interval lies below zero
+    difference: float  #: mean over the columns, in [-1, 1]
 
     def __str__(self) -> str:
         columns = self.above + self.within + self.below
         return (
-            f"thesis: {self.text}. Found: {self.better} - {self.worse} is"
+            f"thesis: {self.text}. Measured: {self.better} - {self.worse} is"
             f" {100 * self.difference:+.2f} points on average; above zero in {self.above} of"
             f" {columns} columns, undecided in {self.within}, below in {self.below}"
         )
@@ -76,21 +75,18 @@ class Claim:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Accuracies [tasks] by line and column. A line of several seeds is their mean, task by task.
+    """The table. A line with several seeds has their mean, task by task."""
 
-    ways: by column.
-    """
-
-    accuracies: Mapping[str, Mapping[Column, np.ndarray]]
+    accuracies: Mapping[str, Mapping[Column, np.ndarray]]  #: [tasks], by line and column
     ways: Mapping[Column, int]
 
     def difference(self, line: str, other: str, column: Column) -> Interval:
-        """Paired interval of line - other."""
+        """Return the paired interval of line - other."""
         return paired_interval(self.accuracies[line][column], self.accuracies[other][column])
 
     def claims(self) -> list[Claim]:
-        """Those of the thesis whose lines are in the table."""
-        found = []
+        """Return the claims of the thesis whose lines are in the table."""
+        claims = []
         for text, better, worse, relation in CLAIMS:
             if better not in self.accuracies or worse not in self.accuracies:
                 continue
@@ -99,12 +95,15 @@ class Comparison:
             below = sum(interval.high < 0 for interval in intervals)
             within = len(intervals) - above - below
             mean = float(np.mean([interval.mean for interval in intervals]))
-            found.append(Claim(text, better, worse, relation, above, within, below, mean))
-        return found
+            claims.append(Claim(text, better, worse, relation, above, within, below, mean))
+        return claims
 
     def table(self) -> str:
-        """For the terminal: for each number of shots accuracies, then differences to all tasks and
-        to random ones; below, the claims."""
+        """Return the text for the terminal.
+
+        For each number of shots: accuracies, then differences to all tasks and to random tasks.
+        The claims follow.
+        """
         parts: list[str] = []
         for shots in dict.fromkeys(shots for _, shots in self.ways):
             columns = [column for column in self.ways if column[1] == shots]
@@ -119,7 +118,7 @@ class Comparison:
         return "\n".join([*parts, *map(str, self.claims())])
 
     def values(self) -> dict[str, Any]:
-        """For `results.json`."""
+        """Return the content of `results.json`."""
         cells = [
             {
                 "line": line,
@@ -154,26 +153,21 @@ class Comparison:
 
 
 def _columns(heads: list[str], lines: Iterator[list[str]]) -> Iterator[str]:
-    """Names set left, numbers right."""
+    """Align names left and numbers right."""
     rows = [["", *heads, "mean"], *lines]
-    widths = [max(len(row[place]) for row in rows) for place in range(len(rows[0]))]
-    for first, *others in rows:
-        cells = (f"{cell:>{width}}" for cell, width in zip(others, widths[1:], strict=True))
-        yield "  ".join([f"{first:<{widths[0]}}", *cells])
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    for name, *numbers in rows:
+        cells = (f"{number:>{width}}" for number, width in zip(numbers, widths[1:], strict=True))
+        yield "  ".join([f"{name:<{widths[0]}}", *cells])
 
 
-# The cells of a comparison: which trainings they need, how one training is run, what is kept.
-#
-# In: a recipe, the tasks that were selected, decoded pictures. Out: accuracies over the test tasks,
-# one Parquet file a cell (`CELL_SCHEMA`), named by a hash of all that decides them: a cell whose
-# file is there is not computed again. Cells that train on the same tasks in the same way share one
-# training.
+# --- Cells ---
 
 CELL_SCHEMA = pa.schema(
     [
         ("shots", pa.int32()),
         ("ways", pa.int32()),
-        ("task", pa.int32()),  # the same number is the same images in every cell of a target
+        ("task", pa.int32()),  # the same images in every cell of a target
         ("accuracy", pa.float64()),
     ]
 )
@@ -181,31 +175,30 @@ CELL_SCHEMA = pa.schema(
 
 @dataclass(frozen=True)
 class Cell:
-    """One entry of the table. selection, seed: of method multitask (seed: of random alone); tasks:
-    names it trains on; training, key: hashes of what decides the training, and the accuracies."""
+    """One entry of the table: what it trains on and is tested on."""
 
     target: TargetConfig
     method: Method
-    selection: Selection | None
-    seed: int | None
-    tasks: tuple[str, ...]
-    training: str
-    key: str
+    selection: Selection | None  #: None unless the method is multitask
+    seed: int | None  #: None unless the selection is random
+    tasks: tuple[str, ...]  #: names of the tasks it trains on
+    training: str  #: hash of what decides the training
+    key: str  #: hash of what decides the accuracies
 
     @property
     def row(self) -> str:
-        """The line of the table it belongs to; all seeds are of one line."""
+        """Name of its line in the table; all seeds share one line."""
         return self.method if self.selection is None else f"{self.method}/{self.selection}"
 
     @property
     def column(self) -> str:
-        """Its target's name in the table; the test split goes without saying."""
+        """Name of its target in the table, with the split unless that is `test`."""
         split = self.target.split
         return self.target.collection + ("" if split == "test" else f" ({split})")
 
     @property
     def name(self) -> str:
-        """Its own name, for folders and MLflow."""
+        """Name in log lines, results.json and MLflow."""
         parts = [self.target.collection, self.target.split, self.method]
         parts += [] if self.selection is None else [self.selection]
         return "-".join(parts + ([] if self.seed is None else [str(self.seed)]))
@@ -213,17 +206,16 @@ class Cell:
 
 @dataclass(frozen=True)
 class CellResult:
-    """What a cell's file holds: accuracies [tasks] and ways by shots; the training's seconds (0
-    without one) and its loss over the last tenth of the steps."""
+    """The content of a cell's file."""
 
-    accuracies: dict[int, np.ndarray]
-    ways: dict[int, int]
-    seconds: float
-    loss: float | None
+    accuracies: dict[int, np.ndarray]  #: [tasks], by shots
+    ways: dict[int, int]  #: by shots
+    seconds: float  #: of training; 0 without one
+    loss: float | None  #: mean over the last tenth of the steps; None without a training
 
 
 def method_recipe(recipe: FewshotRecipe, method: Method) -> FewshotRecipe:
-    """The recipe as a cell of this method trains: its learning rate, one process."""
+    """Return the recipe of a cell's training: the method's learning rate, one process."""
     lr = recipe.compare.lr.get(method, recipe.train.lr)
     changes = {"method": method, "lr": lr, "strategy": "ddp"}
     return recipe.model_copy(update={"train": recipe.train.model_copy(update=changes)})
@@ -239,101 +231,119 @@ def make_cell(
     seed: int | None,
     tasks: Mapping[str, CandidateTask],
 ) -> Cell:
-    """A cell and its hashes. encoder: fingerprint of the weights it starts from; tasks: candidate
-    tasks to train on, by name, none for direct adaptation."""
+    """Return a cell with its hashes.
+
+    Args:
+        encoder: `weights_digest` of the encoder it starts from.
+        tasks: candidate tasks to train on, by name; none for direct adaptation.
+    """
     settings: dict[str, Any] = {"encoder": encoder, "store": store.fingerprint}
     if method != "direct":
-        own = method_recipe(recipe, method)
+        trained = method_recipe(recipe, method)
         training = TrainingSet(
-            list(tasks.values()), store, own.episodes, own.seed, own.select.weights
+            list(tasks.values()), store, trained.episodes, trained.seed, trained.select.weights
         )
         settings |= {"tasks": training.fingerprint}
-        values = training_settings(own, sorted(tasks))
+        values = training_settings(trained, sorted(tasks))
         settings |= {name: value for name, value in values.items() if name != "encoder.checkpoint"}
-    trained = digest(settings)
-    measured = {
-        "training": trained,
+    training_key = digest(settings)
+    evaluated = {
+        "training": training_key,
         "seed": recipe.seed,
         "target": target.model_dump(exclude={"unlabelled"}),
         "evaluate": recipe.evaluate.model_dump(exclude={"batch"}),
     }
-    return Cell(target, method, selection, seed, tuple(sorted(tasks)), trained, digest(measured))
+    return Cell(
+        target, method, selection, seed, tuple(sorted(tasks)), training_key, digest(evaluated)
+    )
 
 
 def run_cells(
-    recipe: FewshotRecipe, cells: list[Cell], kept: np.ndarray | None
+    recipe: FewshotRecipe, cells: list[Cell], decoded: np.ndarray | None
 ) -> dict[str, CellResult]:
-    """Train once, and measure on each cell's target; by key.
+    """Train once and evaluate on the target of each cell; return the results by key.
 
-    cells: all of one training. kept: decoded pictures of the store.
+    Args:
+        cells: of one training.
+        decoded: all images of the store, from `decode_all`.
     """
-    first = cells[0]
-    own = method_recipe(recipe, first.method)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     store = ImageStore.open(recipe.images.store, recipe.images.cache)
     encoder = load_encoder(recipe.encoder).to(device)
-    pictures = ImageReader(store, encoder.preprocess, kept)
+    images = ImageReader(store, encoder.preprocess, decoded)
     seconds, loss = 0.0, None
-    if first.method != "direct":
-        with redirect_stdout(io.StringIO()):  # what it leaves out was said when cells were planned
-            candidates = candidate_tasks(store, recipe, first.target)
-        chosen = [task for task in candidates if task.name in set(first.tasks)]
-        training = TrainingSet(chosen, store, own.episodes, own.seed, own.select.weights)
-        learner = make_learner(encoder, training, pictures, own.train, own.seed, device)
-        engine = make_engine(learner, own.train, world_size=1)
-        alone = Worker(0, 1, device)
-        steps = [m for _, m in run_steps(engine, training, pictures, own.train, 0, alone)]
-        seconds = sum(own.train.episodes_per_step / metrics["episodes_per_s"] for metrics in steps)
-        last = steps[-max(1, len(steps) // 10) :]
-        loss = sum(metrics["loss"] for metrics in last) / len(last)
+    if cells[0].method != "direct":
+        seconds, loss = _train(recipe, cells[0], store, encoder, images, device)
     results: dict[str, CellResult] = {}
     for cell in cells:
         if cell.key in results:
             continue
         rows = store.select(cell.target.collection, cell.target.split)
-        with redirect_stdout(io.StringIO()):  # the table says how many ways there are
-            samplers = task_samplers(store, rows, cell.target, recipe.evaluate, recipe.seed)
-        found = measure_accuracy(encoder, pictures, rows, samplers, recipe.evaluate)
-        results[cell.key] = CellResult(found, ways_of(samplers), seconds, loss)
+        samplers = task_samplers(  # the table reports the number of ways
+            store, rows, cell.target, recipe.evaluate, recipe.seed, report=False
+        )
+        accuracies = measure_accuracy(encoder, images, rows, samplers, recipe.evaluate)
+        results[cell.key] = CellResult(accuracies, ways_of(samplers), seconds, loss)
     return results
 
 
-def write_cell(path: Path, measured: CellResult) -> None:
-    """One file, moved when complete: it is there, or the cell is not done."""
+def _train(
+    recipe: FewshotRecipe,
+    cell: Cell,
+    store: ImageStore,
+    encoder: Encoder,
+    images: ImageReader,
+    device: torch.device,
+) -> tuple[float, float]:
+    """Finetune the encoder in place; return (seconds, mean loss over the last tenth of steps)."""
+    trained = method_recipe(recipe, cell.method)
+    candidates = candidate_tasks(store, recipe, cell.target)
+    tasks = [task for task in candidates if task.name in set(cell.tasks)]
+    training = TrainingSet(tasks, store, trained.episodes, trained.seed, trained.select.weights)
+    learner = make_learner(encoder, training, images, trained.train, trained.seed, device)
+    engine = make_engine(learner, trained.train, world_size=1)
+    worker = Worker(0, 1, device)
+    steps = [m for _, m in run_steps(engine, training, images, trained.train, 0, worker)]
+    seconds = sum(trained.train.episodes_per_step / metrics["episodes_per_s"] for metrics in steps)
+    last = steps[-max(1, len(steps) // 10) :]
+    return seconds, sum(metrics["loss"] for metrics in last) / len(last)
+
+
+def write_cell(path: Path, result: CellResult) -> None:
+    """Write the result of a cell; a file that exists is complete."""
     records = [
-        {"shots": shots, "ways": measured.ways[shots], "task": task, "accuracy": accuracy}
-        for shots, values in measured.accuracies.items()
+        {"shots": shots, "ways": result.ways[shots], "task": task, "accuracy": accuracy}
+        for shots, values in result.accuracies.items()
         for task, accuracy in enumerate(values.tolist())
     ]
-    notes = json.dumps({"seconds": measured.seconds, "loss": measured.loss})
+    notes = json.dumps({"seconds": result.seconds, "loss": result.loss})
     table = pa.Table.from_pylist(records, CELL_SCHEMA.with_metadata({"training": notes}))
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial")
-    pq.write_table(table, partial)
-    os.replace(partial, path)
+    with atomic_path(path) as temporary:
+        pq.write_table(table, temporary)
 
 
 def read_cell(path: Path) -> CellResult:
-    """What `write_cell` wrote."""
+    """Read a file that `write_cell` wrote."""
     table = pq.read_table(path)
     shots, task = table["shots"].to_numpy(), table["task"].to_numpy()
     values, ways = table["accuracy"].to_numpy(), table["ways"].to_numpy()
-    accuracies, by_shots = {}, {}
+    accuracies, ways_by_shots = {}, {}
     for number in np.unique(shots).tolist():
-        chosen = np.flatnonzero(shots == number)
-        accuracies[number] = values[chosen[np.argsort(task[chosen])]]
-        by_shots[number] = int(ways[chosen[0]])
-    return CellResult(accuracies, by_shots, **json.loads(table.schema.metadata[b"training"]))
+        rows = np.flatnonzero(shots == number)
+        accuracies[number] = values[rows[np.argsort(task[rows])]]
+        ways_by_shots[number] = int(ways[rows[0]])
+    return CellResult(accuracies, ways_by_shots, **json.loads(table.schema.metadata[b"training"]))
 
 
 def weights_digest(encoder: Encoder) -> str:
-    """16 hex digits that change with any weight, and with what the encoder takes for an image."""
-    found = hashlib.sha256(repr((encoder.name, encoder.preprocess)).encode())
+    """Return 16 hex digits that change with the name, any weight, and the preprocessing."""
+    sha256 = hashlib.sha256(repr((encoder.name, encoder.preprocess)).encode())
     for name, tensor in sorted(encoder.state_dict().items()):
-        found.update(name.encode() + tensor.cpu().numpy().tobytes())
-    return found.hexdigest()[:16]
+        sha256.update(name.encode() + tensor.cpu().numpy().tobytes())
+    return sha256.hexdigest()[:16]
 
 
 def digest(settings: Mapping[str, Any]) -> str:
-    """16 hex digits of SHA-256."""
+    """Return 16 hex digits of the SHA-256 of settings."""
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]

@@ -1,14 +1,12 @@
-"""Accuracy of encoders over many test tasks: direct adaptation beside a finetuned encoder.
+"""Accuracy of encoders over many test tasks: a finetuned encoder against direct adaptation.
 
-In: a recipe with a target, and the run id of a finished finetuning (with `train.method: direct`,
-any run id: the recipe's encoder is measured alone). Out: a table, and in the run's folder
-`evaluation/`: results.json and tasks.parquet (`TASK_SCHEMA`). Each image is encoded once.
+The job measures the encoder of a finished run and the one it started from; with
+`train.method: direct`, only the recipe's encoder. It writes results.json and tasks.parquet
+(`TASK_SCHEMA`) to `evaluation/` in the run's folder. Each image is encoded once.
 """
 
 from __future__ import annotations
 
-import json
-import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -31,17 +29,18 @@ from fmray.fewshot import (
 )
 from fmray.runtime import tracking
 from fmray.runtime.console import say
+from fmray.runtime.files import atomic_path, write_json
 from fmray.train.fewshot.encoder import ImageReader, embed, load_encoder
 from fmray.train.mirror import find_model
 
 DIRECT = "direct"
-VARIABLE = 0  # shots and ways of meta_dataset_v1: another number in each task
+VARIABLE = 0  # stands for the shots and ways of meta_dataset_v1, which vary by task
 Sampler = EpisodeSampler | MetaDatasetSampler
 TASK_SCHEMA = pa.schema(
     [
         ("method", pa.string()),
         ("shots", pa.int32()),
-        ("task", pa.int32()),  # the same number is the same images for every method
+        ("task", pa.int32()),  # the same images for every method
         ("accuracy", pa.float64()),
     ]
 )
@@ -49,14 +48,14 @@ TASK_SCHEMA = pa.schema(
 
 @dataclass(frozen=True)
 class EncoderReport:
-    """Accuracies [tasks] by (method, shots), in [0, 1]; ways by shots, 0 where they vary."""
+    """Accuracies of one or two encoders on the same test tasks of a target."""
 
     target: str
-    ways: dict[int, int]
-    accuracies: dict[tuple[str, int], np.ndarray]
+    ways: dict[int, int]  #: by shots; 0: they vary
+    accuracies: dict[tuple[str, int], np.ndarray]  #: [tasks] in [0, 1], by (method, shots)
 
     def table(self) -> str:
-        """Mean accuracy in % with its 95 % interval, and the paired gain over direct adaptation."""
+        """Return mean accuracy in % with its 95 % interval, and the gain over direct adaptation."""
         lines = [f"target {self.target}"]
         lines.append(f"{'method':>12}  {'tasks':>16}  {'accuracy %':>14}  gain, paired")
         for (method, shots), values in self.accuracies.items():
@@ -72,11 +71,12 @@ class EncoderReport:
 def evaluate_encoder(loaded: LoadedRecipe[FewshotRecipe], run_id: str) -> EncoderReport:
     """Measure the encoder that the run `run_id` finetuned, and the one it started from.
 
-    Raises ValueError for a recipe without a target, or a run without a model.
+    Raises:
+        ValueError: a recipe without a target, or a run without a model.
     """
     recipe = loaded.recipe.with_absolute_paths()
     if recipe.target is None:
-        raise ValueError("target: this needs one: set target.collection, and target.split")
+        raise ValueError("target: set target.collection and target.split, which are evaluated on")
     run_dir = recipe.cluster.storage / run_id
     method = recipe.train.method
     encoders = {DIRECT: recipe.encoder}
@@ -91,9 +91,9 @@ def evaluate_encoder(loaded: LoadedRecipe[FewshotRecipe], run_id: str) -> Encode
         accuracies: dict[tuple[str, int], np.ndarray] = {}
         for name, config in encoders.items():
             encoder = load_encoder(config)
-            pictures = ImageReader(store, encoder.preprocess)
-            measured = measure_accuracy(encoder, pictures, rows, samplers, recipe.evaluate)
-            accuracies |= {(name, shots): values for shots, values in measured.items()}
+            images = ImageReader(store, encoder.preprocess)
+            by_shots = measure_accuracy(encoder, images, rows, samplers, recipe.evaluate)
+            accuracies |= {(name, shots): values for shots, values in by_shots.items()}
         result = EncoderReport(recipe.target.collection, ways_of(samplers), accuracies)
         _write(result, out)
         run.log(
@@ -114,31 +114,38 @@ def task_samplers(
     target: TargetConfig,
     config: FewshotEvaluateConfig,
     seed: int,
+    report: bool = True,
 ) -> dict[int, Sampler]:
-    """The test tasks of a target, by shots (`VARIABLE`: each task has its own); positions in
-    `rows`. Fewer ways where it has fewer classes, and says so.
+    """Return samplers of a target's test tasks by shots (`VARIABLE` if they vary by task).
 
-    Raises ValueError for a target with fewer than two classes that are large enough (five for
-    meta_dataset_v1).
+    Episodes are positions in `rows`. A target with too few classes has tasks of fewer ways.
+
+    Args:
+        report: say so if the tasks have fewer ways.
+
+    Raises:
+        ValueError: fewer than two classes are large enough (five for meta_dataset_v1).
     """
     if config.sampler == "meta_dataset_v1":
         groups = store.groups(target.collection, target.split)
-        # WordNet's nodes lie in one another and are taken whole; alphabets do not, and are not
+        # groups that overlap are WordNet's nodes, used completely; disjoint ones are alphabets
         labels = np.concatenate(groups or [np.empty(0, dtype=np.int64)])
-        whole = len(np.unique(labels)) < len(labels)
-        sampler = MetaDatasetSampler(rows.labels, seed, target.split, groups, whole_groups=whole)
+        overlapping = len(np.unique(labels)) < len(labels)
+        sampler = MetaDatasetSampler(
+            rows.labels, seed, target.split, groups, whole_groups=overlapping
+        )
         return {VARIABLE: sampler}
     counts = np.unique(rows.labels, return_counts=True)[1]
     samplers: dict[int, Sampler] = {}
     for shots in config.shots:
-        enough = int((counts >= shots + config.queries).sum())
-        ways = min(config.ways, enough)
+        large = int((counts >= shots + config.queries).sum())
+        ways = min(config.ways, large)
         if ways < 2:
             raise ValueError(
-                f"target {target.collection}, split {target.split}: {enough} of {len(counts)}"
+                f"target {target.collection}, split {target.split}: {large} of {len(counts)}"
                 f" classes have {shots} support + {config.queries} query images, and a task needs 2"
             )
-        if ways < config.ways:
+        if ways < config.ways and report:
             say(
                 f"target {target.collection}, split {target.split}, {shots}-shot: {ways}-way, not"
                 f" {config.ways}-way: no more classes have {shots + config.queries} images"
@@ -150,19 +157,19 @@ def task_samplers(
 
 
 def ways_of(samplers: Mapping[int, Sampler]) -> dict[int, int]:
-    """Ways by shots; 0 where each task has its own."""
+    """Return ways by shots; `VARIABLE` if they vary by task."""
     return {shots: getattr(sampler, "ways", VARIABLE) for shots, sampler in samplers.items()}
 
 
 def measure_accuracy(
     encoder: Encoder,
-    pictures: ImageReader,
+    images: ImageReader,
     rows: Rows,
     samplers: Mapping[int, Sampler],
     config: FewshotEvaluateConfig,
 ) -> dict[int, np.ndarray]:
-    """Accuracy [tasks] by shots. Leaves the encoder in eval mode."""
-    embeddings = embed(encoder, pictures, rows.rows, config.batch)
+    """Return accuracies [tasks] by shots. Leaves the encoder in eval mode."""
+    embeddings = embed(encoder, images, rows.rows, config.batch)
     return {
         shots: np.asarray(evaluate_tasks(embeddings, sampler, config.tasks))
         for shots, sampler in samplers.items()
@@ -170,17 +177,17 @@ def measure_accuracy(
 
 
 def shots_name(shots: int) -> str:
-    """`5-shot`, or `variable-shot`."""
+    """Return `5-shot`, or `variable-shot`."""
     return f"{'variable' if shots == VARIABLE else shots}-shot"
 
 
 def tasks_name(ways: int, shots: int) -> str:
-    """`15-way 5-shot`, or `variable-shot`."""
+    """Return `15-way 5-shot`, or `variable-shot`."""
     return (f"{ways}-way " if ways else "") + shots_name(shots)
 
 
 def percent(interval: Interval, sign: str = "") -> str:
-    """`54.21 ± 0.43`: mean and half-width of an interval over shares, in %."""
+    """Return mean and half-width of an interval over shares in %, such as `54.21 ± 0.43`."""
     return f"{100 * interval.mean:{sign}.2f} ± {100 * interval.half_width:.2f}"
 
 
@@ -192,8 +199,8 @@ def _write(result: EncoderReport, out: Path) -> None:
         for task, accuracy in enumerate(values.tolist())
     ]
     table = pa.Table.from_pylist(records, schema=TASK_SCHEMA)
-    pq.write_table(table, out / ".tasks.parquet.partial")
-    os.replace(out / ".tasks.parquet.partial", out / "tasks.parquet")
+    with atomic_path(out / "tasks.parquet") as temporary:
+        pq.write_table(table, temporary)
     values = {
         "target": result.target,
         "ways": result.ways,
@@ -202,6 +209,4 @@ def _write(result: EncoderReport, out: Path) -> None:
             for (method, shots), values in result.accuracies.items()
         ],
     }
-    partial = out / ".results.json.partial"
-    partial.write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
-    os.replace(partial, out / "results.json")
+    write_json(out / "results.json", values)

@@ -1,8 +1,7 @@
-"""What learns in a run: the encoder, and what a method puts on top of it while it trains.
+"""The module that a training engine wraps: the encoder and what a method trains on top of it.
 
-In: an encoder, the training set and the `train` section. Out: a module whose forward takes one
-episode, uint8 pictures and class labels, and gives (loss, accuracy): what an engine wraps. All
-methods see the same pictures in the same steps.
+Its forward takes one episode (uint8 support and query images, class labels) and returns (loss,
+accuracy). All methods see the same images in the same steps.
 """
 
 from __future__ import annotations
@@ -23,20 +22,21 @@ from fmray.fewshot.methods import maml_loss
 from fmray.train.fewshot.encoder import ImageReader, embed
 from fmray.train.fewshot.tasks import TrainingSet
 
-PROBE_BATCH = 256  # pictures an encoder call
+PROBE_BATCH = 256  # images per call of the encoder
 
 
 def make_learner(
     encoder: Encoder,
     training: TrainingSet,
-    pictures: ImageReader,
+    images: ImageReader,
     config: FewshotTrainConfig,
     seed: int,
     device: torch.device,
 ) -> nn.Module:
-    """The module of `config.method`, on the device; for lp_ft its head is probed here.
+    """Return the module of `config.method` on the device; for lp_ft, train its head first.
 
-    Raises ValueError for features that are not finite.
+    Raises:
+        ValueError: features that are not finite.
     """
     if config.method == "multitask":
         return MultitaskLearner(encoder, config.temperature).to(device)
@@ -47,7 +47,7 @@ def make_learner(
         return ClassificationLearner(encoder, head).to(device)
     assert config.method == "lp_ft", config.method
     rows, labels = training.used_rows()
-    features = embed(encoder, pictures, rows, PROBE_BATCH)
+    features = embed(encoder, images, rows, PROBE_BATCH)
     head = linear_probe(
         features,
         torch.from_numpy(labels).to(features.device),
@@ -59,7 +59,7 @@ def make_learner(
 
 
 class MultitaskLearner(nn.Module):
-    """Nearest-centroid loss of an episode, with its temperature."""
+    """Nearest-centroid loss of an episode, with a learnable temperature."""
 
     def __init__(self, encoder: Encoder, temperature: float) -> None:
         super().__init__()
@@ -75,8 +75,10 @@ class MultitaskLearner(nn.Module):
 
 
 class ClassificationLearner(nn.Module):
-    """Cross entropy of all pictures of an episode over all training classes: standard finetuning
-    and LP-FT."""
+    """Cross entropy of all images of an episode over all training classes.
+
+    The loss of standard finetuning and of LP-FT.
+    """
 
     def __init__(self, encoder: Encoder, head: nn.Linear) -> None:
         super().__init__()
@@ -90,7 +92,7 @@ class ClassificationLearner(nn.Module):
 
 
 class MamlLearner(nn.Module):
-    """The queries' loss after some steps on the support set, from the same start in every task."""
+    """Loss of the queries after some steps on the support, from the same start in every task."""
 
     def __init__(self, encoder: Encoder, config: FewshotTrainConfig) -> None:
         super().__init__()

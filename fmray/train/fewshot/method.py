@@ -1,7 +1,7 @@
-"""How an image encoder is finetuned on episodes: the `fewshot` method.
+"""Finetuning of an image encoder on episodes: the `fewshot` method of the training loop.
 
-Which episodes a step uses depends on the seed and the step alone. Rank r of w takes every w-th of
-them, from the r-th; the gradient is that of their mean, so it is the same for any w.
+The episodes of a step depend on the seed and the step alone. Rank r of w takes every w-th of them,
+starting with the r-th. The gradient is that of their mean, so it does not depend on w.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ from fmray.train.method import Evaluation, Score, TrainJob, Worker
 if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine
 
-EVALUATION_SEED = 1_000_003  # added to the recipe's: not the tasks that jobs/evaluate.py measures
+EVALUATION_SEED = 1_000_003  # added to the seed: other tasks than those of jobs/evaluate.py
 
 
 class FewshotMethod:
-    """See `fmray.train.method.Method`. Stepped by plain torch (DDP) or DeepSpeed ZeRO."""
+    """See `fmray.train.method.Method`. The engine is plain torch (DDP) or DeepSpeed ZeRO."""
 
     def __init__(self, job: TrainJob, worker: Worker) -> None:
         recipe: FewshotRecipe = job.recipe
@@ -45,21 +45,22 @@ class FewshotMethod:
         self._training = TrainingSet(
             tasks, store, recipe.episodes, recipe.seed, recipe.select.weights
         )
-        self._pictures = ImageReader(store, self._encoder.preprocess)
+        self._images = ImageReader(store, self._encoder.preprocess)
         self._learner = make_learner(
-            self._encoder, self._training, self._pictures, train, recipe.seed, worker.device
+            self._encoder, self._training, self._images, train, recipe.seed, worker.device
         )
         self.evaluates = train.eval_every is not None
-        self._measure = _evaluation(recipe, store, self._pictures) if self.evaluates else None
+        self._measure = _evaluation(recipe, store, self._images) if self.evaluates else None
 
         self.total_steps = train.steps
         self.zero_stage = ZERO_STAGE if train.strategy == "zero" else 0
         self.share = f"{passes_of(train.episodes_per_step, 1, worker.world_size)} episodes"
 
     def build(self, resumed_from: int | None) -> TorchEngine | DeepSpeedEngine:
-        """The engine of `train.strategy`.
+        """Return the engine of `train.strategy`.
 
-        Raises ValueError for ZeRO states of SGD that another number of ranks has sharded.
+        Raises:
+            ValueError: ZeRO states of SGD that another number of ranks has sharded.
         """
         train, world_size = self._recipe.train, self._worker.world_size
         if resumed_from is not None and train.optimizer == "sgd":
@@ -71,7 +72,7 @@ class FewshotMethod:
         return make_engine(self._learner, train, world_size, resumed_from is not None)
 
     def position(self, step: int) -> tuple[int, int]:
-        """(times that all episodes were used, episodes used since)."""
+        """Return (epochs over all episodes, episodes used since)."""
         return divmod(step * self._recipe.train.episodes_per_step, self._recipe.episodes.tasks)
 
     def steps(
@@ -79,10 +80,10 @@ class FewshotMethod:
     ) -> Iterator[tuple[int, dict[str, float]]]:
         """Yield (step, metrics) after each optimizer step."""
         train = self._recipe.train
-        return run_steps(engine, self._training, self._pictures, train, start, self._worker)
+        return run_steps(engine, self._training, self._images, train, start, self._worker)
 
     def evaluate(self, engine: TorchEngine | DeepSpeedEngine) -> Evaluation | None:
-        """Mean accuracy on the target's tasks for each number of shots; rank 0 measures it."""
+        """Return the mean accuracy on the target's tasks by number of shots; rank 0 measures it."""
         if not self._worker.is_rank_zero:
             return None
         evaluation = self._measure(self._encoder)
@@ -90,19 +91,19 @@ class FewshotMethod:
         return evaluation
 
     def export(self, engine: TorchEngine | DeepSpeedEngine, target: Path) -> None:
-        """Write the encoder, without what was trained on top of it."""
+        """Write the encoder, without the head or temperature trained on top of it."""
         if self._worker.is_rank_zero:
             export_encoder(self._encoder, target)
 
     def summary(self) -> dict[str, float]:
-        """Nothing that training does not change."""
+        """Return nothing: an encoder has no metrics that do not depend on training."""
         return {}
 
 
 def run_steps(
     engine: TorchEngine | DeepSpeedEngine,
     training: TrainingSet,
-    pictures: ImageReader,
+    images: ImageReader,
     train: FewshotTrainConfig,
     start: int,
     worker: Worker,
@@ -111,18 +112,19 @@ def run_steps(
     finetuning_mode(engine.module)
     episodes, rank, world_size = train.episodes_per_step, worker.rank, worker.world_size
     passes = passes_of(episodes, 1, world_size)
-    own = len(range(rank, episodes, world_size))
-    # the engine averages over passes x ranks; a pass that only fills up the step has weight 0
-    weights = [passes * world_size / episodes] * own + [0.0] * (passes - own)
+    # The engine averages over passes x ranks. A rank with fewer episodes than passes repeats one
+    # with weight 0.
+    of_rank = len(range(rank, episodes, world_size))
+    weights = [passes * world_size / episodes] * of_rank + [0.0] * (passes - of_rank)
     order = []
     for step in range(start, train.steps):
         mine = training.order(step, episodes)[rank::world_size]
-        order += [*mine, *mine[: passes - own]]
-    batches = read_ahead(training, pictures, order)
+        order += [*mine, *mine[: passes - of_rank]]
+    batches = read_ahead(training, images, order)
     for step in range(start + 1, train.steps + 1):
         began = time.monotonic()
         sums = torch.zeros(2, dtype=torch.float64, device=worker.device)  # loss, accuracy
-        for weight, batch in zip(weights, batches, strict=False):  # batches are of all steps
+        for weight, batch in zip(weights, batches, strict=False):  # takes the batches of this step
             inputs = (batch.support, batch.query, batch.labels)
             loss, accuracy = engine(*(part.to(worker.device) for part in inputs))
             engine.backward(loss * weight)
@@ -142,11 +144,12 @@ def run_steps(
 
 
 def _evaluation(
-    recipe: FewshotRecipe, store: ImageStore, pictures: ImageReader
+    recipe: FewshotRecipe, store: ImageStore, images: ImageReader
 ) -> Callable[[Encoder], Evaluation]:
-    """The function that evaluates an encoder on the target; scores are named `N-shot`.
+    """Return a function that evaluates an encoder on the target; scores are named `N-shot`.
 
-    Raises ValueError for a target without images in that split, or too few for a task.
+    Raises:
+        ValueError: a target with no images in that split, or too few for a task.
     """
     split = recipe.train.eval_split or recipe.target.split
     target = recipe.target.model_copy(update={"split": split})
@@ -155,7 +158,7 @@ def _evaluation(
     samplers = task_samplers(store, rows, target, recipe.evaluate, seed)
 
     def evaluate(encoder: Encoder) -> Evaluation:
-        values = measure_accuracy(encoder, pictures, rows, samplers, recipe.evaluate)
+        values = measure_accuracy(encoder, images, rows, samplers, recipe.evaluate)
         return Evaluation(
             tuple(Score(shots_name(n), float(accuracy.mean())) for n, accuracy in values.items())
         )

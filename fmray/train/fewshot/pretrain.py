@@ -1,13 +1,12 @@
-"""Pretraining a small encoder from scratch, in this process: SimCLR, MoCo, or supervised.
+"""Pretraining of a small encoder from scratch, in this process: SimCLR, MoCo or supervised.
 
-In: the `encoder` and `pretrain` sections of a recipe, its image store (train classes only), and a
-run id. Out: in the run's folder `model/` for `encoder.checkpoint`, `log.jsonl` and `state.pt`, from
-which the same run id goes on. A step's images and views depend on the seed and the step alone.
+Uses the train classes of the image store. Writes `model/` (for `encoder.checkpoint`), log.jsonl and
+state.pt to the run's folder; the same run id resumes from state.pt. The images and views of a step
+depend on the seed and the step alone.
 """
 
 from __future__ import annotations
 
-import os
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from fmray.config import LoadedRecipe
 from fmray.config.fewshot import FewshotRecipe, PretrainConfig
@@ -23,24 +23,29 @@ from fmray.fewshot import Encoder, create_encoder
 from fmray.fewshot.pretrain import MoCo, SimCLR, Supervised, augment
 from fmray.runtime import tracking
 from fmray.runtime.console import changed_settings, say
+from fmray.runtime.files import atomic_path
 from fmray.runtime.run_log import Progress, StepLog
 from fmray.train.engine import lr_factor
 from fmray.train.fewshot.encoder import ImageReader, decode_all, export_encoder
 
 STATE_EVERY = 250  # steps
-WARMUP = 0.05  # of the steps
+WARMUP = 0.05  # share of the steps
 
 
 @dataclass(frozen=True)
 class Pretrained:
-    """model_dir: of the encoder. metrics: of the last step; empty where nothing was left to do."""
+    """A pretrained encoder."""
 
     model_dir: Path
-    metrics: dict[str, float]
+    metrics: dict[str, float]  #: of the last step; empty if the run was already complete
 
 
 def pretrain_encoder(loaded: LoadedRecipe[FewshotRecipe], run_id: str) -> Pretrained:
-    """The job: pretrain, print the end. Raises ValueError as `pretrain`."""
+    """Pretrain the encoder of a recipe and report how to use it.
+
+    Raises:
+        ValueError: as in `pretrain`.
+    """
     recipe = loaded.recipe.with_absolute_paths()
     run_dir = recipe.cluster.storage / run_id
     run_dir.mkdir(parents=True, exist_ok=True)
@@ -52,9 +57,11 @@ def pretrain_encoder(loaded: LoadedRecipe[FewshotRecipe], run_id: str) -> Pretra
 
 
 def pretrain(recipe: FewshotRecipe, run_dir: Path, run_id: str) -> Pretrained:
-    """Pretrain the recipe's encoder into `run_dir`, or find that it is done.
+    """Pretrain the recipe's encoder into `run_dir`, unless that is done already.
 
-    Raises ValueError for a store without the collections, or a run of other settings.
+    Raises:
+        ValueError: collections without train classes, too few images, or a run that was started
+            with other settings.
     """
     config, target = recipe.pretrain, run_dir / "model"
     store = ImageStore.open(recipe.images.store, recipe.images.cache)
@@ -67,17 +74,19 @@ def pretrain(recipe: FewshotRecipe, run_dir: Path, run_id: str) -> Pretrained:
     }
     state = _read_state(run_dir / "state.pt", settings)
     if target.is_dir():
-        say(f"{run_id}: pretrained before, {target}")
+        say(f"{run_id}: already pretrained: {target}")
         return Pretrained(target, {})
+
+    # model and optimizer, resumed from the state if there is one
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    torch.manual_seed(recipe.seed)  # of the first weights and of MoCo's queue
+    torch.manual_seed(recipe.seed)  # for the initial weights and MoCo's queue
     encoder = create_encoder(
         recipe.encoder.name, pretrained=False, image_size=recipe.encoder.image_size
     )
-    pictures = ImageReader(store, encoder.preprocess, decode_all(store, encoder.preprocess))
+    reader = ImageReader(store, encoder.preprocess, decode_all(store, encoder.preprocess))
     objective = _objective(encoder, config, int(labels.max()) + 1).to(device).train()
-    learnt = [p for p in objective.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(learnt, lr=config.lr, weight_decay=config.weight_decay)
+    parameters = [p for p in objective.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=config.lr, weight_decay=config.weight_decay)
     start = 0
     if state is not None:
         objective.load_state_dict(state["objective"])
@@ -87,6 +96,7 @@ def pretrain(recipe: FewshotRecipe, run_dir: Path, run_id: str) -> Pretrained:
         f"{run_id}: {config.objective} of {recipe.encoder.name} on {len(rows)} images, steps"
         f" {start + 1} to {config.steps}, in this process"
     )
+
     metrics: dict[str, float] = {}
     with (
         tracking.open_job_run(recipe, run_id, "pretrain_encoder") as run,
@@ -96,52 +106,67 @@ def pretrain(recipe: FewshotRecipe, run_dir: Path, run_id: str) -> Pretrained:
         for step in range(start, config.steps):
             began = time.monotonic()
             chosen = _batch(len(rows), config.batch, recipe.seed, step)
-            images = pictures[rows[chosen]].to(device)
-            generator = torch.Generator().manual_seed((recipe.seed << 32) + step)
-            first, second = (
-                encoder.preprocess.normalise(augment(images, generator)) for _ in range(2)
+            images = reader[rows[chosen]].to(device)
+            loss = _train_step(
+                objective, optimizer, images, labels[chosen], config, recipe.seed, step
             )
-            loss = objective(first, second, torch.from_numpy(labels[chosen]).to(device))
-            for group in optimizer.param_groups:
-                group["lr"] = config.lr * lr_factor(step, config.steps, WARMUP)
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            if isinstance(objective, MoCo):
-                objective.update()
-            metrics = {
-                "loss": float(loss.detach()),
-                "images_per_s": len(chosen) / (time.monotonic() - began),
-            }
+            metrics = {"loss": loss, "images_per_s": len(chosen) / (time.monotonic() - began)}
+
+            # report, and save every now and then
             done = step + 1
             log.write(done, metrics)
             run.log(done, **{f"pretrain/{name}": value for name, value in metrics.items()})
             progress.update(done, metrics)
             if done % STATE_EVERY == 0 or done == config.steps:
-                values = {
+                state = {
                     "step": done,
                     "settings": settings,
                     "objective": objective.state_dict(),
                     "optimizer": optimizer.state_dict(),
                 }
-                torch.save(values, run_dir / ".state.pt.partial")
-                os.replace(run_dir / ".state.pt.partial", run_dir / "state.pt")
+                with atomic_path(run_dir / "state.pt") as temporary:
+                    torch.save(state, temporary)
         export_encoder(encoder, target)
     say(f"model: {target}")
     return Pretrained(target, metrics)
 
 
-def _images(store: ImageStore, config: PretrainConfig) -> tuple[np.ndarray, np.ndarray]:
-    """Row ids [n] of the train classes, and their classes [n] counted over all collections.
+def _train_step(
+    objective: SimCLR | MoCo | Supervised,
+    optimizer: torch.optim.Optimizer,
+    images: Tensor,
+    labels: np.ndarray,
+    config: PretrainConfig,
+    seed: int,
+    step: int,
+) -> float:
+    """Take an optimizer step on two views of uint8 images [B, 3, H, W]; return the loss."""
+    generator = torch.Generator().manual_seed((seed << 32) + step)
+    normalise = objective.encoder.preprocess.normalise
+    first, second = (normalise(augment(images, generator)) for _ in range(2))
+    loss = objective(first, second, torch.from_numpy(labels).to(images.device))
+    for group in optimizer.param_groups:
+        group["lr"] = config.lr * lr_factor(step, config.steps, WARMUP)
+    optimizer.zero_grad()
+    loss.backward()
+    optimizer.step()
+    if isinstance(objective, MoCo):
+        objective.update()
+    return float(loss.detach())
 
-    Raises ValueError for a collection that has none, and fewer images than a batch.
+
+def _images(store: ImageStore, config: PretrainConfig) -> tuple[np.ndarray, np.ndarray]:
+    """Return row ids [n] of the train classes, and their classes [n] over all collections.
+
+    Raises:
+        ValueError: a named collection without train classes, or fewer images than a batch.
     """
     parts = []
     for name in config.collections or store.collections:
-        found = store.select(name, "train").rows
-        if not len(found) and config.collections:
-            raise ValueError(f"pretrain.collections: {name} has no train classes; leave it out")
-        parts.append(found)
+        part = store.select(name, "train").rows
+        if not len(part) and config.collections:
+            raise ValueError(f"pretrain.collections: {name} has no train classes; remove it")
+        parts.append(part)
     rows = np.concatenate(parts)
     if len(rows) < config.batch:
         raise ValueError(f"pretrain.batch: {config.batch} is more than the {len(rows)} images")
@@ -160,13 +185,18 @@ def _objective(
 
 
 def _batch(images: int, batch: int, seed: int, step: int) -> np.ndarray:
-    """Positions [batch] of step `step`: every image once a round, the last few of it left out."""
-    turn, place = divmod(step, images // batch)
-    order = np.random.default_rng(np.random.SeedSequence([seed, turn])).permutation(images)
-    return order[place * batch : (place + 1) * batch]
+    """Return the images [batch] of a step; an epoch has each once and drops an incomplete batch."""
+    epoch, number = divmod(step, images // batch)
+    order = np.random.default_rng(np.random.SeedSequence([seed, epoch])).permutation(images)
+    return order[number * batch : (number + 1) * batch]
 
 
 def _read_state(path: Path, settings: dict[str, Any]) -> dict[str, Any] | None:
+    """Return the saved state of a run, None if it has none.
+
+    Raises:
+        ValueError: the run was started with other settings.
+    """
     if not path.is_file():
         return None
     state = torch.load(path, map_location="cpu", weights_only=True)

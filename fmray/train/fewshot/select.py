@@ -1,15 +1,16 @@
-"""Which candidate tasks to finetune on: from collections of images to a choice, and the job.
+"""Selection of the candidate tasks to finetune on for a target, and the selection job.
 
-In: a recipe of kind fewshot, its image store, an encoder and a target. Out: `SelectedTasks`; from
-the job also, in `<storage>/<run id>/selection/`: tasks.parquet (`TASK_SCHEMA`), similarity.png and
-coverage.png, which go to MLflow too. The target is known by its unlabelled images alone, but for
-the scorers LEEP and LogME, which need a few labelled ones.
+`candidate_tasks` cuts the collections of an image store into tasks; `embed_tasks` computes their
+moments once; `choose` selects some of them by Algorithm 1 or a baseline. The target is known by its
+unlabelled images only, except for the scorers LEEP and LogME, which need a few labelled ones.
+
+The job writes `selection/` in the run's folder and logs it to MLflow: tasks.parquet
+(`TASK_SCHEMA`), similarity.png and coverage.png.
 """
 
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -29,7 +30,7 @@ from fmray.plots import fewshot as fewshot_plots
 from fmray.runtime import tracking
 from fmray.runtime.cluster import start_or_join
 from fmray.runtime.console import changed_settings, say
-from fmray.runtime.files import write_json
+from fmray.runtime.files import atomic_path, write_json
 from fmray.selection import Selection as Choice
 from fmray.selection import TaskMoments, choose_baseline, select_tasks
 from fmray.selection.baselines import class_responses, leep, logme
@@ -40,105 +41,139 @@ TASK_SCHEMA = pa.schema(
         ("rank", pa.int32()),  # 1: the most similar
         ("task", pa.string()),
         ("similarity", pa.float64()),
-        ("coverage", pa.float64()),  # of the target by this task and all above it; inf: no distance
+        ("coverage", pa.float64()),  # of the target by this task and all more similar ones
         ("selected", pa.bool_()),
         ("classes", pa.int32()),
         ("images", pa.int64()),
     ]
 )
-SUPPORT, TARGET, CLASSES = 101, 102, 103  # what is drawn with the recipe's seed: streams of it
-
+SUPPORT, TARGET, CLASSES = 101, 102, 103  # random streams of the recipe's seed
 
 _logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class CandidateTask:
-    """A task to finetune on: images of some classes of one collection's train split.
-
-    `rows` int64 [n]: global row ids; `labels` int64 [n]: class index within the collection.
-    """
+    """A task to finetune on: images of some classes of a collection's train split."""
 
     name: str
-    rows: np.ndarray
-    labels: np.ndarray
+    rows: np.ndarray  #: int64 [n], global row ids
+    labels: np.ndarray  #: int64 [n], class index within the collection
 
 
 @dataclass(frozen=True)
 class EmbeddedTasks:
-    """All that the choices for one target are made from: they share one pass over the images.
+    """What every choice for one target is made from, computed in one pass over the images."""
 
-    Attributes:
-        candidates: the tasks, by name.
-        choice: Algorithm 1's, with the curves of all candidates.
-        moments: of each candidate; target: of the target.
-        centroids: of each candidate's classes [C, d].
-        support: features [n, d] of a few labelled target images; labels: [n].
-    """
-
-    candidates: dict[str, CandidateTask]
-    choice: Choice
-    moments: dict[str, TaskMoments]
+    candidates: dict[str, CandidateTask]  #: by name
+    choice: Choice  #: of Algorithm 1, with the curves of all candidates
+    moments: dict[str, TaskMoments]  #: of each candidate
     target: TaskMoments
-    centroids: dict[str, np.ndarray]
-    support: np.ndarray
-    labels: np.ndarray
+    centroids: dict[str, np.ndarray]  #: [C, d], of the classes of each candidate
+    support: np.ndarray  #: [n, d], features of a few labelled target images
+    labels: np.ndarray  #: [n], their labels
 
 
 @dataclass(frozen=True)
 class SelectedTasks:
-    """The choice. names: chosen; order: all candidates, most similar first; similarity: by name, in
-    that order; coverage: by the first 1, 2, ... of `order`; tasks: those chosen."""
+    """The tasks chosen for a target."""
 
-    names: list[str]
-    order: list[str]
-    similarity: dict[str, float]
-    coverage: list[float]
-    tasks: list[CandidateTask]
+    names: list[str]  #: chosen tasks
+    order: list[str]  #: all candidates, most similar first
+    similarity: dict[str, float]  #: by name, in that order
+    coverage: list[float]  #: of the target by the first 1, 2, ... candidates of `order`
+    tasks: list[CandidateTask]  #: chosen tasks, as `names`
+
+
+# --- Candidate tasks ---
 
 
 def candidate_tasks(
     store: ImageStore, recipe: FewshotRecipe, target: TargetConfig | None
 ) -> list[CandidateTask]:
-    """The tasks that can be finetuned on, of the train splits; `select.tasks` says what a task is.
+    """Return the tasks that can be finetuned on, cut from train splits as `select.tasks` says.
 
-    By default of all collections but the target's. What cannot form an episode of the recipe is
-    left out, and said.
+    By default they come from all collections but the target's. A collection that is too small for
+    an episode of the recipe is skipped with a warning.
 
     Raises:
-        ValueError: no candidate is left, or one that the recipe names cannot be one.
+        ValueError: no candidate remains, or one that the recipe names is too small.
     """
     config = recipe.select
-    skipped = () if target is None else (target.collection,)
-    names = config.candidates or tuple(n for n in store.collections if n not in skipped)
+    excluded = () if target is None else (target.collection,)
+    names = config.candidates or tuple(n for n in store.collections if n not in excluded)
     tasks: list[CandidateTask] = []
-    rounds: list[Iterator[CandidateTask]] = []
+    episodes: list[Iterator[CandidateTask]] = []  # of each collection
     for name in names:
         rows = store.select(name, "train")
-        enough = _large_classes(rows, recipe.episodes)
-        if len(enough) < recipe.episodes.ways:
+        large = _large_classes(rows, recipe.episodes)
+        if len(large) < recipe.episodes.ways:
             reason = (
-                f"{len(enough)} of its {len(np.unique(rows.labels))} train classes have"
+                f"{len(large)} of its {len(np.unique(rows.labels))} train classes have"
                 f" {recipe.episodes.shots + recipe.episodes.queries} images, and an episode needs"
                 f" {recipe.episodes.ways}"
             )
             if config.candidates:
                 raise ValueError(f"select.candidates: {name} cannot be a candidate: {reason}")
-            _logger.warning("%s is no candidate: %s", name, reason)
+            _logger.warning("skipping candidate %s: %s", name, reason)
         elif config.tasks == "collection":
             tasks.append(CandidateTask(name, rows.rows, rows.labels))
         elif config.tasks == "classes":
-            tasks += _class_groups(name, rows, enough, recipe)
+            tasks += _class_groups(name, rows, large, recipe)
         else:
-            rounds.append(_episodes(name, rows, recipe))
-    if rounds:  # one of each collection in turn
-        tasks = [next(rounds[i % len(rounds)]) for i in range(config.episodes)]
+            episodes.append(_episodes(name, rows, recipe))
+    if episodes:  # the collections take turns
+        tasks = [next(episodes[i % len(episodes)]) for i in range(config.episodes)]
     if not tasks:
         raise ValueError(
             f"no candidate tasks: {store.path} has no collection (but the target's) whose train"
             f" split forms a {recipe.episodes.ways}-way episode; lower episodes.ways"
         )
     return tasks
+
+
+def _class_groups(
+    name: str, rows: Rows, classes: np.ndarray, recipe: FewshotRecipe
+) -> Iterator[CandidateTask]:
+    """Yield groups of `classes_per_task` classes or a few more, drawn with the recipe's seed."""
+    wanted = recipe.select.classes_per_task
+    if wanted < recipe.episodes.ways:
+        raise ValueError(
+            f"select.classes_per_task: {wanted} classes form no {recipe.episodes.ways}-way"
+            " episode; raise it, or lower episodes.ways"
+        )
+    shuffled = _generator(recipe.seed, CLASSES).permutation(classes)
+    for number, group in enumerate(np.array_split(shuffled, max(1, len(classes) // wanted))):
+        chosen = np.isin(rows.labels, group)
+        yield CandidateTask(f"{name}/{number:03d}", rows.rows[chosen], rows.labels[chosen])
+
+
+def _episodes(name: str, rows: Rows, recipe: FewshotRecipe) -> Iterator[CandidateTask]:
+    """Yield episodes 0, 1, ... of a collection as tasks of their own, without an end."""
+    config = recipe.episodes
+    sampler = EpisodeSampler(
+        rows.labels, config.ways, config.shots, config.queries, recipe.seed, "train", rows.rows
+    )
+    index = 0
+    while True:
+        episode = sampler[index]
+        images = np.concatenate([episode.support, episode.query], axis=1)
+        labels = np.repeat(episode.classes, images.shape[1])
+        yield CandidateTask(f"{name}/{index:04d}", images.reshape(-1), labels)
+        index += 1
+
+
+def _large_classes(rows: Rows, config: EpisodeConfig) -> np.ndarray:
+    """Return the labels of the classes that have enough images for an episode."""
+    labels, counts = np.unique(rows.labels, return_counts=True)
+    return labels[counts >= config.shots + config.queries]
+
+
+def _generator(seed: int, stream: int) -> np.random.Generator:
+    return np.random.default_rng(np.random.SeedSequence([seed, stream]))
+
+
+# --- Embedding and choice ---
 
 
 def embed_tasks(
@@ -148,45 +183,51 @@ def embed_tasks(
     target: TargetConfig,
     known: dict[str, TaskFeatures] | None = None,
 ) -> EmbeddedTasks:
-    """Embed candidates and target, once for all choices; on Ray where it runs.
+    """Embed the candidates and the target of a recipe, on Ray if it is initialized.
 
     Args:
-        known: features of candidates by name, of the same recipe, store and encoder (another
-            target's, say): those in it are not embedded again, the others are put into it.
+        known: features of candidates by name, for the same recipe, store and encoder. Candidates in
+            it are not embedded again (those of another target, for example); others are added.
 
     Raises:
-        ValueError: as `candidate_tasks`, a target without images, or moments that cannot be
+        ValueError: as in `candidate_tasks`, a target without images, or moments that cannot be
             compared (a zero mean, features that are not finite or do not vary).
     """
     config = recipe.select
     candidates = {task.name: task for task in candidate_tasks(store, recipe, target)}
-    whole = store.select(target.collection, target.split)
-    unlabelled = _draw(recipe.seed, TARGET).permutation(len(whole.rows))[: target.unlabelled]
-    support = _support(whole, max(recipe.evaluate.shots), recipe.seed)
+    images = store.select(target.collection, target.split)
+    unlabelled = _generator(recipe.seed, TARGET).permutation(len(images.rows))[: target.unlabelled]
+    support = _support(images, max(recipe.evaluate.shots), recipe.seed)
+
     known = {} if known is None else known
-    pieces = []
+    to_embed = []
     for task in candidates.values():
         if task.name not in known:
-            kept = _first_of_classes(task, config.images_per_class)
-            pieces.append((task.name, task.rows[kept], task.labels[kept]))
-    about = f"target {target.collection}/{target.split}"
-    pieces.append((about, whole.rows[unlabelled], whole.labels[unlabelled]))
+            used = _first_of_classes(task, config.images_per_class)
+            to_embed.append((task.name, task.rows[used], task.labels[used]))
+    target_name = f"target {target.collection}/{target.split}"
+    to_embed.append((target_name, images.rows[unlabelled], images.labels[unlabelled]))
     with open_pool(store, encoder, recipe.cluster, recipe.images.cache) as pool:
-        *features, found = pool.task_features(pieces)
-        support_features = pool.embed(whole.rows[support])
-    known |= {one.moments.name: one for one in features}
+        *features, target_features = pool.task_features(to_embed)
+        support_features = pool.embed(images.rows[support])
+    known |= {task.moments.name: task for task in features}
+
     moments = {name: known[name].moments for name in candidates}
     choice = select_tasks(
-        found.moments,
+        target_features.moments,
         list(moments.values()),
         config.threshold,
         config.covariance,
         config.weighting,
     )
-    centroids = {name: known[name].centroids for name in candidates}
-    labels = whole.labels[support]
     return EmbeddedTasks(
-        candidates, choice, moments, found.moments, centroids, support_features, labels
+        candidates,
+        choice,
+        moments,
+        target_features.moments,
+        {name: known[name].centroids for name in candidates},
+        support_features,
+        images.labels[support],
     )
 
 
@@ -197,36 +238,72 @@ def choose(
     target: TargetConfig,
     method: Selection,
     seed: int,
-    measured: EmbeddedTasks | None = None,
+    embedded: EmbeddedTasks | None = None,
 ) -> SelectedTasks:
-    """The tasks to finetune on for a target.
+    """Choose the tasks to finetune on for a target.
 
     Args:
-        method: `selected` is Algorithm 1, the others its peers (`fmray.selection.choose_baseline`).
+        method: `selected` is Algorithm 1; the others are baselines (see
+            `fmray.selection.choose_baseline`).
         seed: of method `random`.
-        measured: of the same target; default: measured now.
+        embedded: of the same target; by default the tasks are embedded now.
 
     Raises:
-        ValueError: as `embed_tasks`, or `select.k` beyond the number of candidates.
+        ValueError: as in `embed_tasks`, or `select.k` exceeds the number of candidates.
     """
-    measured = measured or embed_tasks(recipe, store, encoder, target)
-    choice = measured.choice
+    embedded = embedded or embed_tasks(recipe, store, encoder, target)
+    choice = embedded.choice
     if method != "selected":
-        scores = _scores(measured, method, recipe.train.temperature)
+        scores = _scores(embedded, method, recipe.train.temperature)
         choice = choose_baseline(choice, method, recipe.select.k, seed, scores)
     return SelectedTasks(
         choice.names,
         choice.order,
         dict(zip(choice.order, choice.similarity, strict=True)),
         choice.coverage,
-        [measured.candidates[name] for name in choice.names],
+        [embedded.candidates[name] for name in choice.names],
     )
 
 
-def choose_for_run(recipe: FewshotRecipe, path: Path) -> list[str]:
-    """Choose the tasks that a run is finetuned on, and write them to `path` (JSON).
+def _first_of_classes(task: CandidateTask, count: int) -> np.ndarray:
+    """Return positions of the first `count` images of each class; the store has a random order."""
+    order = np.argsort(task.labels, kind="stable")
+    starts = np.flatnonzero(np.diff(task.labels[order], prepend=-1))
+    within = np.arange(len(order)) - np.repeat(starts, np.diff([*starts, len(order)]))
+    return np.sort(order[within < count])
 
-    Raises ValueError when `select.only` or `select.weights` names no candidate task.
+
+def _support(rows: Rows, shots: int, seed: int) -> np.ndarray:
+    """Return positions of the labelled images: `shots` of each class, or all if it has fewer."""
+    shuffled = _generator(seed, SUPPORT).permutation(len(rows.rows))
+    task = CandidateTask("target", rows.rows[shuffled], rows.labels[shuffled])
+    return shuffled[_first_of_classes(task, shots)]
+
+
+def _scores(
+    embedded: EmbeddedTasks, method: Selection, temperature: float
+) -> dict[str, float] | None:
+    """Return LEEP or LogME of each candidate, whose centroids classify the support; else None."""
+    if method not in ("leep", "logme"):
+        return None
+    scores = {}
+    for name, centroids in embedded.centroids.items():
+        responses = class_responses(embedded.support, centroids)
+        if method == "leep":
+            scores[name] = leep(softmax(temperature * responses, axis=1), embedded.labels)
+        else:
+            scores[name] = logme(responses, embedded.labels)
+    return scores
+
+
+# --- Jobs ---
+
+
+def choose_for_run(recipe: FewshotRecipe, path: Path) -> list[str]:
+    """Choose the tasks of a training run, write them to `path` (JSON), and return their names.
+
+    Raises:
+        ValueError: `select.only` or `select.weights` names a task that is no candidate.
     """
     store = ImageStore.open(recipe.images.store, recipe.images.cache)
     if recipe.select.only or recipe.select.method == "all":
@@ -251,14 +328,14 @@ def choose_for_run(recipe: FewshotRecipe, path: Path) -> list[str]:
 
 
 def select_run(loaded: LoadedRecipe[FewshotRecipe], run_id: str) -> SelectedTasks:
-    """The job: choose, print the table, write it with two plots, and log all to MLflow.
+    """Choose the tasks of a recipe; report and write the table and two plots, and log to MLflow.
 
     Raises:
-        ValueError: a recipe without a target, or as `choose`.
+        ValueError: a recipe without a target, or as in `choose`.
     """
     recipe = loaded.recipe
     if recipe.target is None:
-        raise ValueError("target: name one: target.collection is what tasks are selected for")
+        raise ValueError("target: set target.collection, which tasks are selected for")
     store = ImageStore.open(recipe.images.store, recipe.images.cache)
     encoder = load_encoder(recipe.encoder)
     run_dir = recipe.cluster.storage / run_id
@@ -270,11 +347,11 @@ def select_run(loaded: LoadedRecipe[FewshotRecipe], run_id: str) -> SelectedTask
         tracking.open_job_run(recipe, run_id, "select_tasks") as run,
         nullcontext() if recipe.cluster.workers == 0 else start_or_join(recipe.cluster),
     ):
-        measured = embed_tasks(recipe, store, encoder, recipe.target)
+        embedded = embed_tasks(recipe, store, encoder, recipe.target)
         selected = choose(
-            recipe, store, encoder, recipe.target, recipe.select.method, recipe.seed, measured
+            recipe, store, encoder, recipe.target, recipe.select.method, recipe.seed, embedded
         )
-        _write_table(measured, selected, out / "tasks.parquet")
+        _write_table(embedded, selected, out / "tasks.parquet")
         similarities = list(selected.similarity.values())
         fewshot_plots.similarity_bars(
             selected.order, similarities, selected.names, out / "similarity.png"
@@ -282,6 +359,7 @@ def select_run(loaded: LoadedRecipe[FewshotRecipe], run_id: str) -> SelectedTask
         fewshot_plots.coverage_curve(
             selected.order, selected.coverage, selected.names, out / "coverage.png"
         )
+        # the curves: step r is the r-th most similar task
         for rank, (similarity, covered) in enumerate(
             zip(similarities, selected.coverage, strict=True), start=1
         ):
@@ -295,7 +373,7 @@ def select_run(loaded: LoadedRecipe[FewshotRecipe], run_id: str) -> SelectedTask
 
 
 def table(selected: SelectedTasks) -> str:
-    """For the terminal: a line per candidate, most similar first; `*` marks those chosen."""
+    """Return the table for the terminal: most similar candidate first; `*` marks chosen ones."""
     width = max(len(name) for name in [*selected.order, "task"])
     lines = [f"    {'task':{width}}  similarity  coverage"]
     for name, covered in zip(selected.order, selected.coverage, strict=True):
@@ -304,75 +382,8 @@ def table(selected: SelectedTasks) -> str:
     return "\n".join(lines)
 
 
-def _class_groups(
-    name: str, rows: Rows, classes: np.ndarray, recipe: FewshotRecipe
-) -> Iterator[CandidateTask]:
-    """Groups of `classes_per_task` classes, or a few more, drawn once with the recipe's seed."""
-    wanted = recipe.select.classes_per_task
-    if wanted < recipe.episodes.ways:
-        raise ValueError(
-            f"select.classes_per_task: {wanted} classes form no {recipe.episodes.ways}-way"
-            " episode; raise it, or lower episodes.ways"
-        )
-    shuffled = _draw(recipe.seed, CLASSES).permutation(classes)
-    for number, group in enumerate(np.array_split(shuffled, max(1, len(classes) // wanted))):
-        chosen = np.isin(rows.labels, group)
-        yield CandidateTask(f"{name}/{number:03d}", rows.rows[chosen], rows.labels[chosen])
-
-
-def _episodes(name: str, rows: Rows, recipe: FewshotRecipe) -> Iterator[CandidateTask]:
-    """Episodes 0, 1, ... of a collection: their images are all that such a task has."""
-    config = recipe.episodes
-    sampler = EpisodeSampler(
-        rows.labels, config.ways, config.shots, config.queries, recipe.seed, "train", rows.rows
-    )
-    index = 0
-    while True:
-        episode = sampler[index]
-        images = np.concatenate([episode.support, episode.query], axis=1)
-        labels = np.repeat(episode.classes, images.shape[1])
-        yield CandidateTask(f"{name}/{index:04d}", images.reshape(-1), labels)
-        index += 1
-
-
-def _large_classes(rows: Rows, config: EpisodeConfig) -> np.ndarray:
-    labels, counts = np.unique(rows.labels, return_counts=True)
-    return labels[counts >= config.shots + config.queries]
-
-
-def _first_of_classes(task: CandidateTask, count: int) -> np.ndarray:
-    """Positions of at most `count` images of each class: their order in the store is random."""
-    order = np.argsort(task.labels, kind="stable")
-    starts = np.flatnonzero(np.diff(task.labels[order], prepend=-1))
-    within = np.arange(len(order)) - np.repeat(starts, np.diff([*starts, len(order)]))
-    return np.sort(order[within < count])
-
-
-def _support(rows: Rows, shots: int, seed: int) -> np.ndarray:
-    """Positions of `shots` images of each class (of all, where it has fewer): the labelled ones."""
-    shuffled = _draw(seed, SUPPORT).permutation(len(rows.rows))
-    task = CandidateTask("target", rows.rows[shuffled], rows.labels[shuffled])
-    return shuffled[_first_of_classes(task, shots)]
-
-
-def _scores(
-    measured: EmbeddedTasks, method: Selection, temperature: float
-) -> dict[str, float] | None:
-    """LEEP or LogME of each candidate, by its nearest-centroid classifier on the support."""
-    if method not in ("leep", "logme"):
-        return None
-    scores = {}
-    for name, centroids in measured.centroids.items():
-        responses = class_responses(measured.support, centroids)
-        if method == "leep":
-            scores[name] = leep(softmax(temperature * responses, axis=1), measured.labels)
-        else:
-            scores[name] = logme(responses, measured.labels)
-    return scores
-
-
-def _write_table(measured: EmbeddedTasks, selected: SelectedTasks, path: Path) -> None:
-    tasks = [measured.candidates[name] for name in selected.order]
+def _write_table(embedded: EmbeddedTasks, selected: SelectedTasks, path: Path) -> None:
+    tasks = [embedded.candidates[name] for name in selected.order]
     columns: dict[str, Sequence[object]] = {
         "rank": range(1, len(tasks) + 1),
         "task": selected.order,
@@ -382,10 +393,5 @@ def _write_table(measured: EmbeddedTasks, selected: SelectedTasks, path: Path) -
         "classes": [len(np.unique(task.labels)) for task in tasks],
         "images": [len(task.rows) for task in tasks],
     }
-    temporary = path.with_name(f".{path.name}.partial")
-    pq.write_table(pa.table(columns, schema=TASK_SCHEMA), temporary)
-    os.replace(temporary, path)
-
-
-def _draw(seed: int, stream: int) -> np.random.Generator:
-    return np.random.default_rng(np.random.SeedSequence([seed, stream]))
+    with atomic_path(path) as temporary:
+        pq.write_table(pa.table(columns, schema=TASK_SCHEMA), temporary)

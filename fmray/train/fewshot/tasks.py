@@ -1,8 +1,7 @@
-"""The finetuning tasks of a run: M episodes, drawn from the selected candidate tasks.
+"""The training set of a run: M episodes of the selected tasks, and the order the steps use them in.
 
-In: candidate tasks (groups of classes with their rows), the `episodes` section and a seed. Out:
-episodes by index, the same on any number of workers and after any restart, and the order in which
-the steps of a run use them.
+Both depend on the recipe's seed alone, so they are the same for any number of ranks and after a
+resume.
 """
 
 from __future__ import annotations
@@ -25,20 +24,20 @@ from fmray.train.fewshot.select import CandidateTask
 
 @dataclass(frozen=True)
 class TaskBatch:
-    """One episode's pictures; labels: [N] its classes among all classes of the training set."""
+    """The images of one episode."""
 
-    support: Tensor  # uint8 [N, K, 3, size, size]
-    query: Tensor  # uint8 [N, Q, 3, size, size]
-    labels: Tensor  # int64 [N]
+    support: Tensor  #: uint8 [N, K, 3, size, size]
+    query: Tensor  #: uint8 [N, Q, 3, size, size]
+    labels: Tensor  #: int64 [N], its classes among all classes of the training set
 
 
 class TrainingSet:
-    """M episodes, each from one candidate task; the tasks take turns, in an order drawn once, and
-    with weights some take more of them.
+    """M episodes, each of one task. Tasks take turns in an order drawn once.
 
-    Attributes: tasks (sorted by name, so that the set does not depend on the order in which they
-    were selected), num_classes (over all tasks), fingerprint (12 hex digits that change with any
-    row or name).
+    Attributes:
+        tasks: sorted by name, so that the set does not depend on the order of selection.
+        num_classes: number of classes over all tasks.
+        fingerprint: 12 hex digits that change with any row or name.
     """
 
     def __init__(
@@ -49,17 +48,21 @@ class TrainingSet:
         seed: int,
         weights: Mapping[str, float] | None = None,
     ) -> None:
-        """Args:
-            weights: shares of the episodes by name; a task without one has 1.
+        """Prepare a sampler for each task.
 
-        Raises ValueError for a task that has too few classes or images for an episode."""
+        Args:
+            weights: relative number of episodes by task name, 1 by default.
+
+        Raises:
+            ValueError: a task with too few classes or images for an episode.
+        """
         self.tasks = sorted(tasks, key=lambda task: task.name)
         self._config, self._seed = config, seed
         self._first = np.array([entry.first for entry in store.classes])  # ascending
         self._classes = np.unique(np.concatenate([self._class_of(t.rows) for t in self.tasks]))
         self.num_classes = len(self._classes)
         self._samplers = [self._sampler(task) for task in self.tasks]
-        # few episodes and many tasks: which tasks are left out must not follow the alphabet
+        # shuffled: with fewer episodes than tasks, the unused ones must not depend on the names
         self._turns = _generator(seed, 0).permutation(len(self.tasks))
         shares = np.array([(weights or {}).get(task.name, 1.0) for task in self.tasks])
         if len(set(shares)) > 1:
@@ -71,7 +74,7 @@ class TrainingSet:
         self.fingerprint = digest.hexdigest()[:12]
 
     def rows(self, index: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Episode `index` as global row ids: support [N, K], query [N, Q], labels [N]."""
+        """Return episode `index` as global row ids: support [N, K], query [N, Q], labels [N]."""
         assert 0 <= index < self._config.tasks, index
         sampler = self._samplers[self._turns[index % len(self._turns)]]
         episode = sampler[index]
@@ -79,20 +82,23 @@ class TrainingSet:
         return episode.support, episode.query, labels
 
     def used_rows(self) -> tuple[np.ndarray, np.ndarray]:
-        """Each image of the M episodes once: rows [n] (ascending) and labels [n]."""
+        """Return each image of the M episodes once: rows [n] (ascending) and labels [n]."""
         parts = [self.rows(index)[:2] for index in range(self._config.tasks)]
         rows = np.unique(np.concatenate([part.reshape(-1) for pair in parts for part in pair]))
         return rows, np.searchsorted(self._classes, self._class_of(rows))
 
     def order(self, step: int, per_step: int) -> list[int]:
-        """The episodes of a step: all M once, in another order each time round."""
-        places = range(step * per_step, (step + 1) * per_step)
+        """Return the episodes of a step.
+
+        An epoch uses all M episodes once; each epoch has another order.
+        """
+        positions = range(step * per_step, (step + 1) * per_step)
         total = self._config.tasks
         orders = {
-            turn: _generator(self._seed, 1 + turn).permutation(total)
-            for turn in {place // total for place in places}
+            epoch: _generator(self._seed, 1 + epoch).permutation(total)
+            for epoch in {position // total for position in positions}
         }
-        return [int(orders[place // total][place % total]) for place in places]
+        return [int(orders[position // total][position % total]) for position in positions]
 
     def _class_of(self, rows: np.ndarray) -> np.ndarray:
         return np.searchsorted(self._first, rows, side="right") - 1
@@ -114,13 +120,13 @@ class TrainingSet:
 
 
 def read_ahead(
-    training: TrainingSet, pictures: ImageReader, indices: Sequence[int]
+    training: TrainingSet, images: ImageReader, indices: Sequence[int]
 ) -> Iterator[TaskBatch]:
-    """Episodes by index; the next one's pictures are decoded while this one is learnt."""
+    """Yield episodes by index; decode the next one in a thread while the caller uses this one."""
 
     def read(index: int) -> TaskBatch:
         support, query, labels = training.rows(index)
-        return TaskBatch(pictures[support], pictures[query], torch.from_numpy(labels))
+        return TaskBatch(images[support], images[query], torch.from_numpy(labels))
 
     with ThreadPoolExecutor(max_workers=1) as ahead:
         waiting = ahead.submit(read, indices[0]) if indices else None
@@ -133,13 +139,15 @@ def read_ahead(
 
 
 def _weighted_turns(tasks: np.ndarray, shares: np.ndarray, count: int) -> np.ndarray:
-    """Whose turn it is, `count` times: always the task that is the furthest behind its share, so
-    that any run of turns is mixed as the whole."""
-    given = np.zeros(len(tasks))
+    """Return the task of each of `count` turns: always the one that is furthest behind its share.
+
+    So any stretch of turns is mixed in the same proportions.
+    """
+    taken = np.zeros(len(tasks))
     turns = []
     for turn in range(1, count + 1):
-        behind = int(np.argmax(turn * shares / shares.sum() - given))
-        given[behind] += 1
+        behind = int(np.argmax(turn * shares / shares.sum() - taken))
+        taken[behind] += 1
         turns.append(tasks[behind])
     return np.array(turns)
 

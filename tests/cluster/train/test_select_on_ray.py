@@ -1,4 +1,4 @@
-"""Selection by actors: equal to its twin in one process, and the whole job with MLflow."""
+"""Selection by Ray actors, against one process, and the job with MLflow."""
 
 from __future__ import annotations
 
@@ -24,18 +24,18 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> ImageStore:
     return color_store(tmp_path_factory.mktemp("colors"))
 
 
-def test_actors_measure_what_one_process_does(store, capsys):
+def test_actors_and_one_process_embed_the_same(store, capsys):
     recipe = color_recipe(store, store.path.parent).recipe
     there = recipe.model_copy(update={"cluster": ClusterConfig(workers=9)})
     here, spread = (embed_tasks(one, store, color_encoder(), one.target) for one in (recipe, there))
     assert "embedding with 2 actors, not 9" in capsys.readouterr().out
-    assert spread.choice == here.choice  # to the last bit: the parts are merged in the same order
+    assert spread.choice == here.choice  # bit for bit: chunks are merged in the same order
     for name, centroids in here.centroids.items():
         np.testing.assert_array_equal(spread.centroids[name], centroids)
     np.testing.assert_array_equal(spread.support, here.support)
 
 
-def test_what_an_actor_cannot_do_is_a_mistake_of_one_line(store):
+def test_error_in_an_actor_is_one_line(store):
     encoder = color_encoder()
     encoder.model.scale.data.fill_(np.inf)
     with (
@@ -50,7 +50,7 @@ def test_what_an_actor_cannot_do_is_a_mistake_of_one_line(store):
         pass
 
 
-def test_the_job_logs_its_choice(store, tmp_path, monkeypatch):
+def test_selection_job_logs_its_choice(store, tmp_path, monkeypatch):
     monkeypatch.setattr(selection, "load_encoder", lambda settings: color_encoder())
     loaded = color_recipe(
         store,

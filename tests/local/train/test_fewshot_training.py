@@ -1,4 +1,4 @@
-"""Few-shot jobs in one process: finetuning by every method, resumed runs, evaluation, the table."""
+"""Few-shot jobs in one process: every finetuning method, resume, evaluation, comparison."""
 
 from __future__ import annotations
 
@@ -43,12 +43,12 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> ImageStore:
 
 @pytest.fixture(scope="module")
 def start(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The encoder that finetuning starts from."""
+    """Return the folder of the encoder that finetuning starts from."""
     return start_encoder(tmp_path_factory.mktemp("start"))
 
 
 @pytest.mark.parametrize("method", ["multitask", "standard", "lp_ft", "maml"])
-def test_a_resumed_run_ends_with_the_same_weights(
+def test_resumed_run_ends_with_the_same_weights(
     store, start: Path, tmp_path: Path, method: str
 ) -> None:
     sections: dict[str, Any] = {
@@ -56,11 +56,11 @@ def test_a_resumed_run_ends_with_the_same_weights(
     }
     sections["encoder"] = {"checkpoint": start}
     loaded = fewshot_recipe(store, tmp_path, **sections)
-    whole = train(loaded, "run")
-    wanted, lines = weights(whole.model_dir), losses(whole.run_dir)
+    complete = train(loaded, "run")
+    wanted, lines = weights(complete.model_dir), losses(complete.run_dir)
     assert len(lines) == 6
     assert not any(torch.equal(wanted[name], tensor) for name, tensor in weights(start).items())
-    forget_after(whole.run_dir, step=4)
+    forget_after(complete.run_dir, step=4)
     again = train(loaded, "run")
     assert losses(again.run_dir) == lines
     for name, tensor in weights(again.model_dir).items():
@@ -71,7 +71,9 @@ def test_a_resumed_run_ends_with_the_same_weights(
         train(other, "run")
 
 
-def test_evaluations_on_the_way_change_nothing_and_tell_the_accuracy(store, tmp_path: Path) -> None:
+def test_evaluation_during_training_reports_accuracy_and_changes_nothing(
+    store, tmp_path: Path
+) -> None:
     start_encoder(tmp_path / "it")
     encoder = {"checkpoint": tmp_path / "it"}
     blind = train(fewshot_recipe(store, tmp_path, encoder=encoder), "blind")
@@ -83,7 +85,7 @@ def test_evaluations_on_the_way_change_nothing_and_tell_the_accuracy(store, tmp_
     lines = [json.loads(line) for line in (result.run_dir / "log.jsonl").read_text().splitlines()]
     evaluations = {line["step"]: line for line in lines if "accuracy/1-shot" in line}
     assert list(evaluations) == [4, 6]
-    # the last one is the exported encoder's, on other tasks of the same images
+    # the last evaluation is of the exported encoder, on other tasks of the same images
     sections = {"target": {"collection": "target", "split": "train"}, "train": TRAIN}
     again = fewshot_recipe(store, tmp_path, encoder=encoder, **sections).recipe
     model = load_encoder(again.encoder.model_copy(update={"checkpoint": result.model_dir}))
@@ -91,22 +93,22 @@ def test_evaluations_on_the_way_change_nothing_and_tell_the_accuracy(store, tmp_
     samplers = task_samplers(
         store, rows, again.target, again.evaluate, again.seed + EVALUATION_SEED
     )
-    measured = measure_accuracy(
+    accuracies = measure_accuracy(
         model, ImageReader(store, model.preprocess), rows, samplers, again.evaluate
     )
-    for shots, values in measured.items():
+    for shots, values in accuracies.items():
         assert result.metrics[f"accuracy/{shots}-shot"] == values.mean()
         assert evaluations[6][f"accuracy/{shots}-shot"] == values.mean()
-    # resumed after the last step there is nothing to train, and the accuracy is told all the same
+    # a run resumed after its last step trains nothing and still reports the accuracy
     assert (
         train(fewshot_recipe(store, tmp_path, encoder=encoder, train=steps), "run").metrics[
             "accuracy/1-shot"
         ]
-        == measured[1].mean()
+        == accuracies[1].mean()
     )
 
 
-def test_zero_with_sgd_goes_on_with_as_many_workers_only(store, tmp_path: Path) -> None:
+def test_zero_with_sgd_resumes_with_the_same_number_of_workers_only(store, tmp_path: Path) -> None:
     steps = TRAIN | {"steps": 2, "strategy": "zero"}
     run_dir = train(fewshot_recipe(store, tmp_path, train=steps), "run").run_dir
     [state] = run_dir.glob("checkpoint-*/state.json")
@@ -118,7 +120,7 @@ def test_zero_with_sgd_goes_on_with_as_many_workers_only(store, tmp_path: Path) 
         train(fewshot_recipe(store, tmp_path, train=steps), "run")
 
 
-def test_evaluation_puts_the_gain_beside_direct_adaptation(
+def test_evaluation_reports_both_encoders_and_the_gain(
     store, start: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     loaded = fewshot_recipe(store, tmp_path, encoder={"checkpoint": start})
@@ -130,10 +132,10 @@ def test_evaluation_puts_the_gain_beside_direct_adaptation(
     out = tmp_path / "run" / "evaluation"
     table = pq.read_table(out / "tasks.parquet").to_pandas()
     for line in json.loads((out / "results.json").read_text())["accuracy"]:
-        own = table[(table.method == line["method"]) & (table.shots == line["shots"])]
-        assert len(own) == 20
-        assert line["mean"] == pytest.approx(own.accuracy.mean())
-        assert line["half_width"] == pytest.approx(confidence_interval(own.accuracy).half_width)
+        rows = table[(table.method == line["method"]) & (table.shots == line["shots"])]
+        assert len(rows) == 20
+        assert line["mean"] == pytest.approx(rows.accuracy.mean())
+        assert line["half_width"] == pytest.approx(confidence_interval(rows.accuracy).half_width)
     assert "multitask      3-way 5-shot" in capsys.readouterr().out
     alone = fewshot_recipe(
         store, tmp_path, encoder={"checkpoint": start}, train={"method": "direct"}
@@ -149,13 +151,13 @@ def test_evaluation_puts_the_gain_beside_direct_adaptation(
         ({"episodes": {"ways": 7}}, "no candidate tasks"),
     ],
 )
-def test_what_cannot_be_trained_is_said(store, tmp_path: Path, sections: Any, words: str) -> None:
+def test_untrainable_recipe_is_an_error(store, tmp_path: Path, sections: Any, words: str) -> None:
     with pytest.raises(ValueError, match=words):
         train(fewshot_recipe(store, tmp_path, **sections), "run")
 
 
 @pytest.mark.parametrize("objective", ["simclr", "moco", "supervised"])
-def test_pretraining_goes_on_where_it_stopped(
+def test_pretraining_resumes_where_it_stopped(
     store, tmp_path: Path, objective: str, monkeypatch
 ) -> None:
     section = {
@@ -167,9 +169,9 @@ def test_pretraining_goes_on_where_it_stopped(
     }
     monkeypatch.setattr(pretraining, "STATE_EVERY", 5)
     loaded = fewshot_recipe(store, tmp_path, pretrain=section)
-    whole = pretrain_encoder(loaded, "whole")
+    complete = pretrain_encoder(loaded, "complete")
     if objective != "moco":  # its queue is random at the start, so the task gets harder
-        assert losses(tmp_path / "whole")[-1] < losses(tmp_path / "whole")[0]
+        assert losses(tmp_path / "complete")[-1] < losses(tmp_path / "complete")[0]
 
     step_log = pretraining.StepLog.write
 
@@ -184,8 +186,8 @@ def test_pretraining_goes_on_where_it_stopped(
             pretrain_encoder(loaded, "parts")
     assert not (tmp_path / "parts" / "model").exists()
     parts = pretrain_encoder(loaded, "parts")
-    assert losses(tmp_path / "parts") == losses(tmp_path / "whole")
-    wanted = weights(whole.model_dir)
+    assert losses(tmp_path / "parts") == losses(tmp_path / "complete")
+    wanted = weights(complete.model_dir)
     for name, tensor in weights(parts.model_dir).items():
         assert torch.equal(tensor, wanted[name]), name
     changed = fewshot_recipe(store, tmp_path, pretrain=section | {"lr": 0.5})
@@ -193,22 +195,22 @@ def test_pretraining_goes_on_where_it_stopped(
         pretrain_encoder(changed, "parts")
 
 
-def test_the_table_is_computed_cell_by_cell(store, tmp_path: Path, monkeypatch, capsys) -> None:
+def test_comparison_is_computed_cell_by_cell(store, tmp_path: Path, monkeypatch, capsys) -> None:
     loaded = fewshot_recipe(
         store, tmp_path, compare=COMPARE, pretrain={"steps": 2, "batch": 16}, train={"steps": 2}
     )
     trained: list[list[str]] = []
 
-    def counted(recipe, group, kept):
+    def counted(recipe, group, decoded):
         trained.append([cell.name for cell in group])
-        return cells.run_cells(recipe, group, kept)
+        return cells.run_cells(recipe, group, decoded)
 
     monkeypatch.setattr(compare, "run_cells", counted)
     result = compare.compare(loaded, "table")
     lines = ["direct", "standard", *(f"multitask/{s}" for s in COMPARE["selections"])]
     assert list(result.accuracies) == lines
     assert list(result.ways) == [(t, s) for t in ("target", "sea (all)") for s in (1, 5)]
-    for column in result.ways:  # the same set by definition: one training, the same numbers
+    for column in result.ways:  # the same tasks by definition, so one training
         np.testing.assert_array_equal(
             result.accuracies["multitask/all"][column],
             result.accuracies["multitask/no_consistency"][column],
@@ -229,7 +231,7 @@ def test_the_table_is_computed_cell_by_cell(store, tmp_path: Path, monkeypatch, 
     assert {claim["better"] for claim in values["claims"]} >= {"multitask/selected", "standard"}
     assert (run_dir / "comparison.png").stat().st_size > 1000
 
-    # a second run computes nothing; one whose cell is gone computes that one
+    # a second run computes nothing; without the file of a cell it computes that cell
     trained.clear()
     again = compare.compare(loaded, "table")
     assert trained == []
@@ -237,25 +239,27 @@ def test_the_table_is_computed_cell_by_cell(store, tmp_path: Path, monkeypatch, 
     assert len(standard) == 1
     capsys.readouterr()
     files = {path: path.stat().st_mtime_ns for path in (run_dir / "cells").iterdir()}
-    gone = min(files)
-    gone.unlink()
+    missing = min(files)
+    missing.unlink()
     monkeypatch.undo()
     third = compare.compare(loaded, "table")
     assert "1 trainings to run" in capsys.readouterr().out
-    assert {p: t for p, t in files.items() if p != gone} == {
-        p: p.stat().st_mtime_ns for p in files if p != gone
+    assert {p: t for p, t in files.items() if p != missing} == {
+        p: p.stat().st_mtime_ns for p in files if p != missing
     }
     for line, columns in third.accuracies.items():
         for column, accuracy in columns.items():
             np.testing.assert_array_equal(accuracy, again.accuracies[line][column])
 
 
-def test_a_comparison_needs_targets(store, tmp_path: Path) -> None:
+def test_comparison_without_targets_is_an_error(store, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"compare\.targets: name at least one"):
         compare.compare(fewshot_recipe(store, tmp_path), "none")
 
 
-def test_meta_datasets_own_sampler_measures_all_sizes(store, start: Path, tmp_path: Path) -> None:
+def test_evaluation_with_the_sampler_of_meta_dataset_matches_its_definition(
+    store, start: Path, tmp_path: Path
+) -> None:
     loaded = fewshot_recipe(
         store,
         tmp_path,
@@ -286,9 +290,7 @@ def test_meta_datasets_own_sampler_measures_all_sizes(store, start: Path, tmp_pa
     assert len(set(map(len, (sampler[i].classes for i in range(20))))) > 1
 
 
-def test_the_job_scripts_read_recipes_of_this_kind(
-    store, tmp_path: Path, monkeypatch, capsys
-) -> None:
+def test_job_scripts_run_a_fewshot_recipe(store, tmp_path: Path, monkeypatch, capsys) -> None:
     recipe = tmp_path / "my.yaml"
     recipe.write_text(
         f"kind: fewshot\nname: mine\nimages: {{store: {store.path}}}\n"

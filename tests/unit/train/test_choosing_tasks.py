@@ -1,4 +1,4 @@
-"""From collections of images to chosen tasks, in this process."""
+"""Candidate tasks, their embedding and the choice among them, in this process."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def recipe_of(store: ImageStore, **sections: object) -> FewshotRecipe:
     return color_recipe(store, store.path.parent, **sections).recipe
 
 
-def test_a_collection_is_a_task_and_the_target_is_none(store):
+def test_each_collection_but_the_target_is_a_task(store):
     recipe = recipe_of(store)
     tasks = {task.name: task for task in candidate_tasks(store, recipe, recipe.target)}
     assert set(tasks) == set(COLORS) - {"target"}
@@ -40,17 +40,17 @@ def test_a_collection_is_a_task_and_the_target_is_none(store):
     assert [task.name for task in candidate_tasks(store, named, named.target)] == ["target", "moss"]
 
 
-def test_groups_of_classes_part_the_train_classes(store):
+def test_groups_of_classes_partition_the_train_classes(store):
     recipe = recipe_of(store, select={"tasks": "classes", "classes_per_task": 3})
     tasks = candidate_tasks(store, recipe, recipe.target)
     assert len(tasks) == 8 and len({task.name for task in tasks}) == 8
-    own = [task for task in tasks if task.name.startswith("moss/")]
-    assert [len(np.unique(task.labels)) for task in own] == [3, 3]
-    rows = np.concatenate([task.rows for task in own])
+    groups = [task for task in tasks if task.name.startswith("moss/")]
+    assert [len(np.unique(task.labels)) for task in groups] == [3, 3]
+    rows = np.concatenate([task.rows for task in groups])
     np.testing.assert_array_equal(np.sort(rows), store.select("moss", "train").rows)
 
 
-def test_episodes_as_tasks_take_turns_and_do_not_depend_on_the_target(store):
+def test_episodes_as_tasks_alternate_between_collections_and_ignore_the_target(store):
     changes = {"tasks": "episodes", "episodes": 10}
     recipe = recipe_of(store, select=changes)
     tasks = candidate_tasks(store, recipe, recipe.target)
@@ -83,55 +83,55 @@ def test_episodes_as_tasks_take_turns_and_do_not_depend_on_the_target(store):
         ({"select": {"candidates": ["lava"]}}, "no collection 'lava'"),
     ],
 )
-def test_what_cannot_be_a_task_is_said(store, sections, message):
+def test_unusable_candidates_are_errors(store, sections, message):
     recipe = recipe_of(store, **sections)
     with pytest.raises(ValueError, match=message):
         candidate_tasks(store, recipe, recipe.target)
 
 
-def test_measured_in_chunks_is_algorithm_1_on_all_features_at_once(store, monkeypatch):
+def test_embedding_in_chunks_matches_algorithm_1_on_all_features(store, monkeypatch):
     monkeypatch.setattr(embedding, "EMBED_CHUNK", 7)
     monkeypatch.setattr(embedding, "BATCH", 3)
     recipe, encoder = recipe_of(store), color_encoder()
-    measured = embed_tasks(recipe, store, encoder, recipe.target)
+    embedded = embed_tasks(recipe, store, encoder, recipe.target)
     monkeypatch.undo()
     embedder = Embedder(store, None, encoder)
     moments = []
     for name in ("crimson", "moss", "scarlet", "sea"):
         images = store.select(name, "train")
-        kept = np.concatenate([images.rows[images.labels == c][:10] for c in range(6)])
-        features = embedder.features(kept)
+        used = np.concatenate([images.rows[images.labels == c][:10] for c in range(6)])
+        features = embedder.features(used)
         moments.append(TaskMoments.of(name, features))
         by_class = features.reshape(6, 10, 12).astype(float).mean(axis=1)
-        np.testing.assert_allclose(measured.centroids[name], by_class, rtol=1e-12)
-    whole = store.select("target", "test").rows
+        np.testing.assert_allclose(embedded.centroids[name], by_class, rtol=1e-12)
+    test_rows = store.select("target", "test").rows
     drawn = np.random.default_rng(np.random.SeedSequence([3, selection.TARGET])).permutation(36)[
         :30
     ]
-    target = TaskMoments.of("target", embedder.features(whole[drawn]))
+    target = TaskMoments.of("target", embedder.features(test_rows[drawn]))
     expected = select_tasks(target, moments, recipe.select.threshold)
-    assert measured.choice.names == expected.names
-    assert measured.choice.order == expected.order
-    assert measured.choice.coverage == pytest.approx(expected.coverage, rel=1e-9)
-    assert set(measured.choice.order[:2]) == {"crimson", "scarlet"}
-    # Five labelled images of each of the three test classes, for LEEP and LogME.
-    assert np.unique(measured.labels, return_counts=True)[1].tolist() == [5, 5, 5]
+    assert embedded.choice.names == expected.names
+    assert embedded.choice.order == expected.order
+    assert embedded.choice.coverage == pytest.approx(expected.coverage, rel=1e-9)
+    assert set(embedded.choice.order[:2]) == {"crimson", "scarlet"}
+    # for LEEP and LogME: five labelled images of each of the three test classes
+    assert np.unique(embedded.labels, return_counts=True)[1].tolist() == [5, 5, 5]
 
 
-def test_another_target_embeds_no_candidate_again(store, monkeypatch):
+def test_known_candidates_are_not_embedded_again(store, monkeypatch):
     recipe, encoder, known = recipe_of(store), color_encoder(), {}
     first = embed_tasks(recipe, store, encoder, recipe.target, known)
-    seen: list[int] = []
+    embedded: list[int] = []
     features = embedding.Embedder.features
 
     def counted(self, rows):
-        seen.append(len(rows))
+        embedded.append(len(rows))
         return features(self, rows)
 
     monkeypatch.setattr(embedding.Embedder, "features", counted)
     again = embed_tasks(recipe, store, encoder, recipe.target, known)
     assert again.choice == first.choice
-    assert sum(seen) == 30 + 15
+    assert sum(embedded) == 30 + 15
     other = recipe.target.model_copy(update={"collection": "sea"})
     assert set(embed_tasks(recipe, store, encoder, other, known).choice.order) == {
         "crimson",
@@ -153,10 +153,10 @@ def test_another_target_embeds_no_candidate_again(store, monkeypatch):
         ("logme", 2),
     ],
 )
-def test_peers_choose_as_many_as_they_are_asked_for(store, method, count):
+def test_baselines_choose_the_expected_number_of_tasks(store, method, count):
     recipe = recipe_of(store, select={"k": 2})
-    measured = embed_tasks(recipe, store, color_encoder(), recipe.target)
-    chosen = choose(recipe, store, color_encoder(), recipe.target, method, 0, measured)
+    embedded = embed_tasks(recipe, store, color_encoder(), recipe.target)
+    chosen = choose(recipe, store, color_encoder(), recipe.target, method, 0, embedded)
     assert len(chosen.names) == count
     assert [task.name for task in chosen.tasks] == chosen.names
     assert list(chosen.similarity) == chosen.order
@@ -164,7 +164,7 @@ def test_peers_choose_as_many_as_they_are_asked_for(store, method, count):
         assert chosen.names == chosen.order[:2]
 
 
-def test_the_job_writes_the_table_and_two_plots(store, tmp_path, monkeypatch, capsys):
+def test_selection_job_writes_the_table_and_two_plots(store, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(selection, "load_encoder", lambda settings: color_encoder())
     selected = select_run(color_recipe(store, tmp_path), "run")
     out = tmp_path / "run" / "selection"
@@ -179,17 +179,17 @@ def test_the_job_writes_the_table_and_two_plots(store, tmp_path, monkeypatch, ca
     assert [row["coverage"] for row in table] == selected.coverage
     assert all((row["classes"], row["images"]) == (6, 72) for row in table)
     for name in ("coverage.png", "similarity.png"):
-        with Image.open(out / name) as picture:
-            assert min(picture.size) > 200
+        with Image.open(out / name) as image:
+            assert min(image.size) > 200
     printed = capsys.readouterr().out
     assert f"* {selected.order[0]}" in printed
     assert f"{len(selected.names)} of 4 tasks" in printed
 
 
-def test_no_target_and_no_images_are_said(store, tmp_path):
+def test_missing_target_and_empty_tasks_are_errors(store, tmp_path):
     loaded = color_recipe(store, tmp_path)
     loaded = type(loaded)(loaded.recipe.model_copy(update={"target": None}), loaded.origins)
-    with pytest.raises(ValueError, match=r"target: name one: target.collection"):
+    with pytest.raises(ValueError, match=r"target: set target.collection"):
         select_run(loaded, "run")
     with (
         open_pool(store, color_encoder(), loaded.recipe.cluster) as pool,
@@ -198,9 +198,11 @@ def test_no_target_and_no_images_are_said(store, tmp_path):
         pool.task_features([("nothing", np.empty(0, dtype=int), np.empty(0, dtype=int))])
 
 
-def test_real_domains_are_told_apart(real_data: Path, tmp_path: Path) -> None:
-    """Photographs are more like paintings and textures than like handwritten digits, even to an
-    encoder of mean colours."""
+def test_similar_real_domains_are_selected_first(real_data: Path, tmp_path: Path) -> None:
+    """Photographs are closer to paintings and textures than to handwritten digits.
+
+    Even mean colours show that.
+    """
     from support.images import image_recipe, prepare_here
 
     names = ("pacs_photo", "pacs_art_painting", "pacs_sketch", "mnist", "dtd")
