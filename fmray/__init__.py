@@ -1,6 +1,6 @@
-"""fmray: foundation models adapted to a job and a compute budget, on Ray.
+"""fmray: adapts foundation models to a task and a compute budget, and serves them, on Ray.
 
-Importing this package imports nothing heavy; the rooms are described in the README.
+Importing this package imports nothing heavy. README.md describes the packages.
 """
 
 __version__ = "0.1.0"

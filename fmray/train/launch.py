@@ -20,6 +20,7 @@ from fmray.config import AdaLlavaRecipe, BaseRecipe, LoadedRecipe
 from fmray.config.fewshot import FewshotRecipe
 from fmray.runtime import tracking
 from fmray.runtime.console import changed_settings, say
+from fmray.runtime.files import write_atomic
 from fmray.runtime.nodes import session
 from fmray.train import checkpoint as checkpoints
 from fmray.train.method import JOB_NAMES, Evaluation, TrainJob, training_settings
@@ -67,7 +68,7 @@ def train(
     tasks = _earlier_tasks(run_dir, mirror) if isinstance(recipe, FewshotRecipe) else []
     _check_resume(recipe, run_id, run_dir, mirror, tasks)
     run_dir.mkdir(parents=True, exist_ok=True)
-    (run_dir / "recipe.yaml").write_text(loaded.dump(), encoding="utf-8")
+    write_atomic(run_dir / "recipe.yaml", loaded.dump())
     put_files(mirror, "recipe.yaml")
     say(changed_settings(loaded, run_dir / "recipe.yaml"))
 
