@@ -77,21 +77,11 @@ def pretrain(recipe: FewshotRecipe, run_dir: Path, run_id: str) -> Pretrained:
         say(f"{run_id}: already pretrained: {target}")
         return Pretrained(target, {})
 
-    # model and optimizer, resumed from the state if there is one
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    torch.manual_seed(recipe.seed)  # for the initial weights and MoCo's queue
-    encoder = create_encoder(
-        recipe.encoder.name, pretrained=False, image_size=recipe.encoder.image_size
-    )
-    reader = ImageReader(store, encoder.preprocess, decode_all(store, encoder.preprocess))
-    objective = _objective(encoder, config, int(labels.max()) + 1).to(device).train()
-    parameters = [p for p in objective.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, lr=config.lr, weight_decay=config.weight_decay)
-    start = 0
-    if state is not None:
-        objective.load_state_dict(state["objective"])
-        optimizer.load_state_dict(state["optimizer"])
-        start = state["step"]
+    objective, optimizer = _build(recipe, int(labels.max()) + 1, device, state)
+    preprocess = objective.encoder.preprocess
+    reader = ImageReader(store, preprocess, decode_all(store, preprocess))
+    start = 0 if state is None else state["step"]
     say(
         f"{run_id}: {config.objective} of {recipe.encoder.name} on {len(rows)} images, steps"
         f" {start + 1} to {config.steps}, in this process"
@@ -126,9 +116,27 @@ def pretrain(recipe: FewshotRecipe, run_dir: Path, run_id: str) -> Pretrained:
                 }
                 with atomic_path(run_dir / "state.pt") as temporary:
                     torch.save(state, temporary)
-        export_encoder(encoder, target)
+        export_encoder(objective.encoder, target)
     say(f"model: {target}")
     return Pretrained(target, metrics)
+
+
+def _build(
+    recipe: FewshotRecipe, classes: int, device: torch.device, state: dict[str, Any] | None
+) -> tuple[SimCLR | MoCo | Supervised, torch.optim.Optimizer]:
+    """Return objective and optimizer, at the start or as in a saved state."""
+    config = recipe.pretrain
+    torch.manual_seed(recipe.seed)  # for the initial weights and MoCo's queue
+    encoder = create_encoder(
+        recipe.encoder.name, pretrained=False, image_size=recipe.encoder.image_size
+    )
+    objective = _objective(encoder, config, classes).to(device).train()
+    parameters = [p for p in objective.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=config.lr, weight_decay=config.weight_decay)
+    if state is not None:
+        objective.load_state_dict(state["objective"])
+        optimizer.load_state_dict(state["optimizer"])
+    return objective, optimizer
 
 
 def _train_step(
