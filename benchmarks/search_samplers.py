@@ -1,15 +1,14 @@
-"""What suggestions are worth: samplers on the same space, budget of trials and seeds, by the
-hypervolume of what they found.
+"""Compares samplers on the same space, number of trials and seeds, by hypervolume.
 
     python benchmarks/search_samplers.py --config jobs/recipes/search_budgets.yaml \\
         --folder runs/samplers --samplers random nsga2 tpe --seeds 0 1 2 --trials 20
 
-In: a search of kind adallava with several objectives, whose data are prepared. Trials are the
-search's own, trained in this process (Ray Train's local mode) and one after another, so that each
-suggestion knows all results before it; `--processes` searches run beside each other. Out: in
-`--folder` a trials.jsonl each (the same command goes on); printed, hypervolume after half of the
-trials and after all, the reference 0 for what is to be large and 1.05 times the largest seen for
-what is to be small.
+The search is of kind adallava with several objectives, and its data must be prepared. The trials
+are the search's own, but trained in this process (Ray Train's local mode) and one at a time, so
+that each suggestion knows all earlier results; `--processes` searches run in parallel. Each writes
+a trials.jsonl in `--folder`, from which the same command resumes. Prints the hypervolume after half
+of the trials and after all; the reference is 0 for objectives to maximize and 1.05 times the
+largest value for those to minimize.
 """
 
 from __future__ import annotations
@@ -25,20 +24,19 @@ import torch
 
 from fmray.config import AdaLlavaRecipe, LoadedRecipe, load
 from fmray.config.search import ObjectiveConfig, SearchRecipe
-from fmray.search.pareto import hypervolume, judged, trial_points
+from fmray.search.pareto import hypervolume, objective_values, valid_points
 from fmray.search.run import base_path
 from fmray.search.space import load_space
-from fmray.search.state import Finished, append, read_finished
+from fmray.search.state import FinishedTrial, append_trial, read_finished
 from fmray.search.suggest import Suggester
-from fmray.search.trial import is_metric
-from fmray.search.trial import judged as evaluation
+from fmray.search.trial import is_metric, trial_metrics
 from fmray.train.launch import train
 
-ALONE = ("cluster.workers=0", "tracking.enabled=false")
+IN_PROCESS = ("cluster.workers=0", "tracking.enabled=false")
 
 
 def run_search(config: Path, settings: list[str], sampler: str, seed: int, folder: Path) -> None:
-    """The missing trials of one search, one after another."""
+    """Run the missing trials of one search, one at a time."""
     torch.set_num_threads(1)
     loaded = load(config, [*settings, f"algorithm={sampler}", f"seed={seed}"], (SearchRecipe,))
     recipe, path = loaded.recipe, folder / f"{sampler}-{seed}" / "trials.jsonl"
@@ -46,8 +44,8 @@ def run_search(config: Path, settings: list[str], sampler: str, seed: int, folde
 
     def trial_recipe(overrides: list[str]) -> LoadedRecipe[AdaLlavaRecipe]:
         storage = f"cluster.storage={path.parent}"
-        found = load(base_path(loaded), [*recipe.base_set, *overrides, *ALONE, storage])
-        return LoadedRecipe(found.recipe.with_absolute_paths(), found.origins)
+        trial = load(base_path(loaded), [*recipe.base_set, *overrides, *IN_PROCESS, storage])
+        return LoadedRecipe(trial.recipe.with_absolute_paths(), trial.origins)
 
     space = load_space(recipe.space, trial_recipe([]).recipe, recipe.options)
     finished = read_finished(path)
@@ -59,22 +57,20 @@ def run_search(config: Path, settings: list[str], sampler: str, seed: int, folde
             name = f"trial-{suggestion.number}"
             shutil.rmtree(path.parent / name, ignore_errors=True)
             result = train(trial_recipe(overrides), name)
-            metrics = evaluation(result.metrics)
+            metrics = trial_metrics(result)
             suggester.tell(suggestion.number, metrics)
             shutil.rmtree(path.parent / name)
         else:
             [metrics] = [t.metrics for t in finished if t.number == suggestion.duplicate_of]
         steps = int(metrics["step"])
-        found = {
-            name: value for name, value in metrics.items() if is_metric(name) or name == "step"
-        }
-        trial = Finished(
+        point = {n: value for n, value in metrics.items() if is_metric(n) or n == "step"}
+        trial = FinishedTrial(
             suggestion.number,
             suggestion.key,
             suggestion.values,
             tuple(overrides),
-            found,
-            (found,),
+            point,
+            (point,),
             "done" if suggestion.duplicate_of is None else "duplicate",
             None,
             time.time() - started,
@@ -82,7 +78,7 @@ def run_search(config: Path, settings: list[str], sampler: str, seed: int, folde
             steps,
             suggestion.origin,
         )
-        append(path, trial)
+        append_trial(path, trial)
         finished.append(trial)
 
 
@@ -112,34 +108,34 @@ def main() -> None:
 
 
 def report(
-    found: dict[tuple[str, int], list[Finished]], objectives: tuple[ObjectiveConfig, ...]
+    trials_of: dict[tuple[str, int], list[FinishedTrial]], objectives: tuple[ObjectiveConfig, ...]
 ) -> None:
-    """Print hypervolumes, by sampler and seed, and their means."""
+    """Print hypervolumes by sampler and seed, and their means over seeds."""
     modes = [objective.mode for objective in objectives]
 
-    def points(trials: list[Finished]) -> np.ndarray:
-        return trial_points(judged(trials, objectives), objectives)
+    def points(trials: list[FinishedTrial]) -> np.ndarray:
+        return objective_values(valid_points(trials, objectives), objectives)
 
-    every = np.concatenate([points(trials) for trials in found.values()])
+    every = np.concatenate([points(trials) for trials in trials_of.values()])
     reference = [
         0.0 if mode == "max" else 1.05 * column.max()
         for mode, column in zip(modes, every.T, strict=True)
     ]
     volumes: dict[str, list[list[float]]] = {}
-    for (sampler, seed), trials in found.items():
-        half, whole = (
+    for (sampler, seed), trials in trials_of.items():
+        half, full = (
             hypervolume(points(part), modes, reference)
             for part in (trials[: len(trials) // 2], trials)
         )
-        volumes.setdefault(sampler, []).append([half, whole])
+        volumes.setdefault(sampler, []).append([half, full])
         steps = sum(trial.steps for trial in trials if trial.status == "done")
         print(
-            f"{sampler:>8} seed {seed}: {steps} steps, hypervolume {half:.4f} after half of them,"
-            f" {whole:.4f} after all"
+            f"{sampler:>8} seed {seed}: {steps} steps, hypervolume {half:.4f} after half of the"
+            f" trials, {full:.4f} after all"
         )
     for sampler, values in volumes.items():
-        half, whole = np.mean(values, axis=0)
-        print(f"{sampler:>8} mean of {len(values)}: {half:.4f}, {whole:.4f}")
+        half, full = np.mean(values, axis=0)
+        print(f"{sampler:>8} mean of {len(values)}: {half:.4f}, {full:.4f}")
 
 
 if __name__ == "__main__":

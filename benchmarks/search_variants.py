@@ -1,14 +1,14 @@
-"""The same search in several ways, such as NSGA-II against random, or with and without early
-stopping: what each found, and what it trained for that.
+"""Compares variants of a search, such as NSGA-II and random, or with and without early stopping.
 
     python benchmarks/search_variants.py --config jobs/recipes/search_budgets.yaml \\
         --folder runs/variants --vary algorithm=nsga2 --vary algorithm=random --seeds 0 1 2
 
-In: a search whose data are prepared. Out: in `--folder` a search for each variant and seed (the
-same command goes on); printed, a line each: trials, steps trained and their share of training all
-of them to the end, seconds, the best of the first objective, and with several objectives the
-hypervolume (reference: 0 for what is to be large, 1.05 times the largest seen for what is to be
-small). Few-shot searches: the best encoders of a seed beside each other on held-out tasks.
+The data of the search must be prepared. Each variant and seed is a search in `--folder`; the same
+command resumes them. Prints one line each: trials, steps trained and their share of training all
+trials to the end, seconds, the best value of the first objective, and with several objectives the
+hypervolume (the reference is 0 for objectives to maximize and 1.05 times the largest value for
+those to minimize). For few-shot searches, also compares the best encoders of a seed on held-out
+tasks.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from pathlib import Path
 from fmray.config import load
 from fmray.config.fewshot import FewshotRecipe
 from fmray.config.search import SearchRecipe
-from fmray.search.pareto import hypervolume, judged, trial_points
+from fmray.search.pareto import hypervolume, objective_values, valid_points
 from fmray.search.run import SearchResult, base_path, search
 from fmray.search.trial import load_base
 from fmray.search.verdict import held_out_gains
@@ -36,35 +36,36 @@ def main() -> None:
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", dest="settings")
     options = parser.parse_args()
     settings = [*options.settings, f"cluster.storage={options.folder}"]
-    found: dict[tuple[str, int], SearchResult] = {}
+    results: dict[tuple[str, int], SearchResult] = {}
     for seed in options.seeds:
         for vary in options.vary:
-            own = [*settings, *vary.split(","), f"seed={seed}"]
-            loaded = load(options.config, own, (SearchRecipe,))
+            overrides = [*settings, *vary.split(","), f"seed={seed}"]
+            loaded = load(options.config, overrides, (SearchRecipe,))
             name = "-".join(part.rpartition("=")[2] for part in vary.split(","))
-            found[vary, seed] = search(loaded, f"{name}-{seed}")
+            results[vary, seed] = search(loaded, f"{name}-{seed}")
 
     recipe = loaded.recipe
     base = load_base(
         base_path(loaded), recipe.base_set, options.folder, recipe.tracking, recipe.evaluations
     ).recipe
-    objectives, whole = recipe.objectives, base.train.steps
+    objectives, full_steps = recipe.objectives, base.train.steps
     points = {
-        key: trial_points(judged(r.finished, objectives), objectives) for key, r in found.items()
+        key: objective_values(valid_points(r.finished, objectives), objectives)
+        for key, r in results.items()
     }
     reference = [
         0.0 if o.mode == "max" else 1.05 * max(p[:, i].max() for p in points.values())
         for i, o in enumerate(objectives)
     ]
     modes = [objective.mode for objective in objectives]
-    for (vary, seed), result in found.items():
+    for (vary, seed), result in results.items():
         trained = [t for t in result.finished if t.status != "duplicate"]
         steps, seconds = sum(t.steps for t in trained), sum(t.seconds for t in trained)
-        first = points[vary, seed][:, 0]
-        best = first.max() if modes[0] == "max" else first.min()
+        column = points[vary, seed][:, 0]
+        best = column.max() if modes[0] == "max" else column.min()
         line = (
             f"{vary}, seed {seed}: {len(trained)} trials, {steps} steps"
-            f" ({steps / (whole * len(trained)):.0%} of all), {seconds:.0f} trial seconds,"
+            f" ({steps / (full_steps * len(trained)):.0%} of all), {seconds:.0f} trial seconds,"
             f" {objectives[0].metric} {best:.4f}"
         )
         if len(objectives) > 1:
@@ -77,7 +78,7 @@ def main() -> None:
                 / "trials"
                 / f"{result.run_dir.name}-{result.recommended.number:03d}"
                 / "model"
-                for (vary, other), result in found.items()
+                for (vary, other), result in results.items()
                 if other == seed
             }
             print("\n".join(held_out_gains(base, models)))

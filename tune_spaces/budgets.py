@@ -1,4 +1,4 @@
-"""How an adaptive model is made and trained: its switches, latency token, the law of its training
+"""Settings of an adaptive model and of its training: units, latency token, range of the training
 budgets, temperature, learning rates and LoRA rank."""
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from fmray.search.space import Choice, Parameter, Real, Space, Values, override,
 
 
 class Options(Section):
-    """The values of each setting, or its range; null: as the base recipe has it."""
+    """The values or the range of each setting; null: the value of the base recipe."""
 
     design: tuple[Literal["layers", "heads"], ...] | None = Field(
         ("layers", "heads"), description="adaptive.design"
@@ -21,7 +21,7 @@ class Options(Section):
         None, description="adaptive.first, the first switchable layers to try"
     )
     unit: tuple[int, ...] | None = Field(
-        (4, 8), description="adaptive.unit, of design heads; without it, it does not count"
+        (4, 8), description="adaptive.unit; has an effect with design heads only"
     )
     latency_token: tuple[Literal["inline", "probe"], ...] | None = Field(
         ("inline", "probe"), description="adaptive.latency_token"
@@ -42,10 +42,11 @@ class Options(Section):
 
 
 def space(base: AdaLlavaRecipe, options: Options) -> Space:
-    """Warm start: the base recipe itself, where it lies inside.
+    """Return the space; its warm start is the base recipe, if that is inside the space.
 
-    Raises ValueError for a base recipe of another kind, without `adaptive`, or without the LoRA
-    whose rank is to be varied.
+    Raises:
+        ValueError: the base recipe is of another kind, has no `adaptive`, or has no LoRA although
+            its rank is varied.
     """
     if not isinstance(base, AdaLlavaRecipe):
         raise ValueError(f"it varies recipes of kind adallava; the base is of kind {base.kind}")
@@ -74,13 +75,13 @@ def space(base: AdaLlavaRecipe, options: Options) -> Space:
         for name, ends in ranges.items()
         if ends is not None
     ]
-    own = {f"adaptive.{name}": value for name, value in base.adaptive} | {
+    base_values = {f"adaptive.{name}": value for name, value in base.adaptive} | {
         "train.lr": base.train.lr,
         "train.scheduler_lr": base.train.scheduler_lr or base.train.lr,
         "model.lora.rank": base.model.lora.rank if base.model.lora else None,
     }
     if base.adaptive.design == "layers" and options.unit:
-        own["adaptive.unit"] = options.unit[0]  # it does not count
+        base_values["adaptive.unit"] = options.unit[0]  # any value: no effect
 
     def to_overrides(values: Values) -> list[str]:
         design = values.get("adaptive.design", base.adaptive.design)
@@ -90,4 +91,6 @@ def space(base: AdaLlavaRecipe, options: Options) -> Space:
             if key != "adaptive.unit" or design == "heads"
         ]
 
-    return Space(tuple(parameters), to_overrides, warm_start("the base recipe", parameters, own))
+    return Space(
+        tuple(parameters), to_overrides, warm_start("the base recipe", parameters, base_values)
+    )

@@ -1,4 +1,4 @@
-"""How an encoder is finetuned: ways, shots, number of tasks, learning rate, temperature."""
+"""Settings of few-shot finetuning: ways, shots, number of tasks, learning rate, temperature."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from fmray.search.space import Choice, Parameter, Real, Space, Values, override,
 
 
 class Options(Section):
-    """The values of each setting, or its range; null: as the base recipe has it."""
+    """The values or the range of each setting; null: the value of the base recipe."""
 
     ways: tuple[int, ...] | None = Field((5, 10, 15), description="episodes.ways")
     shots: tuple[int, ...] | None = Field((1, 3, 5), description="episodes.shots")
@@ -22,9 +22,10 @@ class Options(Section):
 
 
 def space(base: FewshotRecipe, options: Options) -> Space:
-    """Warm start: the base recipe itself, where it lies inside.
+    """Return the space; its warm start is the base recipe, if that is inside the space.
 
-    Raises ValueError for a base recipe of another kind.
+    Raises:
+        ValueError: the base recipe is of another kind.
     """
     if not isinstance(base, FewshotRecipe):
         raise ValueError(f"it varies recipes of kind fewshot; the base is of kind {base.kind}")
@@ -36,9 +37,11 @@ def space(base: FewshotRecipe, options: Options) -> Space:
     parameters += [
         Real(f"train.{name}", *ends, log=True) for name, ends in ranges.items() if ends is not None
     ]
-    own = {f"episodes.{name}": getattr(base.episodes, name) for name in lists}
-    own |= {f"train.{name}": getattr(base.train, name) for name in ranges}
-    return Space(tuple(parameters), _overrides, warm_start("the base recipe", parameters, own))
+    base_values = {f"episodes.{name}": getattr(base.episodes, name) for name in lists}
+    base_values |= {f"train.{name}": getattr(base.train, name) for name in ranges}
+    return Space(
+        tuple(parameters), _overrides, warm_start("the base recipe", parameters, base_values)
+    )
 
 
 def _overrides(values: Values) -> list[str]:

@@ -1,6 +1,8 @@
-"""Which candidate tasks to train on: collections, groups of classes or episodes, as the base
-recipe's `select.tasks` says; any subset of them, or only those that Algorithm 1 can select;
-and, if asked, how the tasks are mixed."""
+"""Which candidate tasks an encoder is finetuned on, and optionally how they are mixed.
+
+The base recipe's `select.tasks` defines the candidates (collections, groups of classes or
+episodes). The subsets are any, or only those that Algorithm 1 can select.
+"""
 
 from __future__ import annotations
 
@@ -20,25 +22,27 @@ TASKS = True  # `space` takes the candidate tasks
 
 
 class Options(Section):
-    """Which subsets there are."""
+    """The subsets to try, and the shares of their tasks."""
 
     subsets: Literal["any", "prefix", "threshold"] = Field(
         "any",
-        description="any; the most similar tasks, however many; or those that Algorithm 1 selects,"
-        " with whatever threshold p. All tasks and single ones are always among them",
+        description="any: all subsets; prefix: the n most similar tasks, for each n; threshold:"
+        " what Algorithm 1 selects, for each threshold p. All tasks and the single ones are always"
+        " included",
     )
     weights: tuple[Annotated[int, Field(ge=1)], ...] | None = Field(
-        None, description="what a task's share of the episodes may be, such as [1, 2, 4]"
+        None, description="values of a task's share of the episodes, such as [1, 2, 4]"
     )
     singles: int | None = Field(
-        None, ge=0, description="most similar tasks that are tried alone first; default: each"
+        None, ge=0, description="number of most similar tasks to try alone first; default: all"
     )
 
 
 def space(base: FewshotRecipe, options: Options, tasks: Tasks) -> Space:
-    """Warm starts: Algorithm 1's subset, all tasks and each single task.
+    """Return the space; its warm starts are Algorithm 1's subset, all tasks and each single task.
 
-    Raises ValueError for a base recipe that trains on no tasks.
+    Raises:
+        ValueError: the base recipe does not train on tasks.
     """
     if not isinstance(base, FewshotRecipe):
         raise ValueError(f"it varies the tasks of kind fewshot; the base is of kind {base.kind}")
@@ -58,25 +62,27 @@ def space(base: FewshotRecipe, options: Options, tasks: Tasks) -> Space:
     return Space(
         (parameter, *shares),
         _overrides,
-        tuple(WarmStart(name, {"tasks": some, **equal}) for name, some in starts.items()),
+        tuple(WarmStart(name, {"tasks": subset, **equal}) for name, subset in starts.items()),
     )
 
 
 def _overrides(values: Values) -> list[str]:
-    """Shares count among the tasks chosen: 2, 4 are 1, 2, and equal ones are none."""
+    """Return the tasks chosen, and their shares in lowest terms unless they are equal."""
     chosen = sorted(values["tasks"])
-    found = [override("select.only", tuple(chosen))]
+    overrides = [override("select.only", tuple(chosen))]
     shares = [values.get(f"share of {name}", 1) for name in chosen]
     if len(set(shares)) > 1:
         divisor = math.gcd(*shares)
         weights = {name: share // divisor for name, share in zip(chosen, shares, strict=True)}
-        found.append(override("select.weights", weights))
-    return found
+        overrides.append(override("select.weights", weights))
+    return overrides
 
 
 def _counts(coverage: Sequence[float]) -> list[int]:
-    """How many tasks Algorithm 1 can select from a curve: the choice changes where the threshold
-    passes a ratio of neighbours."""
+    """Return the numbers of tasks that Algorithm 1 can select from a curve.
+
+    Its choice changes where the threshold passes the ratio of two neighbours.
+    """
     ratios = [after / before for before, after in itertools.pairwise(coverage)]
     passed = [ratio - 1 + 1e-9 for ratio in ratios if 1 <= ratio < math.inf]
     return sorted({selected_count(coverage, threshold) for threshold in (0.0, *passed)})

@@ -1,11 +1,9 @@
-"""Several objectives: the Pareto front, the volume it dominates, and the trial a rule asks for.
+"""Several objectives: the Pareto front, its hypervolume, and the trial that a rule recommends.
 
-In: points [n, m] (a column an objective) and each objective's mode, or finished trials and the
-objectives of their search. Out: indices, a volume, a trial at one of its operating points.
-
-An adaptive model is many models: a trial whose objectives are known at each budget (`accuracy/0.5`,
-`share/0.5`, ...) has an operating point a budget, all of which count. Such a point is the trial
-with the metrics of that budget, and the budget itself as `budget`.
+An adaptive model is one model per budget. A trial whose objectives are known at each budget
+(`accuracy/0.5`, `share/0.5`, ...) therefore has one operating point per budget, and each of them
+counts. An operating point is represented by the trial with the metrics of that budget, and the
+budget itself as the metric `budget`.
 """
 
 from __future__ import annotations
@@ -20,7 +18,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from fmray.config.search import ObjectiveConfig
-from fmray.search.state import Finished
+from fmray.search.state import FinishedTrial
 
 Mode = Literal["max", "min"]
 
@@ -34,30 +32,35 @@ RULES = (
 
 
 def front(points: ArrayLike, modes: Sequence[Mode]) -> np.ndarray:
-    """Indices of the points [n, m] that no other point dominates, best in the first column first.
+    """Return the indices of the points that no other point dominates, best in column 0 first.
 
-    A point dominates another that it beats in one objective and is not worse than in any. Equal
-    points do not dominate each other: all are there, the first index first.
+    A point dominates another if it is better in one objective and not worse in any. Equal points do
+    not dominate each other: all of them are returned, in order of their indices.
+
+    Args:
+        points: [n, m], one column per objective.
+        modes: one per column.
 
     Raises:
-        ValueError: points that are not [n, m] with a mode a column, or not finite.
+        ValueError: the shape does not fit the modes, or a value is not finite.
     """
     losses = _losses(points, modes)
     not_worse = (losses[:, None] <= losses[None]).all(2)
     better = (losses[:, None] < losses[None]).any(2)
-    found = np.flatnonzero(~(not_worse & better).any(0))
-    return found[np.lexsort((found, *losses[found].T[::-1]))]
+    indices = np.flatnonzero(~(not_worse & better).any(0))
+    return indices[np.lexsort((indices, *losses[indices].T[::-1]))]
 
 
 def hypervolume(points: ArrayLike, modes: Sequence[Mode], reference: ArrayLike) -> float:
-    """The volume that points [n, m] dominate, as far as the reference point [m]. Exact.
+    """Return the exact volume between the points [n, m] and the reference point [m].
 
-    Slices along the last objective, each an m - 1 dimensional volume (While et al. 2006, HSO):
-    n^(m-1) steps. A point that is not better than the reference in every objective adds nothing.
-    Larger is better whatever the modes; two fronts are compared with one reference.
+    Hypervolume by slicing objectives (HSO, While et al. 2006): slices along the last objective are
+    m - 1 dimensional volumes; n^(m-1) steps. A point that is not better than the reference in
+    every objective adds nothing. Larger is better, whatever the modes. Two fronts are comparable
+    under the same reference only.
 
     Raises:
-        ValueError: as `front`, or a reference of another length.
+        ValueError: as `front`, or the reference has another length.
     """
     losses = _losses(points, modes)
     bound = _losses(np.asarray(reference, dtype=np.float64)[None], modes)[0]
@@ -79,39 +82,54 @@ def _volume(losses: np.ndarray, bound: np.ndarray) -> float:
 
 
 def _losses(points: ArrayLike, modes: Sequence[Mode]) -> np.ndarray:
-    """float64 [n, m], smaller is better."""
+    """Return the points as float64 [n, m] where smaller is better."""
     values = np.asarray(points, dtype=np.float64)
     if values.ndim != 2 or values.shape[1] != len(modes) or not modes:
-        raise ValueError(f"points must be [n, {len(modes)}], a column a mode, not {values.shape}")
+        raise ValueError(
+            f"points must be [n, {len(modes)}], one column per mode, not {values.shape}"
+        )
     if not np.isfinite(values).all():
         bad = np.argwhere(~np.isfinite(values))[0]
         raise ValueError(f"points must be finite; point {bad[0]} is {values[tuple(bad)]}")
     return values * [-1.0 if mode == "max" else 1.0 for mode in modes]
 
 
+def metrics_by_budget(metrics: Mapping[str, float]) -> dict[float, dict[str, float]]:
+    """Group the metrics named `NAME/BUDGET`: budget -> name -> value, smallest budget first."""
+    groups: dict[float, dict[str, float]] = {}
+    for key, value in metrics.items():
+        name, _, end = key.rpartition("/")
+        try:
+            budget = float(end)
+        except ValueError:  # `accuracy`, `accuracy/5-shot`, `accuracy/base`
+            continue
+        groups.setdefault(budget, {})[name] = value
+    return dict(sorted(groups.items()))
+
+
 def operating_points(
     metrics: Mapping[str, float], objectives: Sequence[ObjectiveConfig]
 ) -> list[dict[str, float]]:
-    """A trial's metrics at each budget, smallest first, if there are several objectives and all are
-    known there; else the metrics as they are, which is one point."""
-    first, *others = (objective.metric for objective in objectives)
-    budgets = [
-        name.removeprefix(f"{first}/")
-        for name in metrics
-        if others and name.startswith(f"{first}/")
-    ]
-    points = []
-    for budget in budgets:
-        ends = f"/{budget}"
-        point = {n.removesuffix(ends): x for n, x in metrics.items() if n.endswith(ends)}
-        if all(other in point for other in others):
-            points.append(point | {"budget": float(budget)})
-    return sorted(points, key=lambda point: point["budget"]) or [dict(metrics)]
+    """Return a trial's metrics at each budget, smallest first.
+
+    With a single objective, or if no budget has all objectives, the only point is the trial's
+    metrics as they are (means over the budgets).
+    """
+    points: list[dict[str, float]] = []
+    if len(objectives) > 1:
+        points = [
+            values | {"budget": budget}
+            for budget, values in metrics_by_budget(metrics).items()
+            if all(objective.metric in values for objective in objectives)
+        ]
+    return points or [dict(metrics)]
 
 
-def judged(finished: Sequence[Finished], objectives: Sequence[ObjectiveConfig]) -> list[Finished]:
-    """The operating points that count: of trials that were trained to their end, with a finite
-    number for each objective."""
+def valid_points(
+    finished: Sequence[FinishedTrial], objectives: Sequence[ObjectiveConfig]
+) -> list[FinishedTrial]:
+    """Return the operating points that count: those of trials that were trained to the end, with a
+    finite value of each objective."""
     return [
         replace(trial, metrics=point)
         for trial in finished
@@ -121,59 +139,66 @@ def judged(finished: Sequence[Finished], objectives: Sequence[ObjectiveConfig]) 
     ]
 
 
-def trial_points(trials: Sequence[Finished], objectives: Sequence[ObjectiveConfig]) -> np.ndarray:
-    """float64 [n, m]: the objectives of trials that are `judged`."""
+def objective_values(
+    trials: Sequence[FinishedTrial], objectives: Sequence[ObjectiveConfig]
+) -> np.ndarray:
+    """Return the objectives of `valid_points` as float64 [n, m]."""
     values = [[trial.metrics[o.metric] for o in objectives] for trial in trials]
     return np.array(values, dtype=np.float64).reshape(len(trials), len(objectives))
 
 
-def front_of(finished: Sequence[Finished], objectives: Sequence[ObjectiveConfig]) -> list[Finished]:
-    """The operating points of the Pareto front, best in the first objective first."""
-    trials = judged(finished, objectives)
-    points = trial_points(trials, objectives)
+def front_of(
+    finished: Sequence[FinishedTrial], objectives: Sequence[ObjectiveConfig]
+) -> list[FinishedTrial]:
+    """Return the operating points on the Pareto front, best in the first objective first."""
+    trials = valid_points(finished, objectives)
+    points = objective_values(trials, objectives)
     return [trials[index] for index in front(points, [o.mode for o in objectives])]
 
 
 def rule_of(
     rule: str, objectives: Sequence[ObjectiveConfig]
-) -> Callable[[Sequence[Finished]], Finished]:
-    """Read a user's rule; what it returns picks from finished trials (see `recommend`).
+) -> Callable[[Sequence[FinishedTrial]], FinishedTrial]:
+    """Parse a rule; return the function that applies it to finished trials (see `recommend`).
 
-    A search calls it before it starts, so that a wrong rule costs no training.
+    A search parses its rule before it starts, so that a wrong rule costs no training.
 
     Raises:
-        ValueError: a rule of another form, or that names what is no objective of the search.
+        ValueError: the rule has another form, or names a metric that is not an objective.
     """
     text = " ".join(rule.split())
-    if found := _BEST.fullmatch(text):
-        metric = _named(rule, found["metric"], objectives, "any")
-        cost = _named(rule, found["cost"], [o for o in objectives if o is not metric], "min")
-        limit = float(found["number"])
+    if match := _BEST.fullmatch(text):
+        metric = _named(rule, match["metric"], objectives, "any")
+        cost = _named(rule, match["cost"], [o for o in objectives if o is not metric], "min")
+        limit = float(match["number"])
         return lambda finished: _best_under(rule, metric, cost, limit, finished)
-    if found := _CHEAPEST.fullmatch(text):
-        cost = _named(rule, found["cost"], objectives, "min")
-        # `within .. of full` is said of the first objective that is not the cost
+    if match := _CHEAPEST.fullmatch(text):
+        cost = _named(rule, match["cost"], objectives, "min")
+        # `within P % of full` refers to the first objective that is not the cost
         others = [o for o in objectives if o is not cost]
         if not others:
-            raise ValueError(f"recommend: {rule!r} needs a second objective beside {cost.metric}")
-        share = float(found["number"]) / 100
+            raise ValueError(f"recommend: {rule!r} needs a second objective next to {cost.metric}")
+        share = float(match["number"]) / 100
         return lambda finished: _cheapest_within(rule, others[0], cost, share, finished)
     raise ValueError(f"recommend: {rule!r} is not a rule; the rules are {RULES}")
 
 
 def recommend(
-    rule: str, finished: Sequence[Finished], objectives: Sequence[ObjectiveConfig]
-) -> Finished:
-    """The operating point that a rule asks for.
+    rule: str, finished: Sequence[FinishedTrial], objectives: Sequence[ObjectiveConfig]
+) -> FinishedTrial:
+    """Return the operating point that a rule selects.
 
-    "best M under X": of the points whose cost (the objective to be made small) is at most X, the
-    best in M. "cheapest within P % of full": full is the point that costs most (of equal ones the
-    best in the first objective that is not the cost); of the points that reach its value up to P
-    percent of it, the cheapest. Ties go to the better in the other objective, then to the smaller
-    number. With several costs the rule names one: "best accuracy under 0.6 operations".
+    - "best M under X": the best in M among the points with a cost of at most X. The cost is the
+      objective with mode min.
+    - "cheapest within P % of full": full is the point with the highest cost (of several, the best
+      in the first objective that is not the cost). Among the points whose value is worse than that
+      of full by at most P percent, the cheapest.
+
+    Ties go to the better point in the other objective, then to the smaller trial number. With
+    several costs, the rule names one: "best accuracy under 0.6 operations".
 
     Raises:
-        ValueError: as `rule_of`, or no trial fits.
+        ValueError: as `rule_of`, or no trial satisfies the rule.
     """
     return rule_of(rule, objectives)(finished)
 
@@ -181,32 +206,34 @@ def recommend(
 def _named(
     rule: str, name: str | None, objectives: Sequence[ObjectiveConfig], mode: str
 ) -> ObjectiveConfig:
-    """The objective of that name, or, without one, the only one of the mode."""
+    """Return the objective with that name; without a name, the only objective of the mode."""
     fitting = [o for o in objectives if mode in ("any", o.mode)]
     if name is not None:
         fitting = [o for o in fitting if o.metric == name]
     if len(fitting) == 1:
         return fitting[0]
     known = ", ".join(f"{o.metric} ({o.mode})" for o in objectives) or "none left"
-    wanted = f"no objective {name!r}" if name is not None else f"{len(fitting)} costs (mode min)"
+    if name is None:
+        fault = f"needs exactly one cost (mode min) and there are {len(fitting)}"
+    else:
+        fault = f"no objective {name!r} fits"
     raise ValueError(
-        f"recommend: {rule!r}: there is {wanted} to go by; the objectives are {known}; the rules "
-        f"are {RULES}"
+        f"recommend: {rule!r}: {fault}; the objectives are {known}; the rules are {RULES}"
     )
 
 
-def _loss(trial: Finished, objective: ObjectiveConfig) -> float:
+def _loss(trial: FinishedTrial, objective: ObjectiveConfig) -> float:
     value = trial.metrics[objective.metric]
     return -value if objective.mode == "max" else value
 
 
-def _fitting(
-    rule: str, finished: Sequence[Finished], metric: ObjectiveConfig, cost: ObjectiveConfig
-) -> list[Finished]:
-    trials = judged(finished, (metric, cost))
+def _comparable(
+    rule: str, finished: Sequence[FinishedTrial], metric: ObjectiveConfig, cost: ObjectiveConfig
+) -> list[FinishedTrial]:
+    trials = valid_points(finished, (metric, cost))
     if not trials:
         raise ValueError(
-            f"recommend: {rule!r}: none of {len(finished)} trials was trained to its end with "
+            f"recommend: {rule!r}: none of {len(finished)} trials was trained to the end with "
             f"finite {metric.metric} and {cost.metric}"
         )
     return trials
@@ -217,9 +244,9 @@ def _best_under(
     metric: ObjectiveConfig,
     cost: ObjectiveConfig,
     limit: float,
-    finished: Sequence[Finished],
-) -> Finished:
-    trials = _fitting(rule, finished, metric, cost)
+    finished: Sequence[FinishedTrial],
+) -> FinishedTrial:
+    trials = _comparable(rule, finished, metric, cost)
     under = [trial for trial in trials if _loss(trial, cost) <= limit]
     if not under:
         least = min(_loss(trial, cost) for trial in trials)
@@ -235,9 +262,9 @@ def _cheapest_within(
     metric: ObjectiveConfig,
     cost: ObjectiveConfig,
     share: float,
-    finished: Sequence[Finished],
-) -> Finished:
-    trials = _fitting(rule, finished, metric, cost)
+    finished: Sequence[FinishedTrial],
+) -> FinishedTrial:
+    trials = _comparable(rule, finished, metric, cost)
     full = _loss(min(trials, key=lambda t: (-_loss(t, cost), _loss(t, metric))), metric)
     within = [trial for trial in trials if _loss(trial, metric) <= full + share * abs(full)]
     return min(within, key=lambda t: (_loss(t, cost), _loss(t, metric), t.number))

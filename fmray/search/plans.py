@@ -1,16 +1,16 @@
-"""The search for static plans: what an adaptive model can do at a budget with one plan for all.
+"""Searches static plans: how well an adaptive model answers at a budget with one plan for all.
 
-In: a `LoadedRecipe` of kind plans, and a run id. Out: a `PlansResult`, and in `<storage>/<run
-id>/`: recipe.yaml, answers.jsonl (every plan asked, by which an interrupted search goes on),
-plans.json, and evaluation/, where the plans found are beside the learned scheduler's on held-out
-questions as in `fmray.train.adallava.evaluate`. Needs no Ray.
+Plans are searched on questions of the training split (the calibration) and measured on held-out
+ones next to the learned scheduler, as `fmray.train.adallava.evaluate` does. The folder
+`<storage>/<run id>/` gets recipe.yaml, answers.jsonl (every plan asked, from which an interrupted
+search resumes), plans.json, and evaluation/. Needs no Ray.
+
+A plan is bool [K], one entry per unit. In files and keys it is written as `plan_digits`: "1011".
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
-import os
 import sys
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -33,67 +33,113 @@ from fmray.data.loader import Batch, evaluation_batches
 from fmray.data.processor import load_processor
 from fmray.runtime import tracking
 from fmray.runtime.console import changed_settings, say
-from fmray.search.state import append_line, whole_lines
+from fmray.runtime.files import sha256, write_atomic, write_json
+from fmray.search.state import append_line, complete_lines
 from fmray.train.adallava.batches import model_inputs, score_answers
 from fmray.train.adallava.evaluate import BudgetReport, Plan, measure, random_plans, row_ids
 
-# Which calibration questions an adaptive model answers under which plan; each is asked once.
-#
-# In: a model and batches of questions. Out: right or wrong and the loss of every question under
-# every plan asked for; a file of JSON lines, one for each batch and plan, from which a search that
-# was interrupted goes on.
+# --- Plans, results ---
+
+
+def plan_digits(plan: Tensor) -> str:
+    """Return a plan bool [K] as text: one digit per unit."""
+    return "".join("01"[on] for on in plan.int().tolist())
+
+
+def plan_from_digits(text: str) -> Tensor:
+    """Return the plan bool [K] that `plan_digits` wrote."""
+    return torch.tensor([digit == "1" for digit in text])
+
+
+@dataclass(frozen=True)
+class StaticPlan:
+    """The best plan with `units_on` units on: an entry of `plans.json`."""
+
+    units_on: int
+    tag: str | None  #: the type of question that it is for; None: all questions
+    plan: str  #: `plan_digits`
+    questions: int  #: of the calibration
+    accuracy: float  #: on them
+    evaluations: int  #: plans scored
+    exhaustive: bool  #: whether all plans of the size were scored
+
+
+@dataclass(frozen=True)
+class PlansResult:
+    """What a search for plans found."""
+
+    plans: list[StaticPlan]  #: by size; of each, first for all questions, then by type
+    evaluation: BudgetReport  #: on held-out questions
+
+
+# --- Answers to the calibration questions ---
 
 
 class PlanAnswers:
-    """Answers of one model to the questions of `batches`, by plan."""
+    """Answers of a model to the questions of `batches` by plan, each asked once and kept on disk.
+
+    Attributes:
+        tags: [Q], the type of each question or None.
+    """
 
     def __init__(
         self, path: Path, model: AdaptiveVLM, batches: Sequence[Batch], origin: Mapping[str, Any]
     ) -> None:
-        """path: of the file, which may hold answers already. origin: what they depend on (model,
-        questions); it is the file's first line.
+        """Read the answers that the file `path` already has.
 
-        Raises ValueError for a file of another origin.
+        Args:
+            path: JSON lines: `origin`, then one line per batch and plan.
+            origin: what the answers depend on (model, questions).
+
+        Raises:
+            ValueError: the file has another origin.
         """
         self._path, self._model, self._batches = path, model, batches
         self._starts = list(accumulate((len(batch.rows) for batch in batches[:-1]), initial=0))
         self.tags = np.array([tag for batch in batches for tag in batch.tags], dtype=object)
+        # by `plan_digits`, [Q]
         self._correct: dict[str, np.ndarray] = {}
         self._loss: dict[str, np.ndarray] = {}  # NaN: not asked yet
-        lines = whole_lines(path)
+        lines = complete_lines(path)
         if not lines:
             append_line(path, origin)
         for number, line in enumerate(lines, 1):
-            read = json.loads(line)
+            values = json.loads(line)
             if number > 1:
-                self._keep(**read)
-            elif read != origin:
+                self._store(**values)
+            elif values != origin:
                 raise ValueError(
-                    f"{path}: these are answers of {read}, not of {dict(origin)}; give another "
+                    f"{path}: these are answers of {values}, not of {dict(origin)}; give another "
                     "--run-id"
                 )
 
     def of(self, plans: Tensor) -> tuple[np.ndarray, np.ndarray]:
-        """Right or wrong, bool [P, Q], and loss in nats, float64 [P, Q], of all Q questions.
+        """Return which questions are answered correctly under each plan, and the losses.
 
-        plans: bool [P, K], all of one size. Only what is not known yet is asked.
+        Asks only what is not known yet.
+
+        Args:
+            plans: bool [P, K], all with the same number of units on.
+
+        Returns:
+            bool [P, Q] and, in nats, float64 [P, Q].
         """
-        keys = [digits(plan) for plan in plans]
-        asked = [
-            (first, batch, missing)
-            for first, batch in zip(self._starts, self._batches, strict=True)
-            if (missing := [i for i, key in enumerate(keys) if not self._knows(key, first)])
+        keys = [plan_digits(plan) for plan in plans]
+        open_questions = [
+            (start, batch, missing)
+            for start, batch in zip(self._starts, self._batches, strict=True)
+            if (missing := [i for i, key in enumerate(keys) if not self._knows(key, start)])
         ]
         bar = {"transient": True, "disable": not sys.stdout.isatty()}
-        for first, batch, missing in track(asked, f"asking {len(plans)} plans", **bar):
+        for start, batch, missing in track(open_questions, f"asking {len(plans)} plans", **bar):
             parameter = next(self._model.parameters())
             inputs = model_inputs(batch, parameter.dtype, parameter.device)
             for index, logits in self._model.logits_under(plans[missing], **inputs):
-                _, right, _, loss = score_answers(logits, inputs["labels"])
-                line = {"plan": keys[missing[index]], "first": first}
-                line |= {"correct": right.int().tolist(), "loss": loss.tolist()}
+                _, correct, _, loss = score_answers(logits, inputs["labels"])
+                line = {"plan": keys[missing[index]], "first": start}
+                line |= {"correct": correct.int().tolist(), "loss": loss.tolist()}
                 append_line(self._path, line)
-                self._keep(**line)
+                self._store(**line)
         return (
             np.stack([self._correct[key] for key in keys]),
             np.stack([self._loss[key] for key in keys]),
@@ -102,8 +148,9 @@ class PlanAnswers:
     def _knows(self, plan: str, question: int) -> bool:
         return plan in self._loss and not np.isnan(self._loss[plan][question])
 
-    def _keep(self, plan: str, first: int, correct: list[int], loss: list[float]) -> None:
-        """Answers to the questions from number `first` on."""
+    def _store(self, plan: str, first: int, correct: list[int], loss: list[float]) -> None:
+        """Keep the answers to the questions from number `first` on; the arguments are the keys of a
+        line of the file."""
         questions = slice(first, first + len(loss))
         if plan not in self._loss:
             self._correct[plan] = np.zeros(len(self.tags), dtype=bool)
@@ -111,51 +158,27 @@ class PlanAnswers:
         self._correct[plan][questions], self._loss[plan][questions] = correct, loss
 
 
-def digits(plan: Tensor) -> str:
-    """A plan bool [K] as text: a digit a switch."""
-    return "".join("01"[on] for on in plan.int().tolist())
-
-
-@dataclass(frozen=True)
-class StaticPlan:
-    """The plan found with `units_on` switches on.
-
-    tag: the type of question that it is for; None: all of them. plan: a digit a switch. questions,
-    accuracy: of the calibration. evaluations: plans scored; exhaustive: there are no others.
-    """
-
-    units_on: int
-    tag: str | None
-    plan: str
-    questions: int
-    accuracy: float
-    evaluations: int
-    exhaustive: bool
-
-
-@dataclass(frozen=True)
-class PlansResult:
-    """plans: by size, then for all questions and for each type. evaluation: on held-out ones."""
-
-    plans: list[StaticPlan]
-    evaluation: BudgetReport
+# --- The search ---
 
 
 def search_plans(loaded: LoadedRecipe[PlansRecipe], run_id: str) -> PlansResult:
-    """Search on questions of the training split, measure on the validation split.
+    """Search plans on questions of the training split; measure them on the validation split.
 
-    Raises ValueError for what is no adaptive model or data store, a budget below the always-on
-    layers, and an earlier run of another model or other questions.
+    Raises:
+        ValueError: the recipe names no adaptive model or no data store, a budget is below the cost
+            of the layers that always run, or an earlier run had another model or other questions.
     """
     recipe = loaded.recipe
     run_dir = recipe.cluster.storage / run_id
+
+    # model, budgets, questions
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model = AdaptiveVLM.from_pretrained(recipe.model).to(device).eval()
-    # with as many tokens at each layer, how many there are does not change a plan's share
+    # every layer has the same number of tokens, so a plan's share does not depend on it
     sizes = {model.cost.max_units(budget, tokens=1) for budget in recipe.budgets}
     origin = {
-        "model": _digest(recipe.model / WEIGHTS),
-        "store": _digest(recipe.store / "manifest.json"),
+        "model": sha256(recipe.model / WEIGHTS)[:12],
+        "store": sha256(recipe.store / "manifest.json")[:12],
         "rows": recipe.calibration_rows,
     }
     processor = load_processor(recipe.store / "processor")
@@ -165,53 +188,60 @@ def search_plans(loaded: LoadedRecipe[PlansRecipe], run_id: str) -> PlansResult:
     held_out = evaluation_batches(recipe.store, "validation", processor, recipe.batch, recipe.rows)
     run_dir.mkdir(parents=True, exist_ok=True)
     answers = PlanAnswers(run_dir / "answers.jsonl", model, calibration, origin)
-    (run_dir / "recipe.yaml").write_text(loaded.dump(), encoding="utf-8")
+    write_atomic(run_dir / "recipe.yaml", loaded.dump())
     say(changed_settings(loaded, run_dir / "recipe.yaml"))
+
     with tracking.open_job_run(recipe, run_id, "plans") as run:
-        # of each unit for each question: [K, Q]
+        # search: the importance of each unit for each question [K, Q], then plans by size
         importance = leave_one_out(
             lambda plans: torch.from_numpy(answers.of(plans)[1]), model.layout.num_units
         )
-        found: list[StaticPlan] = []
+        plans: list[StaticPlan] = []
         for units_on in sorted(sizes):
-            learned = _learned(model, calibration, units_on)
-            found += _search(recipe, answers, importance, learned, units_on)
-        _write(found, run_dir / "plans.json")
-        kinds = _kinds(found, importance.mean(1))
+            learned = _learned_plans(model, calibration, units_on)
+            plans += _plans_of_size(recipe, answers, importance, learned, units_on)
+        write_json(run_dir / "plans.json", [asdict(plan) for plan in plans])
+
+        # measure on held-out questions
+        sources = _plan_sources(plans, importance.mean(1))
         out = run_dir / "evaluation"
         names = row_ids(recipe.store)
-        result = measure(model, model, kinds, recipe.budgets, held_out, names, out)
-        run.log(0, **{f"evaluate/{p.plans}/{p.budget:g}": p.accuracy for p in result.points})
+        report = measure(model, model, sources, recipe.budgets, held_out, names, out)
+        run.log(0, **{f"evaluate/{p.plans}/{p.budget:g}": p.accuracy for p in report.points})
         for path in (out, run_dir / "plans.json"):
             run.artifact(path)
-    say(result.table())
-    return PlansResult(found, result)
+    say(report.table())
+    return PlansResult(plans, report)
 
 
 @torch.no_grad()
-def _learned(model: AdaptiveVLM, calibration: list[Batch], units_on: int) -> list[str]:
-    """The plan that the model's own scheduler has for each question: Q of them."""
+def _learned_plans(model: AdaptiveVLM, calibration: list[Batch], units_on: int) -> list[str]:
+    """Return the `plan_digits` that the model's own scheduler gives each of Q questions."""
     parameter, plans = next(model.parameters()), []
     for batch in calibration:
         inputs = model_inputs(batch, parameter.dtype, parameter.device)
         sizes = torch.full((len(batch.rows),), units_on, device=parameter.device)
-        plans += [digits(plan) for plan in model(**inputs, units_on=sizes).plan]
+        plans += [plan_digits(plan) for plan in model(**inputs, units_on=sizes).plan]
     return plans
 
 
-def _search(
+def _plans_of_size(
     recipe: PlansRecipe,
     answers: PlanAnswers,
     importance: Tensor,
     learned: list[str],
     units_on: int,
 ) -> list[StaticPlan]:
-    """The plans of one size: for all questions, and for each type where there are several.
+    """Search the plan of one size for all questions, and for each type if there are several.
 
-    A plan is asked of all questions at once, so the searches for a type find many answers there.
+    A plan is asked of all questions at once, so the searches for single types need few new answers.
+
+    Args:
+        importance: [K, Q].
+        learned: `plan_digits` of the scheduler for each of the Q questions.
     """
     types = sorted({tag for tag in answers.tags if tag is not None})
-    found: list[StaticPlan] = []
+    plans: list[StaticPlan] = []
     for tag in [None, *(types if len(types) > 1 else ())]:
         chosen = np.array([tag in (None, other) for other in answers.tags])
 
@@ -219,8 +249,9 @@ def _search(
             correct, loss = answers.of(plans)
             return torch.from_numpy(plan_score(correct[:, chosen], loss[:, chosen]))
 
-        often = Counter(np.array(learned)[chosen].tolist()).most_common(1)[0][0]
-        starts = [often, *(plan.plan for plan in found[:1])]
+        # start from the scheduler's most frequent plan, and from the plan for all questions
+        most_frequent = Counter(np.array(learned)[chosen].tolist()).most_common(1)[0][0]
+        starts = [most_frequent, *(plan.plan for plan in plans[:1])]
         best = search_plan(
             evaluate,
             importance[:, torch.from_numpy(chosen)].mean(1),
@@ -228,67 +259,58 @@ def _search(
             population=recipe.population,
             generations=recipe.generations,
             seed=recipe.seed,
-            # the deterministic scheduler may have had fewer switches on
-            starts=[_plan(text) for text in starts if text.count("1") == units_on],
+            # the deterministic scheduler may have fewer units on
+            starts=[plan_from_digits(text) for text in starts if text.count("1") == units_on],
         )
         [correct] = answers.of(best.plan[None])[0]
-        found.append(
-            StaticPlan(
-                units_on,
-                tag,
-                digits(best.plan),
-                int(chosen.sum()),
-                float(correct[chosen].mean()),
-                best.evaluations,
-                best.exhaustive,
-            )
+        plan = StaticPlan(
+            units_on=units_on,
+            tag=tag,
+            plan=plan_digits(best.plan),
+            questions=int(chosen.sum()),
+            accuracy=float(correct[chosen].mean()),
+            evaluations=best.evaluations,
+            exhaustive=best.exhaustive,
         )
-        say(_line(found[-1]))
-    return found
+        plans.append(plan)
+        say(_line(plan))
+    return plans
 
 
-def _line(found: StaticPlan) -> str:
-    questions = "all questions" if found.tag is None else found.tag
-    tried = f"all {found.evaluations}" if found.exhaustive else f"{found.evaluations}"
+def _line(plan: StaticPlan) -> str:
+    questions = "all questions" if plan.tag is None else plan.tag
+    scored = f"all {plan.evaluations}" if plan.exhaustive else f"{plan.evaluations}"
     return (
-        f"{found.units_on} of {len(found.plan)} switches on, {questions}: {found.plan} answers"
-        f" {found.accuracy:.4f} of {found.questions} (best of {tried} plans)"
+        f"{plan.units_on} of {len(plan.plan)} units on, {questions}: {plan.plan} has accuracy"
+        f" {plan.accuracy:.4f} on {plan.questions} (best of {scored} plans)"
     )
 
 
-def _kinds(found: list[StaticPlan], importance: Tensor) -> dict[str, Plan]:
-    """How each kind of plans is made on held-out questions, as evaluation makes them."""
-    plans = {(static.units_on, static.tag): _plan(static.plan) for static in found}
+def _plan_sources(static: list[StaticPlan], importance: Tensor) -> dict[str, Plan]:
+    """Return the sources of plans to compare on held-out questions, by name.
+
+    Args:
+        importance: [K], mean over the calibration questions.
+    """
+    plans = {(plan.units_on, plan.tag): plan_from_digits(plan.plan) for plan in static}
 
     def searched(model: AdaptiveVLM, batch: Batch, units_on: Tensor) -> Tensor:
         rows = [plans[units, None] for units in units_on.tolist()]
         return torch.stack(rows).to(units_on.device)
 
     def per_type(model: AdaptiveVLM, batch: Batch, units_on: Tensor) -> Tensor:
-        # a type that calibration did not have gets the plan for all questions
-        asked = zip(units_on.tolist(), batch.tags, strict=True)
-        rows = [plans.get((units, tag), plans[units, None]) for units, tag in asked]
+        # a type that the calibration did not have gets the plan for all questions
+        keys = zip(units_on.tolist(), batch.tags, strict=True)
+        rows = [plans.get((units, tag), plans[units, None]) for units, tag in keys]
         return torch.stack(rows).to(units_on.device)
 
     def important(model: AdaptiveVLM, batch: Batch, units_on: Tensor) -> Tensor:
         return best_plan(importance.to(units_on.device).expand(len(units_on), -1), units_on)
 
-    kinds: dict[str, Plan] = {"learned": lambda model, batch, units_on: None, "searched": searched}
-    if any(static.tag is not None for static in found):
-        kinds["per type"] = per_type
-    return kinds | {"importance": important, "random": random_plans}
-
-
-def _plan(text: str) -> Tensor:
-    """The plan bool [K] that `digits` wrote."""
-    return torch.tensor([digit == "1" for digit in text])
-
-
-def _digest(file: Path) -> str:
-    return hashlib.sha256(file.read_bytes()).hexdigest()[:12]
-
-
-def _write(found: list[StaticPlan], path: Path) -> None:
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps([asdict(plan) for plan in found], indent=1) + "\n")
-    os.replace(partial, path)
+    sources: dict[str, Plan] = {
+        "learned": lambda model, batch, units_on: None,
+        "searched": searched,
+    }
+    if any(plan.tag is not None for plan in static):
+        sources["per type"] = per_type
+    return sources | {"importance": important, "random": random_plans}

@@ -1,9 +1,16 @@
-"""The search: from a recipe to trials on Ray Tune, and what they say.
+"""Runs a search: trials of a base recipe on Ray Tune, and the report on them.
 
-In: a `LoadedRecipe` of kind search, and a run id; a running Ray, or one to start. Out: a
-`SearchResult`, and in `<storage>/<run id>/`: recipe.yaml, search.json (what may not change when it
-goes on), trials.jsonl (the truth when it goes on), trials/ (a folder a trial, as its job leaves
-it), tune/ (TensorBoard files) and report.html; in MLflow a run with a child a trial.
+The folder of a search, `<storage>/<run id>/`, gets::
+
+    recipe.yaml     the resolved recipe
+    search.json     the settings that must be the same when it resumes
+    trials.jsonl    the finished trials, the source of truth when it resumes
+    tasks.json      scores of the candidate tasks, if the space varies tasks
+    trials/         one folder per trial, as a training job leaves it
+    tune/           TensorBoard files
+    report.html
+
+In MLflow a search is a run, and each trial a child of it. The same run id resumes a search.
 """
 
 from __future__ import annotations
@@ -15,53 +22,61 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ray import tune
 
-from fmray.config import BaseRecipe, LoadedRecipe
+from fmray.config import BaseRecipe, LoadedRecipe, TrackingConfig
 from fmray.config.fewshot import FewshotRecipe
 from fmray.config.search import SearchRecipe
 from fmray.data.image_store import ImageStore
-from fmray.runtime import placement as places
 from fmray.runtime import tracking
 from fmray.runtime.cluster import start_or_join
 from fmray.runtime.console import changed_settings, say
+from fmray.runtime.files import write_atomic
 from fmray.runtime.nodes import POLL_SECONDS
-from fmray.runtime.placement import machines_of_cluster
+from fmray.runtime.placement import concurrency, machines_of_cluster
 from fmray.search.pareto import front_of, recommend, rule_of
 from fmray.search.report import write_report
 from fmray.search.space import Tasks, load_space
-from fmray.search.state import Finished, read_finished
+from fmray.search.state import FinishedTrial, read_finished
 from fmray.search.suggest import Suggester, make_scheduler
 from fmray.search.trial import load_base, metrics_of, run_trial
-from fmray.search.verdict import LEAST, rank_correlations
-from fmray.search.watch import Books, Suggestions, TrialTable, Watcher, describe, final_table
+from fmray.search.verdict import MIN_SETS, held_out_gains, rank_correlations
+from fmray.search.watch import (
+    TrialLedger,
+    TrialTable,
+    TuneCallback,
+    TuneSearcher,
+    describe,
+    final_table,
+)
 from fmray.train import checkpoint as checkpoints
+from fmray.train.fewshot.encoder import load_encoder
+from fmray.train.fewshot.select import EmbeddedTasks, embed_tasks
 
-if TYPE_CHECKING:
-    from fmray.train.fewshot.select import EmbeddedTasks
-
-# what may change when a search goes on; all else decides which trials there are
+#: settings that may change when a search resumes; all others decide which trials there are
 FREE_SETTINGS = {"name", "cluster", "tracking", "trials", "recommend"}
 
 
 @dataclass(frozen=True)
 class SearchResult:
-    """finished: all trials, as they ended. recommended: by the rule, else the best where there is
-    one objective."""
+    """What a finished search found."""
 
-    finished: list[Finished]
-    recommended: Finished | None
+    finished: list[FinishedTrial]  #: all trials, in the order they finished
+    #: the operating point that `recommend` selects; without a rule, the best for one objective
+    recommended: FinishedTrial | None
     mlflow_run_id: str | None
     run_dir: Path
 
 
 def search(loaded: LoadedRecipe[SearchRecipe], run_id: str) -> SearchResult:
-    """Run the trials that are missing, and put the report together.
+    """Run the trials that are missing, and write the report.
 
-    Raises ValueError for a recipe, space or earlier run that does not fit, and for trials that no
-    machine has room for; KeyboardInterrupt where it was interrupted (finished trials are kept).
+    Raises:
+        ValueError: recipe, space and earlier run do not fit together, or no machine has room for a
+            trial.
+        KeyboardInterrupt: the search was interrupted; its finished trials are kept.
     """
     recipe = loaded.recipe
     storage = recipe.cluster.storage.absolute()
@@ -69,132 +84,107 @@ def search(loaded: LoadedRecipe[SearchRecipe], run_id: str) -> SearchResult:
     uri = tracking.tracking_uri(recipe.tracking, storage)
     track = recipe.tracking.model_copy(update={"uri": uri, "register_as": None})
 
-    def load_trial(overrides: Sequence[str]) -> LoadedRecipe[Any]:
-        written = (*recipe.base_set, *overrides)
-        path, trials = base_path(loaded), run_dir / "trials"
-        return load_base(path, written, trials, track, recipe.evaluations)
+    load_trial = _trial_loader(loaded, run_dir / "trials", track)
 
+    # before Ray starts: check the recipe, and that an earlier run was the same search
     base = load_trial(()).recipe
     _check_objectives(recipe, base)
     run_dir.mkdir(parents=True, exist_ok=True)
-    _check_same(recipe, base.model_dump(mode="json"), run_dir / "search.json")
+    _check_same_search(recipe, base.model_dump(mode="json"), run_dir / "search.json")
     finished = read_finished(run_dir / "trials.jsonl")
-    (run_dir / "recipe.yaml").write_text(loaded.dump(), encoding="utf-8")
+    write_atomic(run_dir / "recipe.yaml", loaded.dump())
     say(changed_settings(loaded, run_dir / "recipe.yaml"))
+
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", POLL_SECONDS)
-    os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")  # Tune's own table beside ours
+    os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")  # otherwise Tune prints its own table too
     with start_or_join(recipe.cluster, log_to_driver=False):
-        together, why = places.concurrency(base.cluster, machines_of_cluster())
-        say(why)
-
-        @cache
-        def measured() -> EmbeddedTasks:
-            return _measure(base)
-
-        def tasks() -> Tasks:
-            return _tasks(base, run_dir / "tasks.json", measured)
-
-        space = load_space(recipe.space, base, recipe.options, tasks)
+        concurrent, explanation = concurrency(base.cluster, machines_of_cluster())
+        say(explanation)
+        embedded = cache(lambda: _embed_tasks(base))  # at most once, and only if needed
+        space = load_space(
+            recipe.space, base, recipe.options, lambda: _tasks(base, run_dir, embedded)
+        )
         suggester = Suggester(
             space, recipe.algorithm, recipe.objectives, recipe.seed, list(finished)
         )
-        parameters = recipe.model_dump(mode="json")
+        settings, tags = recipe.model_dump(mode="json"), {"fmray.job": "search"}
         names = [objective.metric for objective in recipe.objectives]
         with (
-            tracking.open_run(track, storage, run_id, parameters, {"fmray.job": "search"}) as run,
+            tracking.open_run(track, storage, run_id, settings, tags) as run,
             TrialTable(names, recipe.trials) as table,
         ):
-            books = Books(
-                space,
-                suggester,
-                finished,
-                recipe.objectives,
-                storage,
-                run_id,
-                load_trial,
-                track,
-                run.mlflow_run_id,
-                table,
+            ledger = TrialLedger(
+                space=space,
+                suggester=suggester,
+                finished=finished,
+                objectives=recipe.objectives,
+                storage=storage,
+                run_id=run_id,
+                load=load_trial,
+                tracking=track,
+                parent=run.mlflow_run_id,
+                table=table,
             )
             if finished:
-                say(f"run {run_id} goes on: {books.trained()} trials have ended")
-            _run_trials(recipe, books, together, base.train.eval_every, base.train.steps)
-            notes = _task_notes(base, finished, measured) if "tasks" in space.names else []
-            result = _result(recipe, base, books, notes)
-            for trial in finished:
-                run.log(trial.number, **{f"trial/{k}": v for k, v in trial.metrics.items()})
-            for name in ("trials.jsonl", "report.html"):
-                run.artifact(run_dir / name)
+                say(f"resuming search {run_id}: {ledger.trained()} trials finished")
+            _run_trials(recipe, ledger, concurrent, base.train.eval_every, base.train.steps)
+            notes = _task_notes(base, finished, embedded) if "tasks" in space.names else []
+            result = _report(recipe, base, ledger, notes)
+            _track(run, result)
     return result
 
 
-def _run_trials(recipe: SearchRecipe, books: Books, together: int, every: int, steps: int) -> None:
-    """All trials that are missing, `together` at a time.
+def base_path(loaded: LoadedRecipe[SearchRecipe]) -> Path:
+    """Return the path of the base recipe: relative to the file that names it, or, given on the
+    command line, to the working directory."""
+    file, colon, _ = loaded.origins["base"].rpartition(":")
+    return (Path(file).parent if colon else Path()) / loaded.recipe.base
 
-    every, steps: of a trial's evaluations, in the base recipe.
-    """
-    suggestions = Suggestions(books, recipe.trials)
-    # it says of each trial that TensorBoard cannot show its assignment
-    logging.getLogger("ray.tune.logger.tensorboardx").setLevel(logging.WARNING)
-    try:
-        tune.run(
-            run_trial,
-            name="tune",
-            storage_path=str(books.run_dir),
-            # a trial's driver waits, and takes as good as nothing (Ray refuses nothing at all); its
-            # workers have places of their own
-            resources_per_trial=tune.PlacementGroupFactory([{"memory": 1}]),
-            num_samples=-1,
-            max_concurrent_trials=together,
-            search_alg=suggestions,
-            scheduler=make_scheduler(recipe, every, steps, books.finished),
-            callbacks=[Watcher(books, recipe.scheduler.kind)],
-            trial_dirname_creator=lambda trial: f"trial-{trial.config['trial'].number:03d}",
-            trial_name_creator=lambda trial: f"trial-{trial.config['trial'].number:03d}",
-            raise_on_failed_trial=False,
-            verbose=0,
-        )
-    finally:
-        books.settle()
-    if books.suggester.ended is not None:
-        say(f"the search ends early: {books.suggester.ended}")
-    if books.running or not suggestions.exhausted:
-        say(
-            f"{books.trained()} of {recipe.trials} trials have ended; the same command with"
-            f" --run-id {books.run_id} goes on"
-        )
-        raise KeyboardInterrupt
+
+def _trial_loader(
+    loaded: LoadedRecipe[SearchRecipe], trials: Path, track: TrackingConfig
+) -> Callable[[Sequence[str]], LoadedRecipe[Any]]:
+    """Return the function: overrides of the base recipe -> recipe of a trial in folder `trials`."""
+    path, recipe = base_path(loaded), loaded.recipe
+
+    def load_trial(overrides: Sequence[str]) -> LoadedRecipe[Any]:
+        settings = (*recipe.base_set, *overrides)
+        return load_base(path, settings, trials, track, recipe.evaluations)
+
+    return load_trial
+
+
+# --- Checks ---
 
 
 def _check_objectives(recipe: SearchRecipe, base: BaseRecipe) -> None:
+    """Raise ValueError for an objective or a rule that trials of the base recipe cannot satisfy."""
     known = metrics_of(base)
     for i, objective in enumerate(recipe.objectives):
         if objective.metric not in known:
             raise ValueError(
-                f"objectives.{i}.metric: no trial reports {objective.metric!r}; they report"
+                f"objectives.{i}.metric: trials report no {objective.metric!r}; they report"
                 f" {', '.join(known)}"
             )
     if recipe.recommend is not None:
         rule_of(recipe.recommend, recipe.objectives)
 
 
-def base_path(loaded: LoadedRecipe[SearchRecipe]) -> Path:
-    """`base` is relative to the file that names it; on the command line, to the folder there."""
-    file, colon, _ = loaded.origins["base"].rpartition(":")
-    return (Path(file).parent if colon else Path()) / loaded.recipe.base
+def _check_same_search(recipe: SearchRecipe, base: dict[str, Any], path: Path) -> None:
+    """Raise ValueError if the run id belongs to a search with other settings.
 
-
-def _check_same(recipe: SearchRecipe, base: dict[str, Any], path: Path) -> None:
-    """Raises ValueError for a search that would go on as another one."""
+    Args:
+        path: `search.json`; a new search writes it.
+    """
     base = {name: part for name, part in base.items() if name not in FREE_SETTINGS}
-    own = recipe.model_dump(mode="json", exclude=FREE_SETTINGS | {"base"})
-    settings = checkpoints.flatten_settings(own | {"base": base})
+    fixed = recipe.model_dump(mode="json", exclude=FREE_SETTINGS | {"base"})
+    settings = checkpoints.flatten_settings(fixed | {"base": base})
     if not path.is_file():
         _write_json(path, settings)
         return
-    written = json.loads(path.read_text(encoding="utf-8"))
-    for name in sorted(settings.keys() | written.keys()):
-        before, now = (json.dumps(values.get(name)) for values in (written, settings))
+    earlier = json.loads(path.read_text(encoding="utf-8"))
+    for name in sorted(settings.keys() | earlier.keys()):
+        before, now = (json.dumps(values.get(name)) for values in (earlier, settings))
         if before != now:
             raise ValueError(
                 f"{path}: {name} was {before} when this search began and is {now}; set it back, or"
@@ -202,100 +192,161 @@ def _check_same(recipe: SearchRecipe, base: dict[str, Any], path: Path) -> None:
             )
 
 
-def _measure(base: FewshotRecipe) -> EmbeddedTasks:
-    """The candidate tasks, embedded."""
-    # imports torch and an encoder's library, which a search that goes on has no use for
-    from fmray.train.fewshot.encoder import load_encoder
-    from fmray.train.fewshot.select import embed_tasks
+# --- Trials ---
 
+
+def _run_trials(
+    recipe: SearchRecipe, ledger: TrialLedger, concurrent: int, every: int, steps: int
+) -> None:
+    """Run the missing trials on Ray Tune.
+
+    Args:
+        concurrent: trials at the same time.
+        every: steps between evaluations, in the base recipe.
+        steps: steps of a trial, in the base recipe.
+
+    Raises:
+        KeyboardInterrupt: trials are still missing.
+    """
+    searcher = TuneSearcher(ledger, recipe.trials)
+    # it warns for each trial that TensorBoard cannot show its assignment
+    logging.getLogger("ray.tune.logger.tensorboardx").setLevel(logging.WARNING)
+    try:
+        tune.run(
+            run_trial,
+            name="tune",
+            storage_path=str(ledger.run_dir),
+            # A trial's driver only waits; its workers have a placement group of their own. Ray
+            # rejects an empty bundle, so the driver takes one byte of memory.
+            resources_per_trial=tune.PlacementGroupFactory([{"memory": 1}]),
+            num_samples=-1,
+            max_concurrent_trials=concurrent,
+            search_alg=searcher,
+            scheduler=make_scheduler(recipe, every, steps, ledger.finished),
+            callbacks=[TuneCallback(ledger, recipe.scheduler.kind)],
+            trial_dirname_creator=lambda trial: f"trial-{trial.config['trial'].number:03d}",
+            trial_name_creator=lambda trial: f"trial-{trial.config['trial'].number:03d}",
+            raise_on_failed_trial=False,
+            verbose=0,
+        )
+    finally:
+        ledger.settle()
+    if ledger.suggester.end_reason is not None:
+        say(f"the search ends early: {ledger.suggester.end_reason}")
+    if ledger.running or not searcher.exhausted:
+        say(
+            f"search {ledger.run_id} interrupted: {ledger.trained()} of {recipe.trials} trials"
+            f" finished; the same command with --run-id {ledger.run_id} resumes it"
+        )
+        raise KeyboardInterrupt
+
+
+# --- Candidate tasks of a few-shot base recipe ---
+
+
+def _embed_tasks(base: FewshotRecipe) -> EmbeddedTasks:
+    """Embed the candidate tasks and the target."""
     store = ImageStore.open(base.images.store, base.images.cache)
     return embed_tasks(base, store, load_encoder(base.encoder), base.target)
 
 
-def _tasks(base: FewshotRecipe, path: Path, measured: Callable[[], EmbeddedTasks]) -> Tasks:
-    """The candidate tasks as Algorithm 1 sees them; embedded once, then read from `path`."""
+def _tasks(base: FewshotRecipe, run_dir: Path, embedded: Callable[[], EmbeddedTasks]) -> Tasks:
+    """Return Algorithm 1's scores of the candidate tasks; a resumed search reads `tasks.json`."""
     if not isinstance(base, FewshotRecipe):
-        raise ValueError(f"it varies tasks, which a base recipe of kind {base.kind} has none of")
+        raise ValueError(f"it varies tasks, and a base recipe of kind {base.kind} has no tasks")
+    path = run_dir / "tasks.json"
     if not path.is_file():
-        choice = measured().choice
-        _write_json(path, asdict(Tasks(**asdict(choice))))
+        _write_json(path, asdict(Tasks(**asdict(embedded().choice))))
     return Tasks(**json.loads(path.read_text(encoding="utf-8")))
 
 
 def _task_notes(
-    base: FewshotRecipe, finished: Sequence[Finished], measured: Callable[[], EmbeddedTasks]
+    base: FewshotRecipe, finished: Sequence[FinishedTrial], embedded: Callable[[], EmbeddedTasks]
 ) -> list[str]:
-    """How well Algorithm 1's cheap scores ranked the sets of tasks that were trained on, without
-    shares of their own."""
+    """Describe how well Algorithm 1's scores ranked the sets of tasks that were trained on.
+
+    Sets with unequal shares of the tasks are left out, because the scores ignore shares.
+    """
     trials = [t for t in finished if t.status == "done" and len(t.overrides) == 1]
-    if len(trials) < LEAST:
+    if len(trials) < MIN_SETS:
         return []
-    found = rank_correlations(
+    correlations = rank_correlations(
         [trial.values["tasks"] for trial in trials],
         [trial.metrics["accuracy"] for trial in trials],
-        measured().target,
-        measured().moments,
+        embedded().target,
+        embedded().moments,
         base.select,
         base.seed,
     )
-    return [str(one) for one in found]
+    return [str(correlation) for correlation in correlations]
 
 
-def _result(recipe: SearchRecipe, base: BaseRecipe, books: Books, notes: list[str]) -> SearchResult:
-    """The end: a table, the recommended trial and the report."""
-    finished, path = books.finished, books.run_dir / "report.html"
+# --- The end of a search ---
+
+
+def _report(
+    recipe: SearchRecipe, base: BaseRecipe, ledger: TrialLedger, notes: list[str]
+) -> SearchResult:
+    """Show the table of trials and the recommended one, and write `report.html`."""
+    finished, objectives = ledger.finished, recipe.objectives
+
+    # the recommended trial: by the rule, or the best for one objective
     recommended, rule = None, recipe.recommend
     if rule is not None:
         try:
-            recommended = recommend(rule, finished, recipe.objectives)
-        except ValueError as error:  # no trial fits: table and report are there all the same
+            recommended = recommend(rule, finished, objectives)
+        except ValueError as error:  # no trial satisfies it; table and report are useful anyway
             notes.append(str(error))
-    elif len(recipe.objectives) == 1:
-        rule = f"best {recipe.objectives[0].metric}"
-        recommended = next(iter(front_of(finished, recipe.objectives)), None)
-    names = [objective.metric for objective in recipe.objectives]
-    say(final_table(finished, names))
+    elif len(objectives) == 1:
+        rule = f"best {objectives[0].metric}"
+        recommended = next(iter(front_of(finished, objectives)), None)
+
+    say(final_table(finished, [objective.metric for objective in objectives]))
     chosen = None
     if recommended is not None:
         chosen = (rule, recommended)
-        model = books.model_dir(recommended.number)
         budget = recommended.metrics.get("budget")
         at = "" if budget is None else f" at budget {budget:g}"
         say(
             f"{rule}: trial {recommended.number}{at}: {describe(recommended.values)}\n"
-            f"model: {model}"
+            f"model: {ledger.model_dir(recommended.number)}"
         )
         if isinstance(base, FewshotRecipe):
-            notes += _verdict(base, books, recommended)
+            notes += _held_out_notes(base, ledger, recommended)
     for note in notes:
         say(note)
-    title = f"Search {books.run_id}"
-    write_report(path, finished, recipe.objectives, title, chosen, notes)
-    say(f"report: {path}\nTensorBoard: tensorboard --logdir {books.run_dir / 'tune'}")
-    return SearchResult(finished, recommended, books.parent, books.run_dir)
+    path = ledger.run_dir / "report.html"
+    write_report(path, finished, objectives, f"Search {ledger.run_id}", chosen, notes)
+    say(f"report: {path}\nTensorBoard: tensorboard --logdir {ledger.run_dir / 'tune'}")
+    return SearchResult(finished, recommended, ledger.parent, ledger.run_dir)
 
 
-def _verdict(base: FewshotRecipe, books: Books, best: Finished) -> list[str]:
-    """The recommended trial beside Algorithm 1's tasks and all of them, on held-out tasks."""
-    # imports torch and an encoder's library, which a search has no use for until here
-    from fmray.search.verdict import held_out_gains
-
-    models, notes = {f"trial {best.number}": books.model_dir(best.number)}, []
-    for peer in books.finished:
-        name = peer.origin.removeprefix("warm: ")
-        if name in ("Algorithm 1", "all tasks"):
-            # a duplicate has the model of the trial that it equals
-            trained = [t for t in books.finished if t.key == peer.key and t.status == "done"]
-            if not trained:
-                notes.append(f"trial {best.number} against {name}: that was not trained whole")
-            elif trained[0].number == best.number:
-                notes.append(f"trial {best.number} is that of {name}")
-            else:
-                models[f"{name} (trial {trained[0].number})"] = books.model_dir(trained[0].number)
+def _held_out_notes(base: FewshotRecipe, ledger: TrialLedger, best: FinishedTrial) -> list[str]:
+    """Compare the recommended trial with Algorithm 1's set and all tasks, on held-out tasks."""
+    models, notes = {f"trial {best.number}": ledger.model_dir(best.number)}, []
+    for reference in ledger.finished:
+        name = reference.origin.removeprefix("warm: ")
+        if name not in ("Algorithm 1", "all tasks"):
+            continue
+        # a duplicate has the model of the trial that it equals
+        trained = [t for t in ledger.finished if t.key == reference.key and t.status == "done"]
+        if not trained:
+            notes.append(f"trial {best.number} against {name}: not trained to the end")
+        elif trained[0].number == best.number:
+            notes.append(f"trial {best.number} is that of {name}")
+        else:
+            models[f"{name} (trial {trained[0].number})"] = ledger.model_dir(trained[0].number)
     return held_out_gains(base, models) + notes
 
 
+def _track(run: tracking.Run, result: SearchResult) -> None:
+    """Log the metrics of all trials and the search's files to its MLflow run."""
+    for trial in result.finished:
+        run.log(trial.number, **{f"trial/{k}": v for k, v in trial.metrics.items()})
+    for name in ("trials.jsonl", "report.html"):
+        run.artifact(result.run_dir / name)
+
+
 def _write_json(path: Path, values: dict[str, Any]) -> None:
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
-    os.replace(partial, path)
+    """Write JSON that only this module reads: settings and scores may be infinite."""
+    write_atomic(path, json.dumps(values, indent=1) + "\n")

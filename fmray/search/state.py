@@ -1,7 +1,7 @@
-"""What a search knows of its trials that have ended: `trials.jsonl`, the truth when it goes on.
+"""`trials.jsonl`: the finished trials of a search, and the source of truth when it resumes.
 
-In: a `Finished` as each trial ends. Out: an append-only file, a line a trial, on disk when `append`
-returns, and read back by a search of the same run id.
+The file is append-only, with one line per trial in the order in which trials finished. A line is on
+disk when `append_trial` returns. Tune's own state files are never read.
 """
 
 from __future__ import annotations
@@ -13,76 +13,69 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-Status = Literal["done", "stopped", "failed", "duplicate"]
+#: stopped: early, by the scheduler; duplicate: not trained, because it equals an earlier trial
+TrialStatus = Literal["done", "stopped", "failed", "duplicate"]
 
 
 @dataclass(frozen=True)
-class Finished:
-    """A trial that has ended.
+class FinishedTrial:
+    """One trial that has ended; the fields are the keys of a line of `trials.jsonl`."""
 
-    number: of the suggestion, from 0. key: canonical, of the values. overrides: KEY=VALUE, on the
-    base recipe. metrics: of the last evaluation; {} of one that failed before it. curve: the
-    metrics of each evaluation, with its `step`. status: `stopped` is early, by the scheduler;
-    `duplicate` was not trained and has the metrics of the trial it equals. reason: of a failure, a
-    stop or a duplicate. started: seconds since 1970. steps: trained. origin: `warm: NAME` or
-    `suggested`.
-    """
-
-    number: int
-    key: str
-    values: Mapping[str, Any]
-    overrides: tuple[str, ...]
-    metrics: Mapping[str, float]
-    curve: tuple[Mapping[str, float], ...]
-    status: Status
-    reason: str | None
+    number: int  #: of the suggestion, from 0
+    key: str  #: canonical form of the values, see `Space.key`
+    values: Mapping[str, Any]  #: by parameter of the space
+    overrides: tuple[str, ...]  #: KEY=VALUE, on top of the base recipe
+    metrics: Mapping[str, float]  #: of the last evaluation; a duplicate has those of its original
+    curve: tuple[Mapping[str, float], ...]  #: metrics of each evaluation, and its `step`
+    status: TrialStatus
+    reason: str | None  #: why it failed, was stopped or is a duplicate
     seconds: float
-    started: float
-    steps: int
-    origin: str
+    started: float  #: seconds since 1970
+    steps: int  #: optimizer steps trained
+    origin: str  #: `warm: NAME` or `suggested`
 
 
-def append(path: Path, trial: Finished) -> None:
-    """Add one line; it is on disk when this returns."""
+def append_trial(path: Path, trial: FinishedTrial) -> None:
+    """Append one trial; it is on disk when this returns."""
     append_line(path, asdict(trial))
 
 
 def append_line(path: Path, values: Mapping[str, Any]) -> None:
-    """Add one line of JSON; it is on disk when this returns."""
+    """Append one line of JSON; it is on disk when this returns."""
     with path.open("a", encoding="utf-8") as file:
         file.write(json.dumps(values) + "\n")
         file.flush()
         os.fsync(file.fileno())
 
 
-def whole_lines(path: Path) -> list[bytes]:
-    """The lines of a file that `append_line` wrote; [] where there is none.
+def complete_lines(path: Path) -> list[bytes]:
+    """Return the lines of a file that `append_line` wrote; [] if there is no file.
 
-    A last line that a crash cut off is taken off the file.
+    Truncates the file after the last complete line: a crash may have cut off the one after it.
     """
     if not path.is_file():
         return []
     content = path.read_bytes()
-    whole = content[: content.rfind(b"\n") + 1]
-    if len(whole) < len(content):
-        os.truncate(path, len(whole))
-    return whole.splitlines()
+    complete = content[: content.rfind(b"\n") + 1]
+    if len(complete) < len(content):
+        os.truncate(path, len(complete))
+    return complete.splitlines()
 
 
-def read_finished(path: Path) -> list[Finished]:
-    """The trials of a `trials.jsonl`, in the order they ended; [] where there is none.
+def read_finished(path: Path) -> list[FinishedTrial]:
+    """Return the trials of a `trials.jsonl` in the order they finished; [] if there is no file.
 
-    A last line that a crash cut off counts as not finished. Raises ValueError for a line that is
-    not a trial.
+    Raises:
+        ValueError: a line is not a trial.
     """
-    found = []
-    for number, line in enumerate(whole_lines(path), 1):
+    trials = []
+    for number, line in enumerate(complete_lines(path), 1):
         try:
-            read = json.loads(line)
-            read |= {"overrides": tuple(read["overrides"]), "curve": tuple(read["curve"])}
-            found.append(Finished(**read))
+            values = json.loads(line)
+            values |= {"overrides": tuple(values["overrides"]), "curve": tuple(values["curve"])}
+            trials.append(FinishedTrial(**values))
         except (ValueError, TypeError, KeyError) as error:
             raise ValueError(
                 f"{path}:{number}: not a trial of a search ({error}); give another --run-id"
             ) from error
-    return found
+    return trials

@@ -1,12 +1,14 @@
-"""Which values to try next: warm starts, then Optuna (TPE, NSGA-II, random) or a grid.
+"""What to try next and what to stop early: suggestions by Optuna, stopping rules by Ray Tune.
 
-In: a `Space`, objectives and a seed; results as they are told. Out: `Suggestion`s, numbered.
+The `Suggester` gives warm starts first, then Optuna's TPE, NSGA-II or random samples, or a grid. A
+suggestion is a function of the seed, its number, and the results known before it. The same seed
+therefore gives the same first suggestions, and a search that is rebuilt from its finished trials
+continues as if it had not been interrupted. (With concurrent trials, the suggestions after Optuna's
+random ones depend on which trials had finished.) A suggestion that equals an earlier one gets a
+number but is not trained: it takes the result of the earlier one.
 
-A suggestion is a function of the seed, its number, and the results told before it: the same seed
-gives the same first suggestions, and a search that is rebuilt from its finished trials goes on as
-it would have. (With several trials at once, what is suggested after Optuna's first random ones
-depends on which of them had ended.) A trial that equals an earlier one is numbered too, but not
-trained: its result is the earlier one's.
+`make_scheduler` returns Ray's ASHA or median rule with the trials of earlier processes replayed.
+Ray's rules know only what they saw themselves, and would be lenient again after every restart.
 """
 
 from __future__ import annotations
@@ -36,29 +38,29 @@ from ray.tune.schedulers import (
 from fmray.config.search import ObjectiveConfig, SearchRecipe
 from fmray.search.pareto import operating_points
 from fmray.search.space import Choice, Integer, Parameter, Real, Space, Subset, Values
-from fmray.search.state import Finished
+from fmray.search.state import FinishedTrial
 
 Algorithm = Literal["tpe", "nsga2", "random", "grid"]
-POPULATION = 10  # trials, of NSGA-II; Optuna's 50 would be a search of some tens of trials whole
-TRIES = 20  # suggestions in a row that equal earlier ones, then what is new is looked for
+POPULATION = 10  # trials per generation of NSGA-II; Optuna's 50 would be most searches entirely
+MAX_REPEATS = 20  # duplicates in a row, after which untried values are enumerated
 
 
 @dataclass(frozen=True)
 class Suggestion:
-    """number: from 0. key: `Space.key`. duplicate_of: the earlier trial that it equals, which makes
-    training it needless. origin: `warm: NAME` or `suggested`."""
+    """The values of one trial."""
 
-    number: int
+    number: int  #: from 0
     values: Values
-    key: str
-    duplicate_of: int | None
-    origin: str
+    key: str  #: `Space.key`
+    duplicate_of: int | None  #: the earlier trial that it equals; not trained again
+    origin: str  #: `warm: NAME` or `suggested`
 
 
 class Suggester:
-    """Suggests trials, and learns from their results.
+    """Suggests trials and learns from their results.
 
-    Attributes: ended (why `next` gave None; None: it has not).
+    Attributes:
+        end_reason: why `next` returned None; None before that.
     """
 
     def __init__(
@@ -67,32 +69,34 @@ class Suggester:
         algorithm: Algorithm,
         objectives: Sequence[ObjectiveConfig],
         seed: int,
-        finished: Sequence[Finished] = (),
+        finished: Sequence[FinishedTrial] = (),
     ) -> None:
-        """Args:
-            finished: trials of the same search so far; numbers they leave out are suggested first.
+        """Replay the finished trials of the same search.
+
+        Args:
+            finished: numbers missing among them are suggested first.
 
         Raises:
-            ValueError: a space that cannot be searched, or not by this algorithm; or finished
-                trials that are not of this space.
+            ValueError: the space cannot be searched, or not by this algorithm, or a finished trial
+                belongs to another space.
         """
         space.check()
-        self.ended: str | None = None
+        self.end_reason: str | None = None
         self._space, self._algorithm, self._seed = space, algorithm, seed
         self._objectives = tuple(objectives)
-        self._numbers: dict[str, int] = {}  # of the first suggestion with a key
-        self._trials: dict[int, Trial] = {}  # not yet told
+        self._numbers: dict[str, int] = {}  # key -> number of the first suggestion with it
+        self._trials: dict[int, Trial] = {}  # by number, without a result so far
         self._results: dict[int, Mapping[str, float] | None] = {}
-        self._duplicates: dict[int, list[int]] = {}  # by the number they wait for
+        self._duplicates: dict[int, list[int]] = {}  # original -> duplicates that wait for it
         self._repeats = 0
-        self._points_each = 1  # operating points of a trial
+        self._points_each = 1  # operating points per trial, the most seen
         finite = not any(isinstance(parameter, Real) for parameter in space)
         self._points = space.points() if finite or algorithm == "grid" else iter(())
         if algorithm == "grid":
-            next(space.points())  # a continuous parameter is refused here
-        optuna.logging.set_verbosity(optuna.logging.WARNING)  # a line for each trial otherwise
+            next(space.points())  # raises for a continuous parameter
+        optuna.logging.set_verbosity(optuna.logging.WARNING)  # otherwise one line per trial
         self._study = optuna.create_study(
-            directions=["maximize" if one.mode == "max" else "minimize" for one in objectives]
+            directions=["maximize" if o.mode == "max" else "minimize" for o in objectives]
         )
         self._distributions: dict[str, BaseDistribution] = {}
         for parameter in space:
@@ -104,20 +108,23 @@ class Suggester:
             self._replay(*known[number])
 
     def next(self) -> Suggestion | None:
-        """The next suggestion; None when there is nothing new to try (`ended` says why)."""
+        """Return the next suggestion; None if the space is exhausted (see `end_reason`)."""
+        # values: a warm start, else an untried point, else Optuna's
         number = self._gaps[0] if self._gaps else self._count
         origin = "suggested"
         if number < len(self._space.warm_starts):
             start = self._space.warm_starts[number]
             values, origin = self._space.read(start.values), f"warm: {start.name}"
-        elif self._algorithm == "grid" or self._repeats >= TRIES:
+        elif self._algorithm == "grid" or self._repeats >= MAX_REPEATS:
             unseen = self._unseen()
             if unseen is None:
-                self.ended = "there is nothing new to try in the space"
+                self.end_reason = "every point of the space has been tried"
                 return None
             values = unseen
         else:
             values = self._draw(number)
+
+        # the number is taken
         if self._gaps:
             del self._gaps[0]
         else:
@@ -127,9 +134,13 @@ class Suggester:
         return Suggestion(number, values, key, duplicate_of, origin)
 
     def tell(self, number: int, metrics: Mapping[str, float] | None) -> None:
-        """The result of a suggestion that was trained; None: it failed.
+        """Report the result of a trained suggestion, also for its duplicates.
 
-        Raises ValueError where an objective is not among the metrics.
+        Args:
+            metrics: None for a failed trial.
+
+        Raises:
+            ValueError: an objective is missing from the metrics.
         """
         if metrics is not None:
             for objective in self._objectives:
@@ -139,19 +150,24 @@ class Suggester:
                         f" {', '.join(sorted(metrics))}"
                     )
         self._results[number] = metrics
-        for waiting in (number, *self._duplicates.pop(number, ())):
-            self._tell(waiting, metrics)
+        for equal in (number, *self._duplicates.pop(number, ())):
+            self._tell(equal, metrics)
 
-    def _known(self, finished: Sequence[Finished]) -> dict[int, tuple[Finished, dict[str, Any]]]:
-        """By number, with their values. A duplicate of a trial that is not there counts as not
-        suggested: that trial was still running when the search was interrupted."""
+    def _known(
+        self, finished: Sequence[FinishedTrial]
+    ) -> dict[int, tuple[FinishedTrial, dict[str, Any]]]:
+        """Return number -> (trial, values in the space's form).
+
+        Leaves out duplicates of a missing trial, so that they are suggested again: that trial was
+        still running when the search was interrupted.
+        """
         known = {}
         for trial in sorted(finished, key=lambda trial: trial.status == "duplicate"):
             try:
                 values = self._space.read(trial.values)
             except ValueError as error:
                 raise ValueError(
-                    f"trial {trial.number} of this run id is of another space ({error}); give"
+                    f"trial {trial.number} of this run id belongs to another space ({error}); give"
                     " another --run-id"
                 ) from error
             key = self._space.key(values)
@@ -161,44 +177,48 @@ class Suggester:
                 known[trial.number] = trial, values
         return known
 
-    def _replay(self, trial: Finished, values: Values) -> None:
+    def _replay(self, trial: FinishedTrial, values: Values) -> None:
+        """Repeat what `next` and `tell` did for a finished trial."""
         duplicate_of = self._record(trial.number, self._space.key(values), values)
         if duplicate_of is None:
             failed = trial.status == "failed" or not trial.metrics
             self.tell(trial.number, None if failed else trial.metrics)
 
     def _record(self, number: int, key: str, values: Values) -> int | None:
-        """Make the suggestion known to the sampler; the number of the trial it equals, if any."""
+        """Enqueue a suggestion in the study; return the number of the trial it equals, or None."""
         sampler = self._study.sampler = self._sampler(number)
         self._study.enqueue_trial(_encode(self._space, values))
         self._trials[number] = self._study.ask(self._distributions)
         if isinstance(sampler, optuna.samplers.NSGAIISampler):
-            # Optuna does this for what it draws; enqueued trials would be of no generation. The
-            # parents are kept by the study, and their order is another when they are read again.
+            # Optuna does this for its own samples only; an enqueued trial would have no generation.
+            # The study stores the parents, and they come back in another order when read again.
             trial = self._study.get_trials(deepcopy=False)[-1]
             generation = sampler.get_trial_generation(self._study, trial)
             sampler.get_parent_population(self._study, generation)
-        first = self._numbers.setdefault(key, number)
-        if first == number:
+        original = self._numbers.setdefault(key, number)
+        if original == number:
             self._repeats = 0
             return None
         self._repeats += 1
-        if first in self._results:
-            self._tell(number, self._results[first])
+        if original in self._results:
+            self._tell(number, self._results[original])
         else:
-            self._duplicates.setdefault(first, []).append(number)
-        return first
+            self._duplicates.setdefault(original, []).append(number)
+        return original
 
     def _draw(self, number: int) -> dict[str, Any]:
-        """What Optuna suggests. It is enqueued again by `_record`, as it is in a replay: the
-        sampler sees both in one form. The trial drawn is put aside as failed."""
+        """Return Optuna's suggestion.
+
+        `_record` enqueues the values again, as in a replay, so that the sampler sees both in the
+        same form. The sampled trial itself is marked as failed.
+        """
         self._study.sampler = self._sampler(number)
         trial = self._study.ask(self._distributions)
         self._study.tell(trial, state=TrialState.FAIL)
         return _decode(self._space, trial.params)
 
     def _tell(self, number: int, metrics: Mapping[str, float] | None) -> None:
-        """To the sampler, each operating point of a trial is a trial of the same values."""
+        """Tell Optuna the result: one trial with the same values per operating point."""
         trial = self._trials.pop(number)
         points = [] if metrics is None else operating_points(metrics, self._objectives)
         self._points_each = max(self._points_each, len(points))
@@ -207,21 +227,20 @@ class Suggester:
             self._study.tell(trial, state=TrialState.FAIL)
             return
         self._study.tell(trial, values[0])
-        told = self._study.get_trials(deepcopy=False)[trial.number]
+        completed = self._study.get_trials(deepcopy=False)[trial.number]
         self._study.add_trials(
             create_trial(
-                params=told.params,
-                distributions=told.distributions,
+                params=completed.params,
+                distributions=completed.distributions,
                 values=point,
-                system_attrs=told.system_attrs,  # of NSGA-II: the generation
+                system_attrs=completed.system_attrs,  # NSGA-II: the generation
             )
             for point in values[1:]
         )
 
     def _sampler(self, number: int) -> optuna.samplers.BaseSampler:
-        """A new one for each number, so that a search that goes on needs no state of the last."""
-        state = np.random.SeedSequence([self._seed, number]).generate_state(1)
-        seed = int(state[0])
+        """Return a new sampler for each number, so that a resumed search needs no sampler state."""
+        [seed] = np.random.SeedSequence([self._seed, number]).generate_state(1).tolist()
         if self._algorithm == "tpe":
             return optuna.samplers.TPESampler(seed=seed, multivariate=True, constant_liar=True)
         if self._algorithm == "nsga2":
@@ -230,13 +249,19 @@ class Suggester:
         return optuna.samplers.RandomSampler(seed=seed)
 
     def _unseen(self) -> dict[str, Any] | None:
+        """Return the next point of the space that has not been suggested; None: there is none."""
         for values in self._points:
             if self._space.key(values) not in self._numbers:
                 return values
         return None
 
 
+# --- Values of a space as Optuna's parameters ---
+
+
 def _distributions(parameter: Parameter) -> dict[str, BaseDistribution]:
+    """Return Optuna's parameters for one of a space: a choice by index, a subset as one boolean per
+    item."""
     name = parameter.name
     match parameter:
         case Choice():
@@ -252,62 +277,60 @@ def _distributions(parameter: Parameter) -> dict[str, BaseDistribution]:
 
 
 def _encode(space: Space, values: Values) -> dict[str, Any]:
-    found: dict[str, Any] = {}
+    """Return the values as Optuna's parameters."""
+    encoded: dict[str, Any] = {}
     for parameter in space:
         value = values[parameter.name]
         match parameter:
             case Choice():
-                found[parameter.name] = parameter.values.index(value)
+                encoded[parameter.name] = parameter.values.index(value)
             case Subset():
-                found |= {f"{parameter.name}/{item}": item in value for item in parameter.items}
+                encoded |= {f"{parameter.name}/{item}": item in value for item in parameter.items}
             case _:
-                found[parameter.name] = value
-    return found
+                encoded[parameter.name] = value
+    return encoded
 
 
-def _decode(space: Space, drawn: Mapping[str, Any]) -> dict[str, Any]:
-    """Raises nothing: a subset without an item, which is none, is read as the one of all."""
-    found: dict[str, Any] = {}
+def _decode(space: Space, encoded: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the values of Optuna's parameters; the empty subset is read as the full one."""
+    values: dict[str, Any] = {}
     for parameter in space:
         match parameter:
             case Choice():
-                found[parameter.name] = parameter.values[drawn[parameter.name]]
+                values[parameter.name] = parameter.values[encoded[parameter.name]]
             case Subset():
                 items = parameter.items
-                taken = tuple(item for item in items if drawn[f"{parameter.name}/{item}"])
-                found[parameter.name] = taken or items
+                taken = tuple(item for item in items if encoded[f"{parameter.name}/{item}"])
+                values[parameter.name] = taken or items
             case _:
-                found[parameter.name] = drawn[parameter.name]
-    return found
+                values[parameter.name] = encoded[parameter.name]
+    return values
 
 
-# Which trials are stopped early: Ray's ASHA or median rule, with a memory of earlier trials.
-#
-# In: a search's `scheduler` section, the evaluations of a trial, and the trials that ended before
-# this process began. Out: a scheduler for Ray Tune. Ray's own know only what they saw themselves,
-# so a search that goes on would be lenient again with every restart.
+# --- Early stopping ---
 
 
 def make_scheduler(
-    recipe: SearchRecipe, every: int, steps: int, finished: Sequence[Finished]
+    recipe: SearchRecipe, every: int, steps: int, finished: Sequence[FinishedTrial]
 ) -> TrialScheduler:
-    """The scheduler that a recipe names.
+    """Return the scheduler for Ray Tune that a recipe names.
 
     Args:
-        every, steps: of a trial's evaluations, in the base recipe.
-        finished: in the order they ended; their curves count as if they had just been seen.
+        every: steps between the evaluations of a trial.
+        steps: steps of a trial.
+        finished: trials of earlier processes in the order they finished; their curves are replayed.
     """
     config, [objective, *_] = recipe.scheduler, recipe.objectives
     if config.kind == "none":
         return FIFOScheduler()
     grace = min(config.grace * every, steps)
-    judged = {"time_attr": "step", "metric": objective.metric, "mode": objective.mode}
+    measured_by = {"time_attr": "step", "metric": objective.metric, "mode": objective.mode}
     if config.kind == "median":
-        # it would pause a trial for others that wait, and a paused one begins again
-        rule = MedianStoppingRule(grace_period=grace, min_time_slice=math.inf, **judged)
+        # with a time slice, it would pause a trial for waiting ones, and a paused trial starts over
+        rule = MedianStoppingRule(grace_period=grace, min_time_slice=math.inf, **measured_by)
     else:
         rule = AsyncHyperBandScheduler(
-            grace_period=grace, max_t=steps, reduction_factor=config.reduction, **judged
+            grace_period=grace, max_t=steps, reduction_factor=config.reduction, **measured_by
         )
     for earlier in finished:
         trial = RayTrial("earlier", stub=True)

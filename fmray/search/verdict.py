@@ -1,7 +1,8 @@
-"""How well cheap scores of a set of tasks rank it, against the accuracy found by training on it.
+"""The verdict on a search for tasks: did cheap scores rank the sets, and does the best one hold up?
 
-In: the sets that a search trained on, their accuracies, and the moments that Algorithm 1 selects
-by. Out: Spearman's rank correlation of each score with accuracy, with a bootstrap interval.
+`rank_correlations` compares the scores that Algorithm 1 selects by with the accuracies that the
+search found by training. `held_out_gains` compares trained encoders on test tasks that no trial was
+judged by.
 """
 
 from __future__ import annotations
@@ -20,17 +21,17 @@ from fmray.selection import TaskMoments, coverage, similarity
 from fmray.train.fewshot.encoder import ImageReader, load_encoder
 from fmray.train.fewshot.evaluate import measure_accuracy, percent, shots_name, task_samplers
 
-LEAST = 5  # sets, below which no interval says anything
+MIN_SETS = 5  # with fewer sets, no interval is informative
 RESAMPLES = 2000
 
 
 @dataclass(frozen=True)
 class RankCorrelation:
-    """score: its name. rho: Spearman's, NaN where the score does not vary; low, high: 95 %."""
+    """Spearman's rank correlation of a score with accuracy, over sets of tasks."""
 
-    score: str
-    rho: float
-    low: float
+    score: str  #: name of the score
+    rho: float  #: NaN if the score does not vary
+    low: float  #: 95 % interval of rho
     high: float
     sets: int
 
@@ -49,15 +50,17 @@ def rank_correlations(
     config: SelectConfig,
     seed: int,
 ) -> list[RankCorrelation]:
-    """Of what Algorithm 1 goes by, coverage and the mean similarity of a set, and of its size; []
-    for fewer than five sets.
+    """Return the correlations of coverage, mean similarity and size of a set with its accuracy.
+
+    Returns [] for fewer than `MIN_SETS` sets.
 
     Args:
-        sets: names of tasks, different sets. accuracies: found by training, in their order.
-        config: whose `covariance` and `weighting` coverage takes.
+        sets: names of tasks; no set occurs twice.
+        accuracies: found by training on each set.
+        config: `covariance` and `weighting` of coverage.
         seed: of the percentile bootstrap over sets.
     """
-    if len(sets) < LEAST:
+    if len(sets) < MIN_SETS:
         return []
     similarities = {name: similarity(target, task) for name, task in tasks.items()}
     scores = {
@@ -70,36 +73,34 @@ def rank_correlations(
     }
     draws = np.random.default_rng(seed).integers(len(sets), size=(RESAMPLES, len(sets)))
     truth = np.asarray(accuracies, dtype=np.float64)
-    found = []
+    correlations = []
     for name, values in scores.items():
         score = np.asarray(values, dtype=np.float64)
         resampled = [spearman(score[draw], truth[draw]) for draw in draws]
         low, high = np.nanquantile(resampled, [0.025, 0.975])
-        found.append(RankCorrelation(name, spearman(score, truth), low, high, len(sets)))
-    return found
+        correlations.append(RankCorrelation(name, spearman(score, truth), low, high, len(sets)))
+    return correlations
 
 
 def spearman(first: np.ndarray, second: np.ndarray) -> float:
-    """Spearman's rank correlation, equal values at their mean rank; NaN where either is constant,
-    as a resample of few sets may be."""
+    """Return Spearman's rank correlation; ties get their mean rank.
+
+    NaN if either is constant, as a resample of few sets may be.
+    """
     ranks = rankdata(first), rankdata(second)
     if any(np.ptp(rank) == 0 for rank in ranks):
         return float("nan")
     return float(np.corrcoef(*ranks)[0, 1])
 
 
-# The verdict on a search for tasks: encoders on tasks of the target that no trial was judged by.
-#
-# In: the base recipe and folders of encoders that trials made. Out: accuracies over the test tasks
-# of `target.split` (`evaluate` of the recipe), and what the first encoder gains over each other,
-# paired.
-
-
 def held_out_gains(base: FewshotRecipe, models: Mapping[str, Path]) -> list[str]:
-    """A line for each encoder but the first, and number of shots.
+    """Compare the first encoder with each other one on the test tasks of `target.split`.
+
+    Returns one line per other encoder and number of shots, with the paired difference.
 
     Args:
-        models: what an encoder is called -> its folder; the same folder is measured once.
+        base: its `evaluate` section defines the tasks.
+        models: name of an encoder -> its folder; a folder is evaluated once.
     """
     store = ImageStore.open(base.images.store, base.images.cache)
     rows = store.select(base.target.collection, base.target.split)
@@ -109,17 +110,18 @@ def held_out_gains(base: FewshotRecipe, models: Mapping[str, Path]) -> list[str]
         encoder = load_encoder(base.encoder.model_copy(update={"checkpoint": folder}))
         images = ImageReader(store, encoder.preprocess)
         accuracies[folder] = measure_accuracy(encoder, images, rows, samplers, base.evaluate)
+
     where = f"{base.target.collection}, split {base.target.split}"
     if (base.train.eval_split or base.target.split) == base.target.split:
         where += " (other tasks of the classes that trials were judged by)"
-    (first, folder), *others = models.items()
+    (best_name, best_folder), *others = models.items()
     lines = []
-    for name, other in others:
-        for shots, best in accuracies[folder].items():
-            peer = accuracies[other][shots]
-            gain = percent(paired_interval(best, peer), sign="+")
+    for name, folder in others:
+        for shots, best in accuracies[best_folder].items():
+            other = accuracies[folder][shots]
+            gain = percent(paired_interval(best, other), sign="+")
             lines.append(
-                f"{first} against {name} on {len(best)} {shots_name(shots)} tasks of {where}:"
-                f" {100 * best.mean():.2f} % against {100 * peer.mean():.2f} %, {gain} paired"
+                f"{best_name} against {name} on {len(best)} {shots_name(shots)} tasks of {where}:"
+                f" {100 * best.mean():.2f} % against {100 * other.mean():.2f} %, {gain} paired"
             )
     return lines

@@ -1,8 +1,8 @@
-"""Between Ray Tune and the search's own books: what is tried next, and what became of each trial.
+"""Between Ray Tune and the records of a search: what to try next, and what became of each trial.
 
-In: a `Suggester`, and Tune's events. Out: to Tune, a config a trial; to `trials.jsonl`, to MLflow
-and to the terminal, each trial as it ends. Tune's own notes are never read: a search goes on from
-`trials.jsonl` alone.
+Tune asks `TuneSearcher` for trials and reports their events to `TuneCallback`. Both keep the
+`TrialLedger`, which records each trial in `trials.jsonl`, in MLflow and in the terminal
+(`TrialTable`). Tune's own state is never read: a search resumes from `trials.jsonl` alone.
 """
 
 from __future__ import annotations
@@ -31,40 +31,41 @@ from fmray.config.search import ObjectiveConfig
 from fmray.runtime import tracking
 from fmray.runtime.console import rich_console, say
 from fmray.search.space import Space
-from fmray.search.state import Finished, Status, append
+from fmray.search.state import FinishedTrial, TrialStatus, append_trial
 from fmray.search.suggest import Suggester, Suggestion
 from fmray.search.trial import Assignment, is_metric
 
-# The trials of a search as they go: a live table in a terminal, plain lines elsewhere.
-#
-# In: what happens to a trial. Out: text on stdout.
+SHOWN_ROWS = 30  # of the live table: the last trials
+VALUES_WIDTH = 60  # characters of a trial's values
 
-SHOWN_ROWS = 30  # of a live table; the last ones
-VALUES_WIDTH = 60
+
+# --- Table of trials ---
 
 
 @dataclass(frozen=True)
-class Row:
-    """One line: where a trial stands. status: `running`, or as `Finished`."""
+class TrialRow:
+    """The current state of a trial: a row of the table."""
 
     number: int
     origin: str
     values: Mapping[str, Any]
-    status: str
+    status: str  #: `running` or a `TrialStatus`
     step: int
     metrics: Mapping[str, float]
     reason: str | None = None
 
 
 class TrialTable:
-    """A context: while it lasts, `show` keeps the terminal up to date.
+    """Shows trials while the context is open: a live table in a terminal, else one line per event.
 
-    metrics: names of the columns.
+    Args:
+        metrics: names of the columns.
+        trials: number of trials of the search.
     """
 
     def __init__(self, metrics: Sequence[str], trials: int) -> None:
         self._metrics, self._trials = list(metrics), trials
-        self._rows: dict[int, Row] = {}
+        self._rows: dict[int, TrialRow] = {}
         self._live: Live | None = None
 
     def __enter__(self) -> TrialTable:
@@ -79,15 +80,15 @@ class TrialTable:
         if self._live is not None:
             self._live.stop()
 
-    def show(self, row: Row) -> None:
-        """A trial started, was evaluated or ended."""
+    def show(self, row: TrialRow) -> None:
+        """Show a trial that started, was evaluated or ended."""
         self._rows[row.number] = row
         if self._live is not None:
             self._live.update(self._table())
         else:
             say(self._line(row))
 
-    def _line(self, row: Row) -> str:
+    def _line(self, row: TrialRow) -> str:
         parts = [f"trial {row.number}: {row.status}"]
         if row.metrics:
             parts.append(f"step {row.step}")
@@ -101,13 +102,13 @@ class TrialTable:
     def _table(self) -> Table:
         ended = sum(row.status != "running" for row in self._rows.values())
         rows = list(self._rows.values())[-SHOWN_ROWS:]
-        return _rich_table(f"{ended} of {self._trials} trials ended", rows, self._metrics)
+        return _rich_table(f"{ended} of {self._trials} trials finished", rows, self._metrics)
 
 
-def final_table(finished: Sequence[Finished], metrics: Sequence[str]) -> str:
-    """All trials, in order of their numbers, as text."""
+def final_table(finished: Sequence[FinishedTrial], metrics: Sequence[str]) -> str:
+    """Return the table of all trials as text, by number."""
     rows = [
-        Row(t.number, t.origin, t.values, t.status, t.steps, t.metrics, t.reason)
+        TrialRow(t.number, t.origin, t.values, t.status, t.steps, t.metrics, t.reason)
         for t in sorted(finished, key=lambda trial: trial.number)
     ]
     console = Console(width=140, color_system=None)
@@ -117,7 +118,7 @@ def final_table(finished: Sequence[Finished], metrics: Sequence[str]) -> str:
 
 
 def describe(values: Mapping[str, Any]) -> str:
-    """`name=value` of all, cut where it is long."""
+    """Return `name=value ...`, cut to `VALUES_WIDTH` characters."""
     parts = []
     for name, value in values.items():
         if isinstance(value, float):
@@ -131,66 +132,65 @@ def describe(values: Mapping[str, Any]) -> str:
     return text if len(text) <= VALUES_WIDTH else text[: VALUES_WIDTH - 3] + "..."
 
 
-def _rich_table(title: str | None, rows: Sequence[Row], metrics: Sequence[str]) -> Table:
+def _rich_table(title: str | None, rows: Sequence[TrialRow], metrics: Sequence[str]) -> Table:
     table = Table(title=title)
     for name in ("trial", "origin", "values", "status", "step", *metrics):
         table.add_column(name, justify="right" if name in ("trial", "step", *metrics) else "left")
     for row in rows:
         status = row.status + (f": {row.reason}" if row.reason else "")
         cells = [f"{row.metrics[name]:.4g}" if name in row.metrics else "" for name in metrics]
-        # as text, not as rich's markup: values and reasons may hold brackets
-        written = [str(row.number), row.origin, describe(row.values), status, str(row.step)]
-        table.add_row(*(part.replace("[", r"\[") for part in written), *cells)
+        # escaped, because values and reasons may contain brackets, which are rich's markup
+        texts = [str(row.number), row.origin, describe(row.values), status, str(row.step)]
+        table.add_row(*(text.replace("[", r"\[") for text in texts), *cells)
     return table
+
+
+# --- Records of trials ---
 
 
 @dataclass
 class _Running:
-    """A trial that Tune has. steps: it is to train; 0 where its values make no recipe."""
+    """A trial that has started."""
 
     suggestion: Suggestion
     overrides: tuple[str, ...]
-    steps: int
-    started: float
-    curve: list[dict[str, float]] = field(default_factory=list)
+    steps: int  #: to train; 0 if its values make no valid recipe
+    started: float  #: seconds since 1970
+    curve: list[dict[str, float]] = field(default_factory=list)  #: metrics of each evaluation
 
 
 @dataclass
-class Books:
-    """What a search knows, and where it is kept.
-
-    finished: in the order they ended; it grows. load: overrides to a trial's recipe. running: by
-    number. waiting: duplicates of a running trial, by its number.
-    """
+class TrialLedger:
+    """The trials of a search: running, waiting and finished."""
 
     space: Space
     suggester: Suggester
-    finished: list[Finished]
+    finished: list[FinishedTrial]  #: in the order they finished; it grows
     objectives: Sequence[ObjectiveConfig]
     storage: Path
     run_id: str
-    load: Callable[[Sequence[str]], LoadedRecipe[Any]]
+    load: Callable[[Sequence[str]], LoadedRecipe[Any]]  #: overrides -> recipe of a trial
     tracking: TrackingConfig
-    parent: str | None
+    parent: str | None  #: MLflow run id of the search
     table: TrialTable
-    running: dict[int, _Running] = field(default_factory=dict)
-    waiting: dict[int, list[_Running]] = field(default_factory=dict)
+    running: dict[int, _Running] = field(default_factory=dict)  #: by number
+    waiting: dict[int, list[_Running]] = field(default_factory=dict)  #: duplicates, by original
 
     @property
     def run_dir(self) -> Path:
-        """The folder of the search."""
+        """Folder of the search."""
         return self.storage / self.run_id
 
     def trained(self) -> int:
-        """How many trials have ended, without duplicates."""
+        """Return the number of finished trials, without duplicates."""
         return sum(trial.status != "duplicate" for trial in self.finished)
 
     def next(self) -> Assignment | None:
-        """The next trial to train; None where the space is exhausted."""
+        """Start the next trial; None if the space is exhausted. Duplicates are not started."""
         while (suggestion := self.suggester.next()) is not None:
             overrides = tuple(self.space.to_overrides(suggestion.values))
             running = _Running(suggestion, overrides, 0, time.time())
-            if suggestion.duplicate_of in self.running:  # its result is not there yet
+            if suggestion.duplicate_of in self.running:  # wait for its result
                 self.waiting.setdefault(suggestion.duplicate_of, []).append(running)
                 continue
             if suggestion.duplicate_of is not None:
@@ -198,26 +198,34 @@ class Books:
                 continue
             self.running[suggestion.number] = running
             name = self.trial_run_id(suggestion.number)
+            loaded, mistake = None, None
             try:
-                loaded, mistake = self.load(overrides), None
+                loaded = self.load(overrides)
                 running.steps = loaded.recipe.train.steps
-                _forget_other(self.run_dir / "trials" / name, loaded)
-            except ConfigError as error:
-                loaded, mistake = None, str(error)
+                _remove_other_values(self.run_dir / "trials" / name, loaded)
+            except ConfigError as error:  # the trial fails with it, and the search continues
+                mistake = str(error)
             self._show(running, "running")
             latency = any(o.metric.startswith("latency") for o in self.objectives)
             return Assignment(suggestion.number, name, loaded, mistake, self.parent, latency)
         return None
 
     def evaluated(self, number: int, result: Mapping[str, Any]) -> None:
-        """A trial reported an evaluation."""
+        """Record an evaluation.
+
+        Args:
+            result: as Tune reports it: `step`, the metrics, and Tune's own values.
+        """
         metrics = {name: float(value) for name, value in result.items() if is_metric(name)}
         running = self.running[number]
         running.curve.append({"step": result["step"], **metrics})
         self._show(running, "running")
 
-    def end(self, number: int, status: Status, reason: str | None) -> None:
-        """A trial ended: tracked, told to the sampler, written down."""
+    def end(self, number: int, status: TrialStatus, reason: str | None) -> None:
+        """Record the end of a trial, and of the duplicates that wait for it.
+
+        In this order: in MLflow, in the sampler, in `trials.jsonl`.
+        """
         running = self.running.pop(number)
         metrics = dict(running.curve[-1]) if running.curve else {}
         steps = int(metrics.pop("step", 0))
@@ -227,51 +235,51 @@ class Books:
                     status, reason = "failed", f"{objective.metric} is not a finite number"
         seconds = time.time() - running.started
         trial = _finished(running, status, reason, metrics, steps, seconds)
-        # before it is written down: a search killed in between tries the trial again
+        # MLflow before `trials.jsonl`: a search killed in between repeats the trial
         self._track(trial)
         self.suggester.tell(number, None if status == "failed" else metrics)
         self._write(running, trial)
-        for waiting in self.waiting.pop(number, ()):
-            self._end_duplicate(waiting)
-        if status == "done":  # nothing resumes it; its model/ stays
+        for duplicate in self.waiting.pop(number, ()):
+            self._end_duplicate(duplicate)
+        if status == "done":  # nothing resumes from its checkpoints; model/ stays
             folder = self.run_dir / "trials" / self.trial_run_id(number)
             for checkpoint in folder.glob("checkpoint-*"):
                 shutil.rmtree(checkpoint)
 
     def _end_duplicate(self, running: _Running) -> None:
-        first = running.suggestion.duplicate_of
-        [metrics] = [trial.metrics for trial in self.finished if trial.number == first]
-        trial = _finished(running, "duplicate", f"equals trial {first}", metrics, 0, 0.0)
+        original = running.suggestion.duplicate_of
+        [metrics] = [trial.metrics for trial in self.finished if trial.number == original]
+        trial = _finished(running, "duplicate", f"equals trial {original}", metrics, 0, 0.0)
         self._write(running, trial)
 
-    def _write(self, running: _Running, trial: Finished) -> None:
-        append(self.run_dir / "trials.jsonl", trial)
+    def _write(self, running: _Running, trial: FinishedTrial) -> None:
+        append_trial(self.run_dir / "trials.jsonl", trial)
         self.finished.append(trial)
         self._show(running, trial.status, trial.reason)
 
     def model_dir(self, number: int) -> Path:
-        """What a trial trained."""
+        """Folder of a trial's model."""
         return self.run_dir / "trials" / self.trial_run_id(number) / "model"
 
     def trial_run_id(self, number: int) -> str:
-        """The run id of a trial's job, by which MLflow and its folder are found."""
+        """Run id of a trial's job, which names its folder and its MLflow run."""
         return f"{self.run_id}-{number:03d}"
 
     def settle(self) -> None:
-        """The last word on MLflow runs, once Tune has ended its actors.
+        """Correct the status of MLflow runs after Tune has ended its actors.
 
-        A job that is stopped may call its run FAILED after the search called it finished; trials
-        that Tune still had are KILLED until they are tried again.
+        The job of a stopped trial may have set FAILED after the search set FINISHED. Trials that
+        are still running are KILLED until the search resumes.
         """
-        ended = [trial.number for trial in self.finished if trial.status == "stopped"]
-        for numbers, status in ((ended, "FINISHED"), (list(self.running), "KILLED")):
+        stopped = [trial.number for trial in self.finished if trial.status == "stopped"]
+        for numbers, status in ((stopped, "FINISHED"), (list(self.running), "KILLED")):
             for number in numbers:
                 run_id = self.trial_run_id(number)
                 run = tracking.open_run(self.tracking, self.storage, run_id, {}, parent=self.parent)
                 run.finish(status)
 
-    def _track(self, trial: Finished) -> None:
-        """The end of the trial's child run in MLflow; it is there whatever became of the job."""
+    def _track(self, trial: FinishedTrial) -> None:
+        """End the trial's child run in MLflow; create it if the job did not get that far."""
         tags = {"fmray.trial": trial.number, "fmray.status": trial.status}
         tags |= {"fmray.origin": trial.origin}
         tags |= {"fmray.reason": trial.reason} if trial.reason else {}
@@ -287,7 +295,7 @@ class Books:
         suggestion = running.suggestion
         metrics = dict(running.curve[-1]) if running.curve else {}
         step = int(metrics.pop("step", 0))
-        row = Row(
+        row = TrialRow(
             suggestion.number,
             suggestion.origin,
             suggestion.values,
@@ -299,77 +307,88 @@ class Books:
         self.table.show(row)
 
 
-class Suggestions(Searcher):
-    """Tune asks it what to try; `trials`: in all, those that have ended included."""
+# --- Interfaces of Ray Tune ---
 
-    def __init__(self, books: Books, trials: int) -> None:
+
+class TuneSearcher(Searcher):
+    """Gives Tune the trials to run.
+
+    Args:
+        trials: of the search, including those that have finished.
+    """
+
+    def __init__(self, ledger: TrialLedger, trials: int) -> None:
         super().__init__()
-        self._books, self._left = books, trials - books.trained()
+        self._ledger, self._left = ledger, trials - ledger.trained()
         self.exhausted = False
 
     def suggest(self, trial_id: str) -> dict[str, Any] | str:
-        """A trial's config, or that there are no more."""
-        assignment = self._books.next() if self._left > 0 else None
+        """Return a trial's config, or `Searcher.FINISHED`."""
+        assignment = self._ledger.next() if self._left > 0 else None
         if assignment is None:
             self.exhausted = True
             return Searcher.FINISHED
         self._left -= 1
-        values = self._books.running[assignment.number].suggestion.values
-        # beside what the trial goes by, for TensorBoard: it knows numbers and text
+        values = self._ledger.running[assignment.number].suggestion.values
+        # the trial reads its assignment only; `values` are for TensorBoard (numbers and text)
         shown = {n: " ".join(v) if isinstance(v, tuple) else v for n, v in values.items()}
         return {"trial": assignment, "values": shown}
 
     def on_trial_complete(
         self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False
     ) -> None:
-        """The `Watcher` is told more."""
+        """Do nothing: `TuneCallback` records the end of trials."""
 
     def save(self, checkpoint_path: str) -> None:
-        """`trials.jsonl` has it."""
+        """Do nothing: `trials.jsonl` has the state."""
 
 
-class Watcher(Callback):
-    """Tune tells it what happens to trials. rule: what stops them early."""
+class TuneCallback(Callback):
+    """Records what Tune reports of trials.
 
-    def __init__(self, books: Books, rule: str) -> None:
-        self._books, self._rule = books, rule
+    Args:
+        rule: name of the rule that stops trials early.
+    """
+
+    def __init__(self, ledger: TrialLedger, rule: str) -> None:
+        self._ledger, self._rule = ledger, rule
 
     def on_trial_result(
         self, iteration: int, trials: list[Trial], trial: Trial, result: dict[str, Any], **info: Any
     ) -> None:
-        """An evaluation."""
-        self._books.evaluated(trial.config["trial"].number, result)
+        """Record an evaluation."""
+        self._ledger.evaluated(trial.config["trial"].number, result)
 
     def on_trial_complete(
         self, iteration: int, trials: list[Trial], trial: Trial, **info: Any
     ) -> None:
-        """The trial reported its last step, or was stopped."""
+        """Record a trial that trained to the end, or was stopped."""
         number = trial.config["trial"].number
-        running = self._books.running[number]
+        running = self._ledger.running[number]
         step = running.curve[-1]["step"] if running.curve else 0
         if step < running.steps:
             reason = f"{self._rule}, after step {step} of {running.steps}"
-            self._books.end(number, "stopped", reason)
+            self._ledger.end(number, "stopped", reason)
         else:
-            self._books.end(number, "done", None)
+            self._ledger.end(number, "done", None)
 
     def on_trial_error(
         self, iteration: int, trials: list[Trial], trial: Trial, **info: Any
     ) -> None:
-        """The trial raised."""
-        self._books.end(trial.config["trial"].number, "failed", _reason(trial))
+        """Record a trial that raised."""
+        self._ledger.end(trial.config["trial"].number, "failed", _reason(trial))
 
 
 def _finished(
     running: _Running,
-    status: Status,
+    status: TrialStatus,
     reason: str | None,
     metrics: Mapping[str, float],
     steps: int,
     seconds: float,
-) -> Finished:
+) -> FinishedTrial:
     suggestion = running.suggestion
-    return Finished(
+    return FinishedTrial(
         suggestion.number,
         suggestion.key,
         suggestion.values,
@@ -386,10 +405,10 @@ def _finished(
 
 
 def _reason(trial: Trial) -> str:
-    """One line: what the innermost error said, whoever wrapped it."""
-    if trial.pickled_error_file is None:  # of Tune itself, not of the trial
+    """Return the innermost error of a failed trial in one line."""
+    if trial.pickled_error_file is None:  # an error of Tune itself
         return Path(trial.error_file).read_text(encoding="utf-8").strip().splitlines()[-1]
-    # the file here: `get_pickled_error` reads the one that is uploaded later
+    # not `get_pickled_error`, which reads a copy that is uploaded later
     error = cloudpickle.loads(Path(trial.pickled_error_file).read_bytes())
     while True:
         if isinstance(error, RayTaskError):
@@ -404,8 +423,8 @@ def _reason(trial: Trial) -> str:
     return lines[0] if isinstance(error, ValueError) else f"{type(error).__name__}: {lines[0]}"
 
 
-def _forget_other(folder: Path, loaded: LoadedRecipe[Any]) -> None:
-    """Remove what an interrupted trial of the same number left, if it had other values."""
+def _remove_other_values(folder: Path, loaded: LoadedRecipe[Any]) -> None:
+    """Remove the folder of an interrupted trial of the same number, if it had other values."""
     recipe = folder / "recipe.yaml"
     if recipe.is_file() and recipe.read_text(encoding="utf-8") != loaded.dump():
         shutil.rmtree(folder)

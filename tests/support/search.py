@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from fmray.search.state import Finished
+from fmray.search.state import FinishedTrial
 
 
-def finished(number: int, **changes: Any) -> Finished:
-    """A trial that was suggested, trained for ten steps and found accuracy 0.5."""
+def finished(number: int, **changes: Any) -> FinishedTrial:
+    """A suggested trial with ten steps and accuracy 0.5."""
     values: dict[str, Any] = {
         "number": number,
         "key": f"key {number}",
@@ -23,4 +23,4 @@ def finished(number: int, **changes: Any) -> Finished:
         "steps": 10,
         "origin": "suggested",
     }
-    return Finished(**values | changes)
+    return FinishedTrial(**values | changes)

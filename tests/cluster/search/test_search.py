@@ -1,4 +1,4 @@
-"""A search on real workers: killed and going on, stopped early, with a trial that raises."""
+"""Searches on real workers: killed and resumed, with stopped trials and with failing ones."""
 
 from __future__ import annotations
 
@@ -79,13 +79,13 @@ def load_search(path: Path, *overrides: str) -> LoadedRecipe[SearchRecipe]:
 
 
 def nothing_left() -> bool:
-    """No placement group, no living actor; they go within seconds of their owner."""
+    """Whether no placement group and no actor is left; they end within seconds of their owner."""
     end = time.monotonic() + PATIENCE
     while time.monotonic() < end:
         groups = [g for g in placement_group_table().values() if g["state"] != "REMOVED"]
-        # Ray's own coordinator of autoscaling requests is detached: one a cluster, for good
+        # Ray's coordinator of autoscaling requests is detached: one per cluster, forever
         actors = list_actors(
-            ray.get_runtime_context().gcs_address,  # of other Rays on this machine, none
+            ray.get_runtime_context().gcs_address,  # not another Ray on this machine
             filters=[
                 ("state", "=", "ALIVE"),
                 ("class_name", "!=", "_AutoscalingCoordinatorActor"),
@@ -99,7 +99,7 @@ def nothing_left() -> bool:
 
 
 def mlflow_runs(folder: Path) -> tuple[Any, dict[str, Any]]:
-    """(the parent, its children by name)."""
+    """Return the parent run and its children by name."""
     client = mlflow.MlflowClient(f"sqlite:///{folder / 'runs' / 'mlflow.db'}")
     [experiment] = [e for e in client.search_experiments() if e.name == "tries"]
     runs = {run.info.run_name: run for run in client.search_runs([experiment.experiment_id])}
@@ -109,7 +109,7 @@ def mlflow_runs(folder: Path) -> tuple[Any, dict[str, Any]]:
     return parent, runs
 
 
-def test_a_killed_search_goes_on_and_keeps_what_is_finished(
+def test_a_killed_search_resumes_and_keeps_its_finished_trials(
     base, address: str, tmp_path: Path
 ) -> None:
     path = write_search(tmp_path, base, address, trials=3)
@@ -122,16 +122,16 @@ def test_a_killed_search_goes_on_and_keeps_what_is_finished(
         time.sleep(0.1)
     driver.send_signal(signal.SIGKILL)
     driver.wait()
-    kept = read_finished(trials)
+    before_kill = read_finished(trials)
 
     result = search(load_search(path), "run")
     written = read_finished(trials)
-    assert written[: len(kept)] == kept
+    assert written[: len(before_kill)] == before_kill
     assert [trial.number for trial in written] == [trial.number for trial in result.finished]
     assert sorted(trial.number for trial in written) == [0, 1, 2, 3]
-    [equal] = [trial for trial in written if trial.status == "duplicate"]
-    assert equal.origin == "warm: all tasks" and equal.steps == 0
-    assert [equal.metrics] == [trial.metrics for trial in written if trial.number == 0]
+    [duplicate] = [trial for trial in written if trial.status == "duplicate"]
+    assert duplicate.origin == "warm: all tasks" and duplicate.steps == 0
+    assert [duplicate.metrics] == [trial.metrics for trial in written if trial.number == 0]
     trained = [trial for trial in result.finished if trial.status != "duplicate"]
     assert len(trained) == 3
     assert len({trial.key for trial in trained}) == 3
@@ -140,7 +140,7 @@ def test_a_killed_search_goes_on_and_keeps_what_is_finished(
     assert {"warm: Algorithm 1", "warm: all tasks", "warm: only crimson"} <= origins
     for trial in trained:
         steps = [point["step"] for point in trial.curve]
-        # one that goes on from a checkpoint of before the kill does not evaluate again
+        # a trial that resumes from a checkpoint does not repeat an evaluation
         assert steps == [2, 4] or steps == [4]
         assert trial.curve[-1]["accuracy"] == trial.metrics["accuracy"]
         assert trial.metrics["tasks"] == len(trial.values["tasks"])
@@ -163,18 +163,23 @@ def test_a_killed_search_goes_on_and_keeps_what_is_finished(
         assert child.info.status == "FINISHED"
         assert child.data.metrics["trial/accuracy"] == trial.metrics["accuracy"]
         assert "train/loss" in child.data.metrics
-    # a search that is over has nothing to do, and is not another search
+    # a finished search has nothing to do, and rejects other settings
     assert search(load_search(path), "run").finished == written
     with pytest.raises(ValueError, match="seed was 0 when this search began and is 1"):
         search(load_search(path, "seed=1"), "run")
 
 
-def test_asha_stops_trials_and_one_that_raises_is_told(base, address: str, tmp_path: Path) -> None:
-    """Episodes of three classes, or of more than there are. The worst accuracy is searched for: the
-    base recipe has it already, so that a higher learning rate is stopped."""
+def test_asha_stops_trials_and_a_failing_trial_is_recorded(
+    base, address: str, tmp_path: Path
+) -> None:
+    """Episodes of three classes, or of more than the data have (these trials fail).
+
+    The search minimizes accuracy: the base recipe is good at it, so a higher learning rate is
+    stopped.
+    """
     options = {"ways": [3, 9], "shots": None, "tasks": None, "temperature": None}
     scheduler = {"kind": "asha", "grace": 1, "reduction": 2}
-    base = base | {"cluster": base["cluster"] | {"cpus_per_worker": 1.5}}  # one after another
+    base = base | {"cluster": base["cluster"] | {"cpus_per_worker": 1.5}}  # one at a time
     path = write_search(
         tmp_path,
         base,
@@ -186,9 +191,9 @@ def test_asha_stops_trials_and_one_that_raises_is_told(base, address: str, tmp_p
         seed=6,
     )
     result = search(load_search(path), "run")
-    found = {trial.number: trial for trial in result.finished}
-    assert sorted(found) == [0, 1, 2, 3]
-    assert found[0].origin == "warm: the base recipe" and found[0].status == "done"
+    by_number = {trial.number: trial for trial in result.finished}
+    assert sorted(by_number) == [0, 1, 2, 3]
+    assert by_number[0].origin == "warm: the base recipe" and by_number[0].status == "done"
     for trial in result.finished:
         if trial.values["episodes.ways"] == 9:
             assert trial.status == "failed" and "9-way episode" in trial.reason
@@ -198,9 +203,9 @@ def test_asha_stops_trials_and_one_that_raises_is_told(base, address: str, tmp_p
     assert {"failed", "stopped", "done"} == {trial.status for trial in result.finished}
     assert nothing_left()
     _, children = mlflow_runs(tmp_path)
-    statuses = {number: children[f"run-{number:03d}"].info.status for number in found}
+    statuses = {number: children[f"run-{number:03d}"].info.status for number in by_number}
     assert len(children) == 4
-    for number, trial in found.items():
+    for number, trial in by_number.items():
         assert statuses[number] == ("FAILED" if trial.status == "failed" else "FINISHED")
 
 
@@ -231,12 +236,12 @@ def test_an_adaptive_model_is_judged_at_each_budget(address: str, tmp_path: Path
     result = search(load_search(path), "run")
     assert [trial.status for trial in result.finished] == ["done", "done"]
     for trial in result.finished:
-        found = trial.metrics
+        metrics = trial.metrics
         for name in names:
-            both = [found[f"{name}/0.5"], found[f"{name}/1"]]
-            assert found[name] == pytest.approx(sum(both) / 2)
-        assert found["share/0.5"] <= 0.5 < found["share/1"] == 1
-        assert min(found["latency/0.5"], found["latency/1"]) > 0
+            values = [metrics[f"{name}/0.5"], metrics[f"{name}/1"]]
+            assert metrics[name] == pytest.approx(sum(values) / 2)
+        assert metrics["share/0.5"] <= 0.5 < metrics["share/1"] == 1
+        assert min(metrics["latency/0.5"], metrics["latency/1"]) > 0
     assert result.recommended.metrics["budget"] == 0.5
     best = max(trial.metrics["accuracy/0.5"] for trial in result.finished)
     assert result.recommended.metrics["accuracy"] == best
@@ -247,16 +252,16 @@ def test_an_adaptive_model_is_judged_at_each_budget(address: str, tmp_path: Path
     assert nothing_left()
 
 
-def test_what_cannot_be_searched_is_refused_before_any_trial(
+def test_an_impossible_search_is_an_error_before_any_trial(
     base, address: str, tmp_path: Path
 ) -> None:
     path = write_search(tmp_path, base, address)
     for overrides, message in (
-        (["base_set=[cluster.workers=50, train.episodes_per_step=50]"], "no room for one"),
+        (["base_set=[cluster.workers=50, train.episodes_per_step=50]"], "a trial needs 50 workers"),
         (["base_set=[cluster.workers=0]"], "cluster.workers: 0 trains in the driver itself"),
         (["space=nothing"], "tune_spaces/ has no 'nothing'"),
-        (["objectives=[{metric: acuracy}]"], "no trial reports 'acuracy'"),
-        (["objectives=[{metric: latency}]"], "no trial reports 'latency'; they report accuracy"),
+        (["objectives=[{metric: acuracy}]"], "trials report no 'acuracy'"),
+        (["objectives=[{metric: latency}]"], "trials report no 'latency'; they report accuracy"),
         (["recommend=the best one"], "is not a rule"),
     ):
         with pytest.raises(ValueError, match=message):

@@ -1,4 +1,4 @@
-"""The job that searches static plans: against direct evaluation, when interrupted, when wrong."""
+"""The search for static plans: against direct evaluation, interrupted, and with wrong input."""
 
 from __future__ import annotations
 
@@ -20,18 +20,18 @@ from fmray.config.arguments import job_path
 from fmray.config.search import PlansRecipe
 from fmray.data.loader import evaluation_batches
 from fmray.data.processor import load_processor
-from fmray.search import plans as plan_answers
+from fmray.search import plans as plans_module
 from fmray.search.plans import PlansResult, search_plans
 from fmray.train.adallava.batches import model_inputs, score_answers
 from fmray.train.launch import train
 
 UNITS = 6  # two in each of three layers
-SIZES = {0.5: 2, 0.75: 4}  # the layer that always runs is as much as two units
+SIZES = {0.5: 2, 0.75: 4}  # the layer that always runs costs as much as two units
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A store and a trained model with six switches."""
+    """A store and a trained model with six units."""
     folder = tmp_path_factory.mktemp("plans")
     loaded = load_recipe(
         make_store(folder),
@@ -70,19 +70,19 @@ def result(folder: Path) -> PlansResult:
 
 
 def direct(folder: Path, split: str, plan: str, rows: int | None) -> tuple[np.ndarray, np.ndarray]:
-    """Right or wrong, and loss, of each answer under a plan: the whole model, masked."""
+    """Correctness and loss of each answer under a plan: the complete model, masked."""
     model = AdaptiveVLM.from_pretrained(folder / "run" / "model")
     processor = load_processor(folder / "store" / "processor")
-    right: list[float] = []
+    correct: list[float] = []
     losses: list[float] = []
-    switches = torch.tensor([[digit == "1" for digit in plan]])
+    units = torch.tensor([[digit == "1" for digit in plan]])
     for batch in evaluation_batches(folder / "store", split, processor, 16, rows):
         inputs = model_inputs(batch, torch.float32, torch.device("cpu"))
         with torch.no_grad():
-            output = model(**inputs, plan=switches.expand(len(batch.rows), -1), execution="masked")
-        _, correct, _, loss = score_answers(output.logits, inputs["labels"])
-        right, losses = right + correct.tolist(), losses + loss.tolist()
-    return np.array(right), np.array(losses)
+            output = model(**inputs, plan=units.expand(len(batch.rows), -1), execution="masked")
+        _, right, _, loss = score_answers(output.logits, inputs["labels"])
+        correct, losses = correct + right.tolist(), losses + loss.tolist()
+    return np.array(correct), np.array(losses)
 
 
 def tags(folder: Path, rows: int) -> list[str]:
@@ -91,9 +91,7 @@ def tags(folder: Path, rows: int) -> list[str]:
     return [tag for batch in batches for tag in batch.tags]
 
 
-def test_the_plans_are_the_best_of_all_by_direct_evaluation(
-    folder: Path, result: PlansResult
-) -> None:
+def test_the_plans_are_the_best_by_direct_evaluation(folder: Path, result: PlansResult) -> None:
     kinds = np.array(tags(folder, 15))
     assert {plan.units_on for plan in result.plans} == set(SIZES.values())
     assert {plan.tag for plan in result.plans} == {None, *kinds}
@@ -103,16 +101,16 @@ def test_the_plans_are_the_best_of_all_by_direct_evaluation(
             for on in combinations(range(UNITS), size)
         ]
         known = {text: direct(folder, "train", text, 15) for text in texts}
-        for found in (plan for plan in result.plans if plan.units_on == size):
-            chosen = kinds == found.tag if found.tag else np.ones(len(kinds), dtype=bool)
+        for best in (plan for plan in result.plans if plan.units_on == size):
+            chosen = kinds == best.tag if best.tag else np.ones(len(kinds), dtype=bool)
             score = {
                 text: float((right - loss / (1 + loss))[chosen].mean())
                 for text, (right, loss) in known.items()
             }
-            assert score[found.plan] == pytest.approx(max(score.values()), abs=1e-6)
-            assert found.accuracy == known[found.plan][0][chosen].mean()
-            assert found.questions == chosen.sum()
-            assert found.exhaustive and found.evaluations == len(texts) == 15
+            assert score[best.plan] == pytest.approx(max(score.values()), abs=1e-6)
+            assert best.accuracy == known[best.plan][0][chosen].mean()
+            assert best.questions == chosen.sum()
+            assert best.exhaustive and best.evaluations == len(texts) == 15
 
 
 def test_held_out_questions_are_asked_under_the_plans_found(
@@ -134,15 +132,15 @@ def test_held_out_questions_are_asked_under_the_plans_found(
         for line in asked:
             if line["plans"] == "per type":
                 assert line["plan"] == plans.get((size, line["tag"]), plans[size, None])
-        # one plan, of the units that the calibration's loss grows most without
+        # one plan, with the units whose absence increases the calibration's loss most
         full = direct(folder, "train", "1" * UNITS, 15)[1].sum()
-        grows = [
+        increases = [
             direct(folder, "train", "1" * unit + "0" + "1" * (UNITS - 1 - unit), 15)[1].sum() - full
             for unit in range(UNITS)
         ]
-        order = np.argsort(grows)[::-1][:size]
-        wanted = "".join("01"[unit in order] for unit in range(UNITS))
-        assert {line["plan"] for line in asked if line["plans"] == "importance"} == {wanted}
+        order = np.argsort(increases)[::-1][:size]
+        expected = "".join("01"[unit in order] for unit in range(UNITS))
+        assert {line["plan"] for line in asked if line["plans"] == "importance"} == {expected}
     written = json.loads((folder / "plans" / "plans.json").read_text())
     assert [entry["plan"] for entry in written] == [plan.plan for plan in result.plans]
     files = {path.name for path in (folder / "plans" / "evaluation").iterdir()}
@@ -150,42 +148,42 @@ def test_held_out_questions_are_asked_under_the_plans_found(
     assert "over searched" in result.evaluation.table()
 
 
-def test_an_interrupted_search_goes_on(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """9 of 15 plans at most: evolution. What was asked before is not asked again."""
+def test_an_interrupted_search_resumes(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Evolution (at most 9 of 15 plans). No plan is asked twice of the same questions."""
     loaded = load_plans(folder, population=3, generations=2, seed=4)
-    whole = search_plans(loaded, "whole")
-    assert not any(plan.exhaustive for plan in whole.plans)
-    lines = (folder / "whole" / "answers.jsonl").read_text().splitlines()
+    uninterrupted = search_plans(loaded, "uninterrupted")
+    assert not any(plan.exhaustive for plan in uninterrupted.plans)
+    lines = (folder / "uninterrupted" / "answers.jsonl").read_text().splitlines()
 
     left = [len(lines) // 2]
-    plain = plan_answers.append_line
+    original = plans_module.append_line
 
-    def breaks(path: Path, values: dict[str, object]) -> None:
+    def interrupted_append(path: Path, values: dict[str, object]) -> None:
         if not left[0]:
             raise KeyboardInterrupt
         left[0] -= 1
-        plain(path, values)
+        original(path, values)
 
     with monkeypatch.context() as patch:
-        patch.setattr(plan_answers, "append_line", breaks)
+        patch.setattr(plans_module, "append_line", interrupted_append)
         with pytest.raises(KeyboardInterrupt):
-            search_plans(loaded, "broken")
-    kept = (folder / "broken" / "answers.jsonl").read_text().splitlines()
-    assert kept == lines[: len(lines) // 2]
-    assert search_plans(loaded, "broken").plans == whole.plans
-    assert (folder / "broken" / "answers.jsonl").read_text().splitlines() == lines
+            search_plans(loaded, "interrupted")
+    before = (folder / "interrupted" / "answers.jsonl").read_text().splitlines()
+    assert before == lines[: len(lines) // 2]
+    assert search_plans(loaded, "interrupted").plans == uninterrupted.plans
+    assert (folder / "interrupted" / "answers.jsonl").read_text().splitlines() == lines
     keys = [(line["plan"], line["first"]) for line in map(json.loads, lines[1:])]
     assert len(keys) == len(set(keys))
 
 
-def test_the_job_and_its_run_in_mlflow(
+def test_the_job_tracks_its_run_in_mlflow(
     folder: Path, result: PlansResult, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from mlflow import MlflowClient
 
     path = recipe_of(folder, tracking={"enabled": True, "experiment": "plans"}, rows=5)
-    words = ["search_plans.py", "--config", str(path), "--run-id", "job"]
-    monkeypatch.setattr("sys.argv", words)
+    arguments = ["search_plans.py", "--config", str(path), "--run-id", "job"]
+    monkeypatch.setattr("sys.argv", arguments)
     with pytest.raises(SystemExit) as stopped:
         runpy.run_path(str(job_path("search_plans.py")), run_name="__main__")
     assert stopped.value.code == 0
@@ -198,7 +196,9 @@ def test_the_job_and_its_run_in_mlflow(
     assert {"evaluate/learned/0.5", "evaluate/per type/0.75"} <= run.data.metrics.keys()
 
 
-def test_what_cannot_be_searched_is_named(folder: Path, result: PlansResult) -> None:
+def test_impossible_searches_are_errors_that_name_the_cause(
+    folder: Path, result: PlansResult
+) -> None:
     base = folder / "stock"
     AdaptiveVLM.from_pretrained(folder / "run" / "model").base.save_pretrained(base)
     with pytest.raises(ValueError, match=r"stock: not an adaptive model: it has no adaptive\.json"):

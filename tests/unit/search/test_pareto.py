@@ -12,7 +12,7 @@ from support.search import finished
 
 from fmray.config.search import ObjectiveConfig
 from fmray.search.pareto import front, front_of, hypervolume, recommend, rule_of
-from fmray.search.state import Finished
+from fmray.search.state import FinishedTrial
 
 ACCURACY = ObjectiveConfig(metric="accuracy", mode="max")
 OPERATIONS = ObjectiveConfig(metric="operations", mode="min")
@@ -40,17 +40,17 @@ def dominates(a: np.ndarray, b: np.ndarray, modes: list[str]) -> bool:
         )
     )
 )
-def test_the_front_is_what_nothing_dominates(case: tuple) -> None:
+def test_front_is_the_set_of_points_that_no_point_dominates(case: tuple) -> None:
     points, modes = np.array(case[0], dtype=float), list(case[1])
-    found = front(points, modes).tolist()
-    wanted = [
+    indices = front(points, modes).tolist()
+    expected = [
         index
         for index, point in enumerate(points)
         if not any(dominates(other, point, modes) for other in points)
     ]
-    assert sorted(found) == wanted
-    first = points[found, 0] * (-1 if modes[0] == "max" else 1)
-    assert (np.diff(first) >= 0).all()
+    assert sorted(indices) == expected
+    first_column = points[indices, 0] * (-1 if modes[0] == "max" else 1)
+    assert (np.diff(first_column) >= 0).all()
 
 
 @given(
@@ -60,8 +60,8 @@ def test_the_front_is_what_nothing_dominates(case: tuple) -> None:
         )
     )
 )
-def test_the_hypervolume_counts_the_cells_dominated(points: np.ndarray) -> None:
-    """On a grid of whole numbers the volume is a number of unit cells."""
+def test_hypervolume_on_a_grid_is_the_number_of_dominated_cells(points: np.ndarray) -> None:
+    """On a grid of integers the volume is a number of unit cells."""
     m = points.shape[1]
     modes = ["max", "min", "min", "max"][:m]
     signs = np.array([-1.0 if mode == "max" else 1.0 for mode in modes])
@@ -74,7 +74,7 @@ def test_the_hypervolume_counts_the_cells_dominated(points: np.ndarray) -> None:
     assert hypervolume(points * signs, modes, reference * signs) == pytest.approx(len(cells))
 
 
-def test_the_hypervolume_of_real_numbers_agrees_with_monte_carlo() -> None:
+def test_hypervolume_agrees_with_monte_carlo() -> None:
     generator = np.random.default_rng(0)
     for m in (2, 3, 4):
         points = generator.random((15, m))
@@ -84,7 +84,7 @@ def test_the_hypervolume_of_real_numbers_agrees_with_monte_carlo() -> None:
         assert volume == pytest.approx(hit.mean(), abs=4 * hit.std() / 200 + 1e-9)
 
 
-def test_wrong_points_are_named() -> None:
+def test_invalid_points_are_errors_that_name_them() -> None:
     with pytest.raises(ValueError, match=r"point 1 is nan"):
         front([[1.0, 2.0], [np.nan, 1.0]], ["max", "min"])
     with pytest.raises(ValueError, match=r"must be \[n, 1\]"):
@@ -93,7 +93,7 @@ def test_wrong_points_are_named() -> None:
         hypervolume([[1.0, 2.0]], ["max", "min"], [0.0])
 
 
-def test_trials_that_did_not_end_are_not_on_the_front() -> None:
+def test_stopped_failed_and_non_finite_trials_are_not_on_the_front() -> None:
     ended = trials((0.9, 1.0), (0.8, 0.5), (0.7, 0.6))
     odd = [
         finished(7, status="stopped", metrics={"accuracy": 1.0, "operations": 0.1}),
@@ -104,37 +104,37 @@ def test_trials_that_did_not_end_are_not_on_the_front() -> None:
     assert front_of(odd, BOTH) == []
 
 
-def test_the_best_under_a_limit() -> None:
-    found = trials((0.95, 1.0), (0.90, 0.6), (0.90, 0.5), (0.85, 0.3), (0.99, 0.61))
-    assert recommend("best accuracy under 0.6", found, BOTH).number == 2
-    assert recommend("best  accuracy under 0.4 operations", found, BOTH).number == 3
-    assert recommend("best accuracy under 1", found, BOTH).number == 4
+def test_rule_best_under_a_limit() -> None:
+    results = trials((0.95, 1.0), (0.90, 0.6), (0.90, 0.5), (0.85, 0.3), (0.99, 0.61))
+    assert recommend("best accuracy under 0.6", results, BOTH).number == 2
+    assert recommend("best  accuracy under 0.4 operations", results, BOTH).number == 3
+    assert recommend("best accuracy under 1", results, BOTH).number == 4
     with pytest.raises(ValueError, match=r"no trial has operations of at most 0.2; .* 0.3"):
-        recommend("best accuracy under 0.2", found, BOTH)
+        recommend("best accuracy under 0.2", results, BOTH)
 
 
-def test_the_cheapest_close_to_full() -> None:
-    found = trials((0.90, 1.0), (0.892, 0.6), (0.8909, 0.5), (0.85, 0.3), (0.88, 1.0))
-    assert recommend("cheapest within 1 % of full", found, BOTH).number == 1
-    assert recommend("cheapest within 1.2% of full", found, BOTH).number == 2
-    assert recommend("cheapest within 0 % of full", found, BOTH).number == 0
-    assert recommend("cheapest within 100 % of full", found, BOTH).number == 3
+def test_rule_cheapest_within_a_percentage_of_full() -> None:
+    results = trials((0.90, 1.0), (0.892, 0.6), (0.8909, 0.5), (0.85, 0.3), (0.88, 1.0))
+    assert recommend("cheapest within 1 % of full", results, BOTH).number == 1
+    assert recommend("cheapest within 1.2% of full", results, BOTH).number == 2
+    assert recommend("cheapest within 0 % of full", results, BOTH).number == 0
+    assert recommend("cheapest within 100 % of full", results, BOTH).number == 3
 
 
-def test_a_rule_names_one_cost_where_there_are_several() -> None:
+def test_a_rule_must_name_the_cost_if_there_are_several() -> None:
     three = (ACCURACY, OPERATIONS, LATENCY)
     metrics = [(0.9, 1.0, 5.0), (0.9, 0.5, 9.0)]
-    found = [
+    results = [
         finished(n, metrics=dict(zip(("accuracy", "operations", "latency"), m, strict=True)))
         for n, m in enumerate(metrics)
     ]
-    assert recommend("cheapest latency within 5 % of full", found, three).number == 0
-    assert recommend("best accuracy under 0.6 operations", found, three).number == 1
-    with pytest.raises(ValueError, match=r"2 costs \(mode min\) to go by"):
+    assert recommend("cheapest latency within 5 % of full", results, three).number == 0
+    assert recommend("best accuracy under 0.6 operations", results, three).number == 1
+    with pytest.raises(ValueError, match=r"exactly one cost \(mode min\) and there are 2"):
         rule_of("best accuracy under 0.6", three)
 
 
-def curve(number: int, **by_budget: list[float]) -> Finished:
+def curve(number: int, **by_budget: list[float]) -> FinishedTrial:
     """A trial with a value of each metric at budgets 0.5 and 1, and their means."""
     metrics = {name: sum(values) / 2 for name, values in by_budget.items()}
     for name, values in by_budget.items():
@@ -142,24 +142,24 @@ def curve(number: int, **by_budget: list[float]) -> Finished:
     return finished(number, metrics=metrics)
 
 
-def test_a_trial_with_a_curve_counts_at_each_of_its_budgets() -> None:
-    found = [
+def test_a_trial_counts_at_each_of_its_budgets() -> None:
+    results = [
         curve(0, accuracy=[0.5, 0.9], operations=[0.48, 1.0]),
         curve(1, accuracy=[0.7, 0.85], operations=[0.5, 1.0]),
-        finished(2, metrics={"accuracy": 0.75, "operations": 0.7}),  # it has no curve
+        finished(2, metrics={"accuracy": 0.75, "operations": 0.7}),  # no budgets
     ]
     points = [
         (trial.number, trial.metrics.get("budget"), trial.metrics["accuracy"])
-        for trial in front_of(found, BOTH)
+        for trial in front_of(results, BOTH)
     ]
     assert points == [(0, 1.0, 0.9), (2, None, 0.75), (1, 0.5, 0.7), (0, 0.5, 0.5)]
-    under = recommend("best accuracy under 0.6", found, BOTH)
+    under = recommend("best accuracy under 0.6", results, BOTH)
     assert (under.number, under.metrics["budget"]) == (1, 0.5)
-    # full is what costs most: trial 0 at budget 1, not the mean of a curve
-    assert recommend("cheapest within 17 % of full", found, BOTH).number == 2
-    assert recommend("cheapest within 25 % of full", found, BOTH).number == 1
-    # one objective has no curve to lie on: the mean counts
-    assert [trial.number for trial in front_of(found, BOTH[:1])] == [1]
+    # full is the point with the highest cost: trial 0 at budget 1, not a mean over budgets
+    assert recommend("cheapest within 17 % of full", results, BOTH).number == 2
+    assert recommend("cheapest within 25 % of full", results, BOTH).number == 1
+    # with one objective, the mean over budgets counts
+    assert [trial.number for trial in front_of(results, BOTH[:1])] == [1]
 
 
 @pytest.mark.parametrize(
@@ -168,16 +168,16 @@ def test_a_trial_with_a_curve_counts_at_each_of_its_budgets() -> None:
         ("fastest", BOTH, r"'fastest' is not a rule; the rules are \"best METRIC under"),
         ("best accuracy under half", BOTH, r"is not a rule"),
         ("best speed under 0.6", BOTH, r"no objective 'speed'"),
-        ("best accuracy under 0.6 accuracy", BOTH, r"no objective 'accuracy' to go by"),
-        ("best accuracy under 0.6", (ACCURACY,), r"0 costs .* the objectives are none left"),
+        ("best accuracy under 0.6 accuracy", BOTH, r"no objective 'accuracy' fits"),
+        ("best accuracy under 0.6", (ACCURACY,), r"there are 0; the objectives are none left"),
         ("cheapest within 1 % of full", (OPERATIONS,), r"needs a second objective"),
     ],
 )
-def test_a_wrong_rule_is_refused(rule: str, objectives: tuple, message: str) -> None:
+def test_an_invalid_rule_is_an_error(rule: str, objectives: tuple, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         rule_of(rule, objectives)
 
 
-def test_a_rule_without_trials_says_so() -> None:
-    with pytest.raises(ValueError, match=r"none of 0 trials was trained to its end"):
+def test_a_rule_without_finished_trials_is_an_error() -> None:
+    with pytest.raises(ValueError, match=r"none of 0 trials was trained to the end"):
         recommend("best accuracy under 0.6", [], BOTH)

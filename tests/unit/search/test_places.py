@@ -1,4 +1,4 @@
-"""How many trials fit on made-up clusters."""
+"""Number of concurrent trials on made-up clusters."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ def trials(machines: list[Machine], **cluster: Any) -> int:
 
 
 @pytest.mark.parametrize(
-    ("machines", "cluster", "wanted"),
+    ("machines", "cluster", "expected"),
     [
-        # a laptop: two workers of 0.75 CPUs and 0.5 beside them fill two cores
+        # a laptop: two workers of 0.75 CPUs and 0.5 CPUs for data fill two cores
         ([(2, 0)], {"workers": 2, "cpus_per_worker": 0.75, "data_cpus": 0.5}, 1),
         ([(4, 0)], {"workers": 2, "cpus_per_worker": 0.75, "data_cpus": 0.5}, 2),
         ([(2, 0)], {"workers": 0, "cpus_per_worker": 1}, 2),
@@ -28,18 +28,20 @@ def trials(machines: list[Machine], **cluster: Any) -> int:
         ([(64, 8)] * 4, {"workers": 1, "gpus_per_worker": 1, "data_cpus": 1}, 32),
         ([(64, 8)] * 4, {"workers": 4, "gpus_per_worker": 1, "data_cpus": 1}, 8),
         ([(64, 8)] * 4, {"workers": 1, "gpus_per_worker": 5, "data_cpus": 1}, 4),
-        # the CPUs are what is short: 5 workers and 2 CPUs on one node, 4 and 8 on the other
+        # CPUs are scarce: 5 workers and 2 CPUs on one node, 4 and 8 on the other
         ([(32, 8)] * 2, {"workers": 1, "cpus_per_worker": 6, "gpus_per_worker": 1}, 9),
         # GPUs on one node, the CPUs for data on another
         ([(4, 4), (8, 0)], {"workers": 1, "gpus_per_worker": 1, "data_cpus": 2}, 4),
     ],
 )
-def test_arithmetic(machines: list[tuple[float, float]], cluster: dict[str, Any], wanted) -> None:
+def test_number_of_trials(
+    machines: list[tuple[float, float]], cluster: dict[str, Any], expected: int
+) -> None:
     nodes = [Machine(f"n{i}", *room) for i, room in enumerate(machines)]
-    assert trials(nodes, **cluster) == wanted
+    assert trials(nodes, **cluster) == expected
 
 
-def test_the_reason_is_one_line() -> None:
+def test_the_explanation_is_one_line() -> None:
     config = ClusterConfig(workers=2, cpus_per_worker=0.75, data_cpus=0.5)
     assert concurrency(config, [Machine("here", 4, 0)]) == (
         2,
@@ -52,7 +54,7 @@ def test_the_reason_is_one_line() -> None:
     ("machines", "cluster"),
     [
         ([], {"workers": 1}),
-        ([(2, 0)], {"workers": 2}),  # no CPU is left for data
+        ([(2, 0)], {"workers": 2}),  # no CPU left for data
         ([(2, 0)], {"workers": 1, "gpus_per_worker": 1}),
         ([(2, 0), (2, 0)], {"workers": 1, "cpus_per_worker": 3}),
         ([(0.5, 0)], {"workers": 0}),
@@ -70,7 +72,9 @@ def test_a_search_that_cannot_be_placed_is_an_error(machines, cluster) -> None:
     st.integers(1, 3),
     st.integers(0, 1),
 )
-def test_against_filling_trial_by_trial(machines, workers, cpus, gpus) -> None:
+def test_number_of_trials_agrees_with_placing_worker_by_worker(
+    machines, workers, cpus, gpus
+) -> None:
     """Brute force without CPUs for data: workers are placed one at a time where they fit."""
     room = [list(machine) for machine in machines]
     placed = 0

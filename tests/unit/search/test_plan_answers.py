@@ -1,4 +1,4 @@
-"""Answers under plans: each question asked once, kept on disk, taken up again."""
+"""Answers under plans: each question is asked once, stored, and read again."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from support.tiny_models import adaptive, batch, tiny_llava
 
 from fmray.data.loader import Batch
-from fmray.search.plans import PlanAnswers, digits
+from fmray.search.plans import PlanAnswers, plan_digits
 
 ORIGIN = {"model": "a", "rows": 5}
 
@@ -35,20 +35,20 @@ def plans(*texts: str) -> torch.Tensor:
 
 
 def losses(model, batches: list[Batch], plan: str) -> list[float]:
-    """Loss of each answer by a forward of the whole model, masked, in float64."""
-    found: list[float] = []
+    """Loss of each answer by a forward of the complete model, masked, in float64."""
+    values: list[float] = []
     for part in batches:
         rows = plans(plan).expand(len(part.rows), -1)
         data = (part.input_ids, part.attention_mask, part.pixel_values, part.labels)
         with torch.no_grad():
             logits = model(*data, plan=rows, execution="masked").logits.double()
-        wanted = part.labels[:, 1:]
-        chosen = logits.log_softmax(-1)[:, :-1].gather(2, wanted[..., None].clamp(min=0))[..., 0]
-        found += (-chosen * (wanted != -100)).sum(1).tolist()
-    return found
+        targets = part.labels[:, 1:]
+        chosen = logits.log_softmax(-1)[:, :-1].gather(2, targets[..., None].clamp(min=0))[..., 0]
+        values += (-chosen * (targets != -100)).sum(1).tolist()
+    return values
 
 
-def test_losses_are_those_of_a_forward(model, batches, tmp_path: Path) -> None:
+def test_losses_equal_those_of_a_forward(model, batches, tmp_path: Path) -> None:
     answers = PlanAnswers(tmp_path / "answers.jsonl", model, batches, ORIGIN)
     correct, loss = answers.of(plans("1100", "0101"))
     assert correct.shape == loss.shape == (2, 5) and correct.dtype == bool
@@ -57,20 +57,24 @@ def test_losses_are_those_of_a_forward(model, batches, tmp_path: Path) -> None:
     assert answers.tags.tolist() == ["color", "count", "color", "count", None]
 
 
-def test_right_is_every_token_of_the_answer_most_probable(model, batches, tmp_path: Path) -> None:
-    """The answers are made to be the model's own under one plan: all right there."""
+def test_an_answer_is_correct_if_every_token_is_the_most_probable(
+    model, batches, tmp_path: Path
+) -> None:
+    """The answers are the model's own under one plan, so all are correct under it."""
     made = []
     for part in batches:
         ids, labels = part.input_ids.clone(), part.labels.clone()
-        for place in range(1, ids.shape[1]):  # teacher-forced, so one token after the other
+        for position in range(1, ids.shape[1]):  # teacher-forced: one token after the other
             rows = plans("0110").expand(len(part.rows), -1)
             with torch.no_grad():
                 logits = model(
                     ids, part.attention_mask, part.pixel_values, labels, plan=rows
                 ).logits
-            answer = labels[:, place] != -100
-            ids[:, place] = torch.where(answer, logits[:, place - 1].argmax(-1), ids[:, place])
-            labels[:, place] = torch.where(answer, ids[:, place], labels[:, place])
+            answer = labels[:, position] != -100
+            ids[:, position] = torch.where(
+                answer, logits[:, position - 1].argmax(-1), ids[:, position]
+            )
+            labels[:, position] = torch.where(answer, ids[:, position], labels[:, position])
         made.append(
             Batch(ids, part.attention_mask, labels, part.pixel_values, {}, part.tags, part.rows)
         )
@@ -79,15 +83,15 @@ def test_right_is_every_token_of_the_answer_most_probable(model, batches, tmp_pa
     assert correct[0].all() and not correct[1].all()
 
 
-def test_nothing_is_asked_twice_also_after_a_crash(
+def test_no_question_is_asked_twice_even_after_a_crash(
     model, batches, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked: list[tuple[str, int]] = []
-    plain = type(model).logits_under
+    original = type(model).logits_under
 
-    def counted(self, some, *data, **options):
-        asked.extend((digits(plan), options["input_ids"].shape[0]) for plan in some)
-        return plain(self, some, *data, **options)
+    def counted(self, plans, *data, **options):
+        asked.extend((plan_digits(plan), options["input_ids"].shape[0]) for plan in plans)
+        return original(self, plans, *data, **options)
 
     monkeypatch.setattr(type(model), "logits_under", counted)
     path = tmp_path / "answers.jsonl"
@@ -97,18 +101,18 @@ def test_nothing_is_asked_twice_also_after_a_crash(
     assert sorted(asked) == sorted((p, n) for p in ("1100", "0101", "1010") for n in (2, 3))
     np.testing.assert_array_equal(again[1][[2, 0]], first[1])
 
-    # a crash: the last line is cut, and the one before it is of the same plan's first batch
-    whole = path.read_bytes()
-    path.write_bytes(whole[:-9])
+    # a crash cut the last line; the line before it is of the same plan's first batch
+    content = path.read_bytes()
+    path.write_bytes(content[:-9])
     asked.clear()
     restored = PlanAnswers(path, model, batches, ORIGIN).of(plans("0101", "1010", "1100"))
     assert asked == [("1010", 3)]
     np.testing.assert_array_equal(restored[0], again[0])
     np.testing.assert_array_equal(restored[1], again[1])
-    assert path.read_bytes() == whole
+    assert path.read_bytes() == content
 
 
-def test_answers_of_another_model_are_refused(model, batches, tmp_path: Path) -> None:
+def test_answers_of_another_model_are_an_error(model, batches, tmp_path: Path) -> None:
     path = tmp_path / "answers.jsonl"
     PlanAnswers(path, model, batches, ORIGIN)
     with pytest.raises(

@@ -1,4 +1,4 @@
-"""The report of a search: one page, whole, escaped, that loads nothing."""
+"""The report of a search: one complete page, escaped, that loads nothing."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from support.search import finished
 
 from fmray.config.search import ObjectiveConfig
 from fmray.search.report import pareto_figure, write_report
-from fmray.search.state import Finished
+from fmray.search.state import FinishedTrial
 
 BOTH = (ObjectiveConfig(metric="accuracy"), ObjectiveConfig(metric="operations", mode="min"))
 HOSTILE = '<script src="https://example.org/a.js"></script> & $\\frac{1$ "\''
-NO_TEXT = "\ud800\x00"  # as a worker's error may hold
+NO_TEXT = "\ud800\x00"  # may occur in a worker's error
 VOID = {"meta", "img", "br", "link", "input", "hr"}
 
 
 class Page(HTMLParser):
-    """Tags in order with their attributes; text; raises where a tag is not closed in order."""
+    """Tags in order with their attributes, and text. Fails if a tag is not closed in order."""
 
     def __init__(self, text: str) -> None:
         super().__init__()
@@ -49,46 +49,46 @@ class Page(HTMLParser):
         return [attributes for name, attributes in self.tags if name == tag]
 
 
-def trials() -> list[Finished]:
+def trials() -> list[FinishedTrial]:
     generator = np.random.default_rng(0)
-    found = []
+    results = []
     for number in range(12):
         items = [name for name in ("birds", "$10$ signs", HOSTILE) if generator.random() < 0.6]
         metrics = {"accuracy": generator.random(), "operations": generator.random()}
         values = {"tasks": items, "lr": 10 ** -generator.uniform(2, 5), "design": "layers"}
         origin = "warm: all tasks" if number < 2 else "suggested"
-        found.append(finished(number, values=values, metrics=metrics, origin=origin))
-    found.append(
+        results.append(finished(number, values=values, metrics=metrics, origin=origin))
+    results.append(
         finished(12, status="failed", metrics={}, reason=HOSTILE + NO_TEXT, values={"design": None})
     )
-    found.append(finished(13, status="duplicate", reason="equals trial 3", steps=0))
-    found.append(finished(14, status="stopped", metrics={"accuracy": 0.1}, steps=3))
-    return found
+    results.append(finished(13, status="duplicate", reason="equals trial 3", steps=0))
+    results.append(finished(14, status="stopped", metrics={"accuracy": 0.1}, steps=3))
+    return results
 
 
-def test_the_report_is_whole_and_loads_nothing(tmp_path: Path) -> None:
+def test_the_report_is_complete_and_loads_nothing(tmp_path: Path) -> None:
     path = tmp_path / "folder" / "report.html"
-    found = trials()
-    rule = ("best accuracy under 0.6", found[3])
-    write_report(path, found, BOTH, f"search {HOSTILE}", rule, notes=[f"rank {HOSTILE}"])
+    results = trials()
+    rule = ("best accuracy under 0.6", results[3])
+    write_report(path, results, BOTH, f"search {HOSTILE}", rule, notes=[f"rank {HOSTILE}"])
     page = Page(path.read_text(encoding="utf-8"))
     assert not page.all("script") and not page.all("link") and not page.all("iframe")
     for _, attributes in page.tags:
         for name in ("src", "href", "srcset", "data", "action", "style", "background"):
             assert (attributes.get(name) or "data:").startswith("data:")
     assert "url(" not in path.read_text(encoding="utf-8")
-    pictures = page.all("img")
-    assert [picture["alt"] for picture in pictures] == [
+    images = page.all("img")
+    assert [image["alt"] for image in images] == [
         "Pareto front",
         "Parallel coordinates",
         "Trial timeline",
         "Subset heat map: tasks",
     ]
-    for picture in pictures:
-        content = base64.b64decode(picture["src"].removeprefix("data:image/png;base64,"))
+    for image in images:
+        content = base64.b64decode(image["src"].removeprefix("data:image/png;base64,"))
         pixels = np.asarray(Image.open(io.BytesIO(content)).convert("L"))
-        assert pixels.std() > 5  # something is drawn
-    assert len(page.all("tr")) == 1 + len(found)
+        assert pixels.std() > 5  # not blank
+    assert len(page.all("tr")) == 1 + len(results)
     shown = "".join(page.text)
     assert shown.count("<script src=") >= 3  # as text: title, note, reason
     assert "equals trial 3" in shown and "trial 3 (accuracy" in shown
@@ -97,23 +97,23 @@ def test_the_report_is_whole_and_loads_nothing(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("objectives", [BOTH[:1], (*BOTH, ObjectiveConfig(metric="latency"))])
 def test_any_number_of_objectives(tmp_path: Path, objectives: tuple) -> None:
-    found = [
+    results = [
         finished(n, metrics={"accuracy": n / 3, "operations": 1 - n / 3, "latency": 1.0})
         for n in range(3)
     ]
-    write_report(tmp_path / "report.html", found, objectives, "search")
+    write_report(tmp_path / "report.html", results, objectives, "search")
     page = Page((tmp_path / "report.html").read_text())
     assert len(page.all("img")) == 3  # no subset, so no heat map
 
 
-def test_the_figure_has_every_trial_and_the_front() -> None:
+def test_the_figure_shows_every_trial_and_the_front() -> None:
     latency = ObjectiveConfig(metric="latency", mode="min")
     values = [(0.9, 1.0, 3.0), (0.8, 0.5, 2.0), (0.7, 0.6, 2.5), (0.6, 0.7, 1.0)]
-    found = [
+    results = [
         finished(n, metrics=dict(zip(("accuracy", "operations", "latency"), v, strict=True)))
         for n, v in enumerate(values)
     ]
-    panels = pareto_figure(found, (*BOTH, latency), found[1]).axes
+    panels = pareto_figure(results, (*BOTH, latency), results[1]).axes
     drawn = [panel for panel in panels if panel.has_data()]
     assert len(drawn) == 3  # each pair of objectives
     for panel in drawn:
@@ -125,40 +125,42 @@ def test_the_figure_has_every_trial_and_the_front() -> None:
     assert list(both["recommended: trial 1"].get_xdata()) == [0.5]
 
 
-def test_a_curve_is_drawn_at_each_budget(tmp_path: Path) -> None:
+def test_a_trial_is_drawn_at_each_of_its_budgets(tmp_path: Path) -> None:
     metrics = {"accuracy": 0.7, "accuracy/0.5": 0.6, "accuracy/1": 0.8}
     metrics |= {"operations": 0.75, "operations/0.5": 0.5, "operations/1": 1.0}
-    found = [finished(0, metrics=metrics)]
-    [half, whole] = [
+    results = [finished(0, metrics=metrics)]
+    [half, full] = [
         finished(0, metrics={"accuracy": a, "operations": o, "budget": o})
         for a, o in ((0.6, 0.5), (0.8, 1.0))
     ]
-    [panel] = pareto_figure(found, BOTH, half).axes
+    [panel] = pareto_figure(results, BOTH, half).axes
     lines = {line.get_label(): line for line in panel.lines}
     assert list(lines["Pareto front (2)"].get_xdata()) == [0.5, 1.0]
     assert list(lines["recommended: trial 0"].get_xdata()) == [0.5]
-    write_report(tmp_path / "report.html", found, BOTH, "search", ("cheapest", whole))
+    write_report(tmp_path / "report.html", results, BOTH, "search", ("cheapest", full))
     page = Page((tmp_path / "report.html").read_text())
     assert "trial 0 at budget 1 (accuracy 0.8, operations 1" in "".join(page.text)
-    assert len(page.all("tr")) == 2  # a line a trial
+    assert len(page.all("tr")) == 2  # one row per trial
 
 
-@pytest.mark.parametrize("found", [[], [finished(0, status="failed", metrics={}, reason="no")]])
-def test_a_search_without_a_result_has_a_report(tmp_path: Path, found: list[Finished]) -> None:
-    write_report(tmp_path / "report.html", found, BOTH, "search")
+@pytest.mark.parametrize("results", [[], [finished(0, status="failed", metrics={}, reason="no")]])
+def test_a_search_without_results_has_a_report(
+    tmp_path: Path, results: list[FinishedTrial]
+) -> None:
+    write_report(tmp_path / "report.html", results, BOTH, "search")
     page = Page((tmp_path / "report.html").read_text())
-    assert len(page.all("img")) == len(found)  # the timeline of what failed
+    assert len(page.all("img")) == len(results)  # the timeline of failed trials
     assert "Nothing to draw" in "".join(page.text)
 
 
-def test_more_trials_than_a_figure_holds(tmp_path: Path) -> None:
-    found = [
+def test_figures_are_limited_to_a_page(tmp_path: Path) -> None:
+    results = [
         finished(n, values={"tasks": ["a", "b"][: 1 + n % 2]}, metrics={"accuracy": n / 100})
         for n in range(100)
     ]
-    write_report(tmp_path / "report.html", found, BOTH[:1], "search")
+    write_report(tmp_path / "report.html", results, BOTH[:1], "search")
     page = Page((tmp_path / "report.html").read_text())
-    for picture in page.all("img"):
-        content = base64.b64decode(picture["src"].split(",")[1])
+    for image in page.all("img"):
+        content = base64.b64decode(image["src"].split(",")[1])
         assert Image.open(io.BytesIO(content)).height < 4000
     assert len(page.all("tr")) == 101

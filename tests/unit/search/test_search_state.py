@@ -1,4 +1,4 @@
-"""`trials.jsonl`: read back as written, after a crash too."""
+"""`trials.jsonl` is read as it was written, even after a crash."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from fmray.search.state import Finished, append, read_finished
+from fmray.search.state import FinishedTrial, append_trial, read_finished
 
-TRIAL = Finished(
+TRIAL = FinishedTrial(
     number=3,
     key='{"tasks": ["a", "b"]}',
     values={"tasks": ["a", "b"], "lr": 1e-3},
@@ -25,23 +25,23 @@ TRIAL = Finished(
 )
 
 
-def test_what_was_appended_is_read_and_a_cut_line_is_not(tmp_path: Path) -> None:
+def test_complete_lines_are_read_and_a_cut_line_is_dropped(tmp_path: Path) -> None:
     path = tmp_path / "trials.jsonl"
     assert read_finished(path) == []
     failed = replace(TRIAL, number=4, metrics={}, curve=(), status="failed", reason="no\nmemory é")
-    append(path, TRIAL)
-    append(path, failed)
+    append_trial(path, TRIAL)
+    append_trial(path, failed)
     with path.open("ab") as file:  # a crash in the middle of a line
         file.write(b'{"number": 5, "key": "')
     assert read_finished(path) == [TRIAL, failed]
-    append(path, replace(TRIAL, number=5))
+    append_trial(path, replace(TRIAL, number=5))
     assert [trial.number for trial in read_finished(path)] == [3, 4, 5]
 
 
 @pytest.mark.parametrize("line", ["[]", "{}", "not JSON", '{"overrides": [], "curve": []}'])
-def test_a_wrong_line_is_named(tmp_path: Path, line: str) -> None:
+def test_an_invalid_line_is_an_error_that_names_it(tmp_path: Path, line: str) -> None:
     path = tmp_path / "trials.jsonl"
-    append(path, TRIAL)
+    append_trial(path, TRIAL)
     with path.open("a") as file:
         file.write(line + "\n")
     with pytest.raises(ValueError, match=r"trials\.jsonl:2: not a trial"):

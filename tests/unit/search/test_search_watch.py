@@ -1,4 +1,4 @@
-"""What is said of a trial that failed: the innermost error, in one line."""
+"""The reason of a failed trial: the innermost error, in one line."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ MISTAKE = ValueError("no candidate tasks: lower episodes.ways\nand more")
 
 
 @pytest.mark.parametrize(
-    ("error", "wanted"),
+    ("error", "expected"),
     [
         (RayTaskError("train", "trace", MISTAKE), "no candidate tasks: lower episodes.ways"),
         (WorkerGroupError("2 failed", {1: RuntimeError("boom")}), "RuntimeError: boom"),
@@ -26,7 +26,7 @@ MISTAKE = ValueError("no candidate tasks: lower episodes.ways\nand more")
         ),
     ],
 )
-def test_the_innermost_error_is_the_reason(tmp_path: Path, error: Exception, wanted: str) -> None:
+def test_the_innermost_error_is_the_reason(tmp_path: Path, error: Exception, expected: str) -> None:
     path = tmp_path / "error.pkl"
     path.write_bytes(cloudpickle.dumps(error))
-    assert _reason(SimpleNamespace(pickled_error_file=str(path))) == wanted
+    assert _reason(SimpleNamespace(pickled_error_file=str(path))) == expected

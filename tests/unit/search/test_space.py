@@ -1,4 +1,4 @@
-"""Spaces: equal trials, warm starts, and what is wrong with a space or its options, in one line."""
+"""Spaces: equal trials, warm starts, and one-line errors for wrong spaces and options."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def subsets(**options: object) -> Space:
 
 
 @given(st.lists(st.sampled_from("ABCD"), min_size=1, max_size=8), st.randoms())
-def test_equal_subsets_have_equal_keys_in_any_order_and_encoding(
+def test_equal_subsets_have_equal_keys_in_any_order_and_type(
     items: list[str], shuffle: random.Random
 ) -> None:
     space = subsets()
@@ -77,16 +77,16 @@ def test_threshold_subsets_are_those_of_a_scan_over_thresholds(coverage: list[fl
     space = load_space(
         "task_subsets", FEWSHOT, {"subsets": "threshold", "singles": 0}, lambda: tasks
     )
-    found = {len(point["tasks"]) for point in space.points()} - {len(names)}
+    counts_of_space = {len(point["tasks"]) for point in space.points()} - {len(names)}
     ratios = [b / a - 1 for a, b in itertools.pairwise(coverage)]
     scan = [0.0, 1e9, *(p + e for p in ratios if 0 <= p < 1e8 for e in (-1e-7, 1e-7, 0))]
     counts = {selected_count(coverage, p) for p in scan if p >= 0}
-    # 1 is Algorithm 1's own here, and all tasks are there anyway: both are warm starts
-    assert found | {1, len(names)} == counts | {1, len(names)}
+    # one task (Algorithm 1's choice here) and all tasks are warm starts, so always included
+    assert counts_of_space | {1, len(names)} == counts | {1, len(names)}
 
 
-def test_the_base_recipe_goes_first_where_it_lies_inside() -> None:
-    """Of design layers, whatever its unit: that does not count."""
+def test_the_base_recipe_is_the_warm_start_if_it_is_inside_the_space() -> None:
+    """With design layers, whatever the unit: it has no effect there."""
     [start] = load_space("budgets", ADAPTIVE, {"unit": [2, 4]}).warm_starts
     assert start.name == "the base recipe" and start.values["train.lr"] == ADAPTIVE.train.lr
     heads = AdaLlavaRecipe.model_validate({"name": "a", "adaptive": {"design": "heads", "unit": 8}})
@@ -94,7 +94,7 @@ def test_the_base_recipe_goes_first_where_it_lies_inside() -> None:
     assert len(load_space("budgets", heads, {}).warm_starts) == 1
 
 
-def test_what_does_not_count_does_not_make_a_trial_another() -> None:
+def test_settings_without_effect_do_not_distinguish_trials() -> None:
     space = load_space(
         "budgets",
         ADAPTIVE,
@@ -105,7 +105,7 @@ def test_what_does_not_count_does_not_make_a_trial_another() -> None:
     assert len(layers) == 1 and len(heads) == 2 and not layers & heads
 
 
-def test_shares_count_among_the_chosen_tasks_only() -> None:
+def test_shares_matter_among_the_chosen_tasks_only() -> None:
     space = subsets(weights=[1, 2, 4])
     space.check()
 
@@ -151,7 +151,7 @@ def test_overrides_load_on_the_base_recipe(tmp_path: Path) -> None:
     assert select.weights == {"123": 1.0, "cifar10/003": 2.0}
 
 
-def test_values_come_back_from_json() -> None:
+def test_values_survive_json() -> None:
     space = Space(
         (Subset("s", ("x", "y")), Choice("c", ((1, 2), True, 1)), Real("r", 0, 1)), lambda _: []
     )
@@ -168,22 +168,22 @@ def plain(*parameters: object, starts: tuple[WarmStart, ...] = ()) -> Space:
     ("wrong", "message"),
     [
         (plain(), "the space varies nothing"),
-        (plain(Integer("a", 1, 2), Integer("a", 1, 2)), "'a' is there twice"),
+        (plain(Integer("a", 1, 2), Integer("a", 1, 2)), "'a' is listed twice"),
         (plain(Choice("a", ())), "a: has no values to choose from"),
-        (plain(Choice("a", (1, 2, 1))), "a: 1 is there twice; keep one of them"),
+        (plain(Choice("a", (1, 2, 1))), "a: 1 is listed twice; keep one of them"),
         (plain(Integer("a", 3, 2)), "a: runs from 3 down to 2"),
         (plain(Real("a", 1, 1)), "a: runs from 1 to 1; give two finite ends"),
         (plain(Real("a", 0, float("inf"))), "a: runs from 0 to inf; give two finite ends"),
         (plain(Real("a", 0, 1, log=True)), "a: is logarithmic and starts at 0"),
         (plain(Subset("a", ())), "a: has no items"),
-        (plain(Subset("a", ("x", "x"))), "a: 'x' is there twice"),
+        (plain(Subset("a", ("x", "x"))), "a: 'x' is listed twice"),
         (
             plain(Subset("a", ("x",)), starts=(WarmStart("w", {"a": ()}),)),
             "warm start w: a: an empty subset",
         ),
         (
             plain(Subset("a", ("x",)), starts=(WarmStart("w", {"a": ("z",)}),)),
-            "warm start w: a: 'z' is none of x",
+            "warm start w: a: 'z' is not one of x",
         ),
         (plain(Integer("a", 1, 2), starts=(WarmStart("w", {"b": 1}),)), "values of b in a space"),
         (
@@ -192,7 +192,7 @@ def plain(*parameters: object, starts: tuple[WarmStart, ...] = ()) -> Space:
         ),
     ],
 )
-def test_wrong_spaces_get_their_message(wrong: Space, message: str) -> None:
+def test_an_invalid_space_is_an_error_of_one_line(wrong: Space, message: str) -> None:
     with pytest.raises(ValueError, match=r"\A[^\n]+\Z") as caught:
         wrong.check()
     assert message in str(caught.value)
@@ -217,26 +217,28 @@ def test_wrong_spaces_get_their_message(wrong: Space, message: str) -> None:
         ("budgets", FEWSHOT, {}, "varies recipes of kind adallava; the base is of kind fewshot"),
         ("budgets", AdaLlavaRecipe(name="a"), {}, "the base recipe has adaptive: null"),
         ("budgets", ADAPTIVE, {"lora_rank": [4]}, "options.lora_rank: the base recipe has no"),
-        ("task_subsets", FEWSHOT, {}, "it varies tasks, and there are none"),
-        ("task_subsets", ADAPTIVE, {}, "it varies tasks, and there are none"),
+        ("task_subsets", FEWSHOT, {}, "it varies tasks, and there are no tasks"),
+        ("task_subsets", ADAPTIVE, {}, "it varies tasks, and there are no tasks"),
     ],
 )
-def test_wrong_names_options_and_bases_get_their_message(name, base, options, message) -> None:
+def test_invalid_names_options_and_base_recipes_are_errors_of_one_line(
+    name, base, options, message
+) -> None:
     with pytest.raises(ValueError, match=r"\A[^\n]+\Z") as caught:
         load_space(name, base, options)
     assert message in str(caught.value)
 
 
-def test_a_file_that_is_no_space_is_said(tmp_path: Path, monkeypatch) -> None:
+def test_a_file_that_defines_no_space_is_an_error(tmp_path: Path, monkeypatch) -> None:
     package = tmp_path / "fmray" / "search"
     (tmp_path / "tune_spaces").mkdir()
     (tmp_path / "tune_spaces" / "mine.py").write_text("Options = None\n")
     monkeypatch.setattr(space_module, "__file__", str(package / "space.py"))
-    with pytest.raises(ValueError, match=r"tune_spaces/mine\.py has no `space`"):
+    with pytest.raises(ValueError, match=r"tune_spaces/mine\.py defines no `space`"):
         load_space("mine", FEWSHOT, {})
 
 
-def test_select_only_is_what_is_trained_on(tmp_path: Path) -> None:
+def test_a_run_trains_on_the_tasks_of_select_only(tmp_path: Path) -> None:
     store = color_store(tmp_path)
     recipe = color_recipe(store, tmp_path).recipe
 

@@ -1,4 +1,4 @@
-"""Early stopping: what Ray's rules do with trials that ended before this process began."""
+"""Early stopping: Ray's rules with trials of earlier processes."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from ray.tune.schedulers import FIFOScheduler, TrialScheduler
 from support.search import finished
 
 from fmray.config.search import SchedulerConfig, SearchRecipe
-from fmray.search.state import Finished
+from fmray.search.state import FinishedTrial
 from fmray.search.suggest import make_scheduler
 
 EVERY, STEPS = 10, 40
@@ -21,7 +21,7 @@ def recipe(kind: str, mode: str = "max") -> SearchRecipe:
     return SearchRecipe.model_validate(values | {"scheduler": scheduler, "objectives": objectives})
 
 
-def earlier(number: int, *accuracies: float) -> Finished:
+def earlier(number: int, *accuracies: float) -> FinishedTrial:
     curve = [{"step": EVERY * (i + 1), "accuracy": a} for i, a in enumerate(accuracies)]
     return finished(number, curve=tuple(curve), metrics={"accuracy": accuracies[-1]})
 
@@ -34,18 +34,20 @@ def decide(scheduler: TrialScheduler, step: int, accuracy: float) -> str:
 
 @pytest.mark.parametrize("kind", ["asha", "median"])
 @pytest.mark.parametrize("mode", ["max", "min"])
-def test_trials_of_before_are_what_a_new_one_is_compared_with(kind: str, mode: str) -> None:
+def test_a_new_trial_is_compared_with_those_of_earlier_processes(kind: str, mode: str) -> None:
     sign = 1 if mode == "max" else -1
     before = [earlier(n, *(sign * (0.4 + n / 50 + i / 100) for i in range(4))) for n in range(5)]
-    stop, go = TrialScheduler.STOP, TrialScheduler.CONTINUE
-    remembers = make_scheduler(recipe(kind, mode), EVERY, STEPS, before)
-    assert decide(remembers, EVERY, sign * 0.1) == stop
-    assert decide(remembers, EVERY, sign * 0.9) == go
-    forgets = make_scheduler(recipe(kind, mode), EVERY, STEPS, [])
-    assert decide(forgets, EVERY, sign * 0.1) == go
+    stop, proceed = TrialScheduler.STOP, TrialScheduler.CONTINUE
+    resumed = make_scheduler(recipe(kind, mode), EVERY, STEPS, before)
+    assert decide(resumed, EVERY, sign * 0.1) == stop
+    assert decide(resumed, EVERY, sign * 0.9) == proceed
+    new = make_scheduler(recipe(kind, mode), EVERY, STEPS, [])
+    assert decide(new, EVERY, sign * 0.1) == proceed
 
 
-def test_none_is_stopped_without_a_rule() -> None:
+def test_no_trial_is_stopped_without_a_rule_or_results() -> None:
     assert isinstance(make_scheduler(recipe("none"), EVERY, STEPS, []), FIFOScheduler)
-    later = make_scheduler(recipe("asha"), EVERY, STEPS, [finished(0, status="failed", curve=())])
-    assert decide(later, EVERY, 0.1) == TrialScheduler.CONTINUE
+    scheduler = make_scheduler(
+        recipe("asha"), EVERY, STEPS, [finished(0, status="failed", curve=())]
+    )
+    assert decide(scheduler, EVERY, 0.1) == TrialScheduler.CONTINUE

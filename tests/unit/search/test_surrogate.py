@@ -1,4 +1,4 @@
-"""Rank correlations of cheap scores with accuracies, against scipy and known answers."""
+"""Rank correlations of scores with accuracies, against scipy and known answers."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ TARGET = TaskMoments.of("target", CENTRES["a"] + GENERATOR.normal(size=(30, 4)))
 SETS = [names for size in (1, 2, 3, 4) for names in itertools.combinations("abcd", size)]
 
 
-def test_spearman_is_scipys_with_equal_values_too() -> None:
+def test_spearman_agrees_with_scipy_also_with_ties() -> None:
     for size in (3, 8, 40):
         first = GENERATOR.integers(0, 6, size).astype(float)
         second = GENERATOR.integers(0, 6, size).astype(float)
@@ -35,35 +35,35 @@ def test_spearman_is_scipys_with_equal_values_too() -> None:
 
 
 @pytest.mark.parametrize("covariance", ["oas", "diag"])
-def test_accuracies_in_the_order_of_coverage(covariance: str) -> None:
+def test_accuracies_in_the_order_of_coverage_correlate_perfectly(covariance: str) -> None:
     config = SelectConfig(covariance=covariance)
     covered = [coverage([TASKS[n] for n in names], TARGET, covariance) for names in SETS]
     accuracies = stats.rankdata(covered) / 100
-    found = {
-        one.score: one for one in rank_correlations(SETS, accuracies, TARGET, TASKS, config, seed=0)
+    correlations = {
+        c.score: c for c in rank_correlations(SETS, accuracies, TARGET, TASKS, config, seed=0)
     }
-    assert found["coverage"].rho == pytest.approx(1.0)
-    assert found["coverage"].low == pytest.approx(1.0)
+    assert correlations["coverage"].rho == pytest.approx(1.0)
+    assert correlations["coverage"].low == pytest.approx(1.0)
     sizes = [len(names) for names in SETS]
     expected = stats.spearmanr(sizes, accuracies).statistic
-    assert found["the number of tasks"].rho == pytest.approx(expected)
-    assert set(found) == {"coverage", "mean similarity", "the number of tasks"}
-    assert all(one.sets == 15 and one.low <= one.rho <= one.high for one in found.values())
-    assert "correlation of +1.00 [+1.00, +1.00]" in str(found["coverage"])
+    assert correlations["the number of tasks"].rho == pytest.approx(expected)
+    assert set(correlations) == {"coverage", "mean similarity", "the number of tasks"}
+    assert all(c.sets == 15 and c.low <= c.rho <= c.high for c in correlations.values())
+    assert "correlation of +1.00 [+1.00, +1.00]" in str(correlations["coverage"])
 
 
-def test_the_interval_holds_zero_for_accuracies_without_order_and_is_the_same_again() -> None:
+def test_the_interval_contains_zero_for_random_accuracies_and_is_reproducible() -> None:
     accuracies = np.random.default_rng(8).random(len(SETS))
-    found, again = (
+    correlations, again = (
         rank_correlations(SETS, accuracies, TARGET, TASKS, SelectConfig(), seed=0) for _ in "12"
     )
-    assert found == again
-    assert all(one.low < 0 < one.high for one in found)
+    assert correlations == again
+    assert all(c.low < 0 < c.high for c in correlations)
     few = rank_correlations(SETS[:4], accuracies[:4], TARGET, TASKS, SelectConfig(), seed=0)
     assert few == []
 
 
-def test_a_search_ranks_the_sets_that_were_trained_whole_and_in_equal_shares() -> None:
+def test_a_search_ranks_sets_trained_to_the_end_with_equal_shares() -> None:
     trials = [
         finished(
             n, values={"tasks": names}, overrides=("select.only",), metrics={"accuracy": n / 9}
@@ -74,8 +74,8 @@ def test_a_search_ranks_the_sets_that_were_trained_whole_and_in_equal_shares() -
     trials.append(finished(6, values={"tasks": SETS[9]}, overrides=shares))
     trials.append(finished(7, values={"tasks": SETS[8]}, overrides=(), status="stopped"))
     base = FewshotRecipe(name="a")
-    measured = SimpleNamespace(target=TARGET, moments=TASKS)
+    embedded = SimpleNamespace(target=TARGET, moments=TASKS)
     accuracies = [n / 9 for n in range(6)]
-    found = rank_correlations(SETS[:6], accuracies, TARGET, TASKS, base.select, base.seed)
-    assert _task_notes(base, trials, lambda: measured) == [str(one) for one in found]
-    assert _task_notes(base, trials[:4], lambda: measured) == []
+    correlations = rank_correlations(SETS[:6], accuracies, TARGET, TASKS, base.select, base.seed)
+    assert _task_notes(base, trials, lambda: embedded) == [str(c) for c in correlations]
+    assert _task_notes(base, trials[:4], lambda: embedded) == []

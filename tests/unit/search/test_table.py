@@ -1,4 +1,4 @@
-"""The table of trials: redrawn in a terminal, lines elsewhere."""
+"""The table of trials: live in a terminal, lines elsewhere."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from dataclasses import replace
 
 import pytest
 
-from fmray.search.watch import Row, TrialTable
+from fmray.search.watch import TrialRow, TrialTable
 
-RUNNING = Row(0, "random", {"tasks": ["[/red]", "b"], "lr": 1e-3}, "running", 0, {})
+RUNNING = TrialRow(0, "random", {"tasks": ["[/red]", "b"], "lr": 1e-3}, "running", 0, {})
 HALF = replace(RUNNING, step=4, metrics={"accuracy": 0.25})
 FAILED = replace(HALF, status="failed", reason="ValueError: [no] room")
 
 
-def test_lines_where_nobody_watches(capsys: pytest.CaptureFixture[str]) -> None:
+def test_without_a_terminal_each_event_is_a_line(capsys: pytest.CaptureFixture[str]) -> None:
     with TrialTable(["accuracy"], trials=2) as table:
         for row in (RUNNING, HALF, FAILED):
             table.show(row)
@@ -27,13 +27,13 @@ def test_lines_where_nobody_watches(capsys: pytest.CaptureFixture[str]) -> None:
     ]
 
 
-def test_a_terminal_is_drawn_anew() -> None:
+def test_a_terminal_shows_a_live_table() -> None:
     reader, writer = os.openpty()
     script = (
         "from test_table import *\n"
         "with TrialTable(['accuracy'], trials=2) as table:\n"
         "    table.show(RUNNING)\n"
-        "    table._live.refresh()\n"  # what it does twice a second
+        "    table._live.refresh()\n"  # as it does twice a second
         "    table.show(FAILED)\n"
         "    table.show(replace(HALF, number=1))\n"
     )
@@ -42,16 +42,16 @@ def test_a_terminal_is_drawn_anew() -> None:
     with os.fdopen(reader, "rb") as screen:
         child = subprocess.Popen([sys.executable, "-c", script], stdout=writer, env=environment)
         os.close(writer)
-        shown = b""
+        output = b""
         while True:
             try:
-                piece = os.read(screen.fileno(), 65536)
+                chunk = os.read(screen.fileno(), 65536)
             except OSError:  # the other end is closed
                 break
-            shown += piece
+            output += chunk
         assert child.wait(60) == 0
-    last = shown.decode().rpartition("trials ended")[2].splitlines()
-    assert "0 of 2" in shown.decode() and "1 of 2" in shown.decode()
+    last = output.decode().rpartition("trials finished")[2].splitlines()
+    assert "0 of 2" in output.decode() and "1 of 2" in output.decode()
     rows = [line for line in last if "random" in line]
     assert len(rows) == 2
     assert "{[/red] b}" in rows[0] and "ValueError: [no] room" in rows[0] and "0.25" in rows[0]
