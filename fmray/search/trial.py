@@ -158,7 +158,7 @@ def trial_metrics(result: Result) -> dict[str, float]:
         if name in costs or name.partition("/")[0] in costs
     }
     metrics = {"step": result.metrics["step"], "accuracy": evaluation.accuracy}
-    return metrics | model | evaluation.metrics()
+    return metrics | evaluation.metrics() | model
 
 
 class _EvaluationReporter(TuneReportCallback):
