@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,6 @@ from fmray.config import LoadedRecipe
 from fmray.config.fewshot import FewshotRecipe
 from fmray.data.image_store import ImageStore
 from fmray.fewshot import create_encoder
-from fmray.runtime.run_log import read_log
 
 ENCODER = {"name": "small/conv", "pretrained": False, "image_size": 16}
 TRAIN = {"steps": 6, "episodes_per_step": 2, "lr": 0.02}
@@ -45,18 +43,5 @@ def start_encoder(folder: Path) -> Path:
     return folder
 
 
-def losses(run_dir: Path) -> list[float]:
-    """Return the training loss of each step."""
-    return [line["loss"] for line in read_log(run_dir / "log.jsonl") if "loss" in line]
-
-
 def weights(model_dir: Path) -> dict[str, Tensor]:
     return load_file(model_dir / "model.safetensors")
-
-
-def forget_after(run_dir: Path, step: int) -> None:
-    """Remove what a run that died after the checkpoint of `step` would not have written."""
-    for path in run_dir.glob("checkpoint-*"):
-        if int(path.name.rpartition("-")[2]) > step:
-            shutil.rmtree(path)
-    shutil.rmtree(run_dir / "model")

@@ -19,7 +19,7 @@ import httpx
 import torch
 import uvicorn
 from PIL import Image
-from support.tiny_models import adaptive
+from support.tiny_models import SCRATCH, adaptive
 
 from fmray.adallava import AdaptiveVLM
 from fmray.config import ScratchConfig
@@ -34,18 +34,6 @@ from fmray.serve.replica import ChatModel
 from fmray.serve.routes import create_app
 from fmray.train.adallava.model import scratch_model
 
-SCRATCH = ScratchConfig(
-    layers=4,
-    hidden=32,
-    heads=4,
-    kv_heads=2,
-    intermediate=64,
-    vision_layers=1,
-    vision_hidden=32,
-    vision_heads=2,
-    image_size=32,
-    patch_size=16,
-)
 WORDS = "what is in the picture ? color topleft red green blue one two three left right a b c d e"
 
 
@@ -61,9 +49,10 @@ def make_model_directory(
     folder: Path, *, design: str = "layers", token: str = "probe", seed: int = 0
 ) -> Path:
     """Save an adaptive LLaVA with random weights and its processor."""
-    processor = scratch_processor([WORDS], SCRATCH)
+    config = ScratchConfig(**SCRATCH)
+    processor = scratch_processor([WORDS], config)
     torch.manual_seed(seed)
-    base = scratch_model(SCRATCH, processor, torch.float32, "sdpa")
+    base = scratch_model(config, processor, torch.float32, "sdpa")
     model = adaptive(base, design, first=1, latency_token=token)
     model.save_pretrained(folder)
     processor.save_pretrained(folder)

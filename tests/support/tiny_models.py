@@ -1,6 +1,12 @@
-"""Small stock models from configs, and random batches for them. No download."""
+"""Small stock models from configs, and random batches for them. No download.
+
+`text_config` and `VISION` are the one place for the sizes of models built from transformers'
+configs, `SCRATCH` for those that `model.source: scratch` builds.
+"""
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -10,6 +16,7 @@ from transformers import (
     LlavaConfig,
     LlavaForConditionalGeneration,
     PhiConfig,
+    PreTrainedConfig,
     Qwen2Config,
     Qwen2VLConfig,
     Qwen2VLForConditionalGeneration,
@@ -19,20 +26,43 @@ from fmray.adallava import AdaptiveVLM, SwitchLayout
 
 IMAGE, PAD, EOS, VOCABULARY = 3, 0, 2, 64
 IMAGE_TOKENS = 4
-TEXTS = {
-    # grouped-query attention; 5 heads-groups that do not divide the channels evenly
-    "llama": lambda **sizes: LlamaConfig(num_key_value_heads=2, **sizes),
+VISION = {  # of a CLIP or SigLIP tower: an image is `IMAGE_TOKENS` patches
+    "hidden_size": 24,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "image_size": 16,
+    "patch_size": 8,
+}
+SCRATCH = {  # `model.scratch` of a recipe
+    "layers": 4,
+    "hidden": 32,
+    "heads": 4,
+    "kv_heads": 2,
+    "intermediate": 64,
+    "vision_layers": 1,
+    "vision_hidden": 32,
+    "vision_heads": 2,
+}
+FAMILIES = {
+    "llama": lambda **sizes: LlamaConfig(num_key_value_heads=2, **sizes),  # grouped queries
     "qwen2": lambda **sizes: Qwen2Config(num_key_value_heads=2, **sizes),  # biases on q, k, v
     "phi": lambda **sizes: PhiConfig(partial_rotary_factor=0.5, **sizes),  # biases, parallel block
 }
 
 
-def tiny_llava(text: str = "llama", layers: int = 6, heads: int = 4, seed: int = 0) -> nn.Module:
-    """A stock LLaVA, float32, eval mode, weights large enough that every layer matters."""
-    torch.manual_seed(seed)
-    sizes = {
-        "hidden_size": 16 * heads,
-        "intermediate_size": 90,  # not a multiple of the heads
+def text_sizes(
+    layers: int, heads: int = 4, hidden: int | None = None, intermediate: int = 90
+) -> dict[str, Any]:
+    """Return what all text configs share; weights are large enough that every layer matters.
+
+    Args:
+        hidden: default: 16 channels per head.
+        intermediate: the default is not a multiple of the heads.
+    """
+    return {
+        "hidden_size": 16 * heads if hidden is None else hidden,
+        "intermediate_size": intermediate,
         "num_hidden_layers": layers,
         "num_attention_heads": heads,
         "vocab_size": VOCABULARY,
@@ -42,17 +72,19 @@ def tiny_llava(text: str = "llama", layers: int = 6, heads: int = 4, seed: int =
         "eos_token_id": EOS,
         "initializer_range": 0.1,
     }
-    vision = CLIPVisionConfig(
-        hidden_size=24,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        image_size=16,
-        patch_size=8,
-    )
+
+
+def text_config(family: str, **sizes: Any) -> PreTrainedConfig:
+    """Return the config of a decoder of one of `FAMILIES`; `sizes` are those of `text_sizes`."""
+    return FAMILIES[family](**text_sizes(**sizes))
+
+
+def tiny_llava(text: str = "llama", layers: int = 6, heads: int = 4, seed: int = 0) -> nn.Module:
+    """Return a stock LLaVA in float32 and eval mode."""
+    torch.manual_seed(seed)
     config = LlavaConfig(
-        vision_config=vision,
-        text_config=TEXTS[text](**sizes),
+        vision_config=CLIPVisionConfig(**VISION),
+        text_config=text_config(text, layers=layers, heads=heads),
         image_token_id=IMAGE,
         vision_feature_layer=-1,
         tie_word_embeddings=False,
@@ -64,21 +96,12 @@ def tiny_llava(text: str = "llama", layers: int = 6, heads: int = 4, seed: int =
 
 
 def tiny_qwen2_vl(seed: int = 0) -> nn.Module:
-    """A stock Qwen2-VL with multimodal rotary positions, float32, eval mode."""
+    """Return a stock Qwen2-VL, with multimodal rotary positions, in float32 and eval mode."""
     torch.manual_seed(seed)
     config = Qwen2VLConfig(
-        text_config={
-            "hidden_size": 64,
-            "intermediate_size": 90,
-            "num_hidden_layers": 4,
-            "num_attention_heads": 4,
+        text_config=text_sizes(layers=4)
+        | {
             "num_key_value_heads": 2,
-            "vocab_size": VOCABULARY,
-            "max_position_embeddings": 256,
-            "initializer_range": 0.1,
-            "pad_token_id": PAD,
-            "bos_token_id": 1,
-            "eos_token_id": EOS,
             "rope_parameters": {
                 "rope_type": "default",
                 "rope_theta": 1e4,
@@ -107,7 +130,7 @@ def tiny_qwen2_vl(seed: int = 0) -> nn.Module:
 def adaptive(
     base: nn.Module, design: str = "layers", unit: int = 2, first: int | None = None, **options
 ):
-    """An adaptive model whose scheduler has opinions (the real one starts indifferent)."""
+    """Return an adaptive model with a random scheduler (a new one rates all units alike)."""
     make = SwitchLayout.layers if design == "layers" else SwitchLayout.heads
     arguments = {} if design == "layers" else {"unit": unit}
     layout = make(base.config.text_config, first=first, **arguments)
@@ -121,8 +144,10 @@ def adaptive(
 def batch(
     lengths: list[int], side: str = "right", answers: list[int] | None = None, seed: int = 0
 ) -> dict[str, Tensor]:
-    """Prompts of `lengths` tokens (4 image tokens each, one picture a row), padded; with answers:
-    labels too.
+    """Return padded prompts of `lengths` tokens, with one image of 4 tokens per row.
+
+    Args:
+        answers: lengths of the answers after the prompts; the batch then has labels.
     """
     generator = torch.Generator().manual_seed(seed)
     answers = answers or [0] * len(lengths)
@@ -148,7 +173,7 @@ def batch(
 
 
 def qwen_batch(lengths: list[int], side: str = "right", seed: int = 0) -> dict[str, Tensor]:
-    """The same for Qwen2-VL: one picture of 1 x 4 x 4 patches (4 image tokens) a row."""
+    """Return such a batch for Qwen2-VL: an image of 1 x 4 x 4 patches (4 tokens) per row."""
     made = batch(lengths, side, seed=seed)
     generator = torch.Generator().manual_seed(seed)
     made["pixel_values"] = torch.randn(16 * len(lengths), 3 * 2 * 4 * 4, generator=generator)
@@ -158,7 +183,7 @@ def qwen_batch(lengths: list[int], side: str = "right", seed: int = 0) -> dict[s
 
 
 def row_of(made: dict[str, Tensor], row: int) -> dict[str, Tensor]:
-    """One row of a batch without its padding."""
+    """Return one row of a batch without its padding."""
     keep = made["attention_mask"][row].bool()
     one = {
         k: v[row][keep][None]
@@ -175,7 +200,7 @@ def row_of(made: dict[str, Tensor], row: int) -> dict[str, Tensor]:
 
 
 def random_plans(rows: int, units: int, seed: int = 0) -> Tensor:
-    """Plans with everything from nothing to all on."""
+    """Return random plans [rows, units], from one with all units off to one with all on."""
     generator = torch.Generator().manual_seed(seed)
     share = torch.linspace(0, 1, rows)[:, None]
     return torch.rand(rows, units, generator=generator) < share

@@ -1,27 +1,20 @@
-"""A small store of generated shapes, and recipes on it, for tests of training and evaluation."""
+"""A small store of shapes, recipes on it, and run folders, for tests of training and evaluation."""
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from support.tasks import run_here
+from support.tiny_models import SCRATCH
 
 from fmray.config import AdaLlavaRecipe, LoadedRecipe
 from fmray.data import ingest
+from fmray.runtime.run_log import read_log
 
-SCRATCH = {
-    "layers": 4,
-    "hidden": 32,
-    "heads": 4,
-    "kv_heads": 2,
-    "intermediate": 64,
-    "vision_layers": 1,
-    "vision_hidden": 32,
-    "vision_heads": 2,
-}
 ADAPTIVE = {"first": 1}
 
 
@@ -57,6 +50,19 @@ def make_store(folder: Path, recipe: AdaLlavaRecipe | None = None) -> Path:
         patch.setattr(ingest, "run_tasks", run_here)
         ingest.prepare(recipe or load_recipe(store, folder).recipe)
     return store
+
+
+def losses(run_dir: Path) -> list[float]:
+    """Return the training loss of each step."""
+    return [line["loss"] for line in read_log(run_dir / "log.jsonl") if "loss" in line]
+
+
+def forget_after(run_dir: Path, step: int) -> None:
+    """Remove what a run that died after the checkpoint of `step` would not have written."""
+    for path in run_dir.glob("checkpoint-*"):
+        if int(path.name.rpartition("-")[2]) > step:
+            shutil.rmtree(path)
+    shutil.rmtree(run_dir / "model")
 
 
 def _keys(values: dict[str, Any], prefix: str) -> Iterator[str]:

@@ -9,8 +9,9 @@ import mlflow
 import numpy as np
 import pytest
 import torch
-from support.fewshot import TRAIN, fewshot_recipe, forget_after, losses, start_encoder, weights
+from support.fewshot import TRAIN, fewshot_recipe, start_encoder, weights
 from support.selection import color_store
+from support.training import forget_after, losses
 
 from fmray.data.image_store import ImageStore
 from fmray.train.fewshot.compare import compare

@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 from support.ranks import train_on
 from support.s3 import MIRRORED, NAMES, S3, die_while_copying, own_folder
-from support.training import ADAPTIVE, load_recipe, make_store
+from support.training import ADAPTIVE, load_recipe, losses, make_store
 
 from fmray.config import LoadedRecipe
-from fmray.runtime.run_log import read_log, read_status
+from fmray.runtime.run_log import read_status
 
 TRAIN = MIRRORED | {"micro_batch": 4}
 
@@ -27,10 +27,6 @@ def recipe(store: Path, storage: Path, mirror: str | None, stage: int) -> Loaded
     cluster = {"storage": str(storage), "workers": 2, "data_cpus": 0, "mirror": mirror}
     zero = {"stage": stage, "parameter_persistence": 0}
     return load_recipe(store, storage, adaptive=ADAPTIVE, train=TRAIN, zero=zero, cluster=cluster)
-
-
-def losses(run_dir: Path) -> list[float]:
-    return [line["loss"] for line in read_log(run_dir / "log.jsonl") if "loss" in line]
 
 
 @pytest.fixture(scope="module")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import re
-import shutil
 import signal
 import threading
 import time
@@ -14,7 +13,7 @@ from typing import Any
 import mlflow
 import pytest
 import ray
-from support.training import ADAPTIVE, load_recipe, make_store
+from support.training import ADAPTIVE, forget_after, load_recipe, losses, make_store
 
 from fmray.runtime.run_log import read_log
 from fmray.train.checkpoint import find_checkpoint, read_state
@@ -49,18 +48,6 @@ def recipe_sections(stage: int, **train_settings: Any) -> dict[str, Any]:
     }
 
 
-def losses(result: Result) -> list[float]:
-    return [line["loss"] for line in read_log(result.run_dir / "log.jsonl") if "loss" in line]
-
-
-def forget_after(result: Result, step: int) -> None:
-    """Restore the folder to its state after the checkpoint of `step`."""
-    for path in result.run_dir.glob("checkpoint-*"):
-        if read_state(path).step > step:
-            shutil.rmtree(path)
-    shutil.rmtree(result.model_dir)
-
-
 @pytest.fixture(scope="module")
 def alone(store: Path, tmp_path_factory: pytest.TempPathFactory) -> Result:
     """The same training in one process, without accumulation."""
@@ -74,14 +61,14 @@ def test_two_workers_compute_the_same_as_one_and_one_can_resume(
 ) -> None:
     sections = recipe_sections(stage)
     together = train(load_recipe(store, tmp_path, cluster=TWO, **sections), "run")
-    assert losses(together) == pytest.approx(losses(alone), rel=1e-4)
+    assert losses(together.run_dir) == pytest.approx(losses(alone.run_dir), rel=1e-4)
     for name in ("accuracy/0.5", "loss/0.5", "loss/1", "budget"):
         assert together.metrics[name] == pytest.approx(alone.metrics[name], rel=1e-3)
     # one worker resumes with the optimizer state, which shows over five steps
-    forget_after(together, step=3)
+    forget_after(together.run_dir, step=3)
     assert read_state(find_checkpoint(together.run_dir)).world_size == 2
     resumed = train(load_recipe(store, tmp_path, **sections), "run")
-    assert losses(resumed) == pytest.approx(losses(alone), rel=1e-4)
+    assert losses(resumed.run_dir) == pytest.approx(losses(alone.run_dir), rel=1e-4)
 
 
 def test_a_killed_worker_resumes_in_the_same_mlflow_run(
@@ -130,7 +117,7 @@ def test_a_killed_worker_resumes_in_the_same_mlflow_run(
     wanted = train(
         load_recipe(store, tmp_path, **recipe_sections(0, steps=24, micro_batch=16)), "wanted"
     )
-    assert losses(result) == pytest.approx(losses(wanted), rel=1e-3)
+    assert losses(result.run_dir) == pytest.approx(losses(wanted.run_dir), rel=1e-3)
 
     client = mlflow.MlflowClient(f"sqlite:///{tmp_path / 'mlflow.db'}")
     [experiment] = [e for e in client.search_experiments() if e.name == "killed"]

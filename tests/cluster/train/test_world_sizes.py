@@ -14,10 +14,9 @@ from pathlib import Path
 
 import pytest
 from support.ranks import train_on
-from support.training import ADAPTIVE, load_recipe, make_store
+from support.training import ADAPTIVE, load_recipe, losses, make_store
 
 from fmray.config import LoadedRecipe
-from fmray.runtime.run_log import read_log
 
 TOLERANCE = {"float32": 1e-5, "bfloat16": 1e-2}
 MOVES = [(2, 1), (1, 2), (2, 3)]
@@ -41,10 +40,6 @@ REST = [
 SAVED = 3
 
 Reference = Callable[[str, int, int], tuple[Path, list[float]]]
-
-
-def losses(run_dir: Path) -> list[float]:
-    return [line["loss"] for line in read_log(run_dir / "log.jsonl") if "loss" in line]
 
 
 @pytest.fixture(scope="module")

@@ -11,8 +11,9 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
-from support.fewshot import TRAIN, fewshot_recipe, forget_after, losses, start_encoder, weights
+from support.fewshot import TRAIN, fewshot_recipe, start_encoder, weights
 from support.selection import color_store
+from support.training import forget_after, losses
 
 from fmray.config.arguments import job_path
 from fmray.data.image_store import ImageStore

@@ -9,10 +9,9 @@ from typing import Any
 
 import pytest
 from support.fewshot import fewshot_recipe, start_encoder
-from support.fewshot import losses as losses_of
 from support.s3 import MIRRORED, NAMES, S3
 from support.selection import color_store
-from support.training import ADAPTIVE, load_recipe, make_store
+from support.training import ADAPTIVE, load_recipe, losses, make_store
 
 from fmray.config import ClusterConfig
 from fmray.runtime.run_log import RunReader
@@ -75,7 +74,7 @@ def test_a_run_resumes_from_the_mirror_on_another_machine(
     shutil.rmtree(tmp_path / "first")
 
     result = run(store, tmp_path / "second", s3.uri("lost"))
-    assert losses_of(result.run_dir) == losses_of(wanted.run_dir)
+    assert losses(result.run_dir) == losses(wanted.run_dir)
     assert result.metrics["loss/0.5"] == wanted.metrics["loss/0.5"]
     assert complete(s3, "lost") == [*NAMES[1:], "model"]  # as many as in the run's folder
     for name in ("model/config.json", "recipe.yaml", "log.jsonl"):
@@ -110,7 +109,7 @@ def test_a_run_resumes_from_the_mirror_on_another_machine(
     again = run(store, tmp_path / "third", s3.uri("lost"))
     out = capsys.readouterr().out
     assert f"{name} has" in out and "skipped, trying the previous checkpoint" in out
-    assert losses_of(again.run_dir) == losses_of(wanted.run_dir)
+    assert losses(again.run_dir) == losses(wanted.run_dir)
     # the altered copy is replaced
     size = json.loads(s3.read(f"lost/run/{NAMES[2]}/manifest.json"))["files"][name[20:]]["bytes"]
     assert len(s3.read(f"lost/run/{name}")) == size
@@ -141,7 +140,7 @@ def test_a_failed_copy_is_logged_and_the_last_one_must_succeed(
     failing.clear()
     shutil.rmtree(tmp_path / "first")
     first = run(store, tmp_path / "second", s3.uri("cable"))
-    assert losses_of(first.run_dir) == losses_of(wanted.run_dir)
+    assert losses(first.run_dir) == losses(wanted.run_dir)
     assert complete(s3, "cable") == [NAMES[1], NAMES[2], "model"]
 
 
@@ -165,6 +164,6 @@ def test_fewshot_training_resumes_from_the_mirror(
             train(mirrored(tmp_path / "first"), "run")
     shutil.rmtree(tmp_path / "first")
     result = train(mirrored(tmp_path / "second"), "run")
-    assert losses_of(result.run_dir) == losses_of(alone.run_dir)
+    assert losses(result.run_dir) == losses(alone.run_dir)
     assert result.tasks == alone.tasks
     assert "selection.json" in s3.names("fewshot/run")

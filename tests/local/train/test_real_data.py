@@ -5,10 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from support.training import SCRATCH, load_recipe, make_store
+from support.tiny_models import SCRATCH
+from support.training import load_recipe, losses, make_store
 
 from fmray.config import LoadedRecipe
-from fmray.runtime.run_log import read_log
 from fmray.train.adallava.evaluate import evaluate_run
 from fmray.train.launch import train
 
@@ -38,9 +38,9 @@ def loaded(real_data: Path, tmp_path: Path) -> LoadedRecipe:
 def test_a_model_learns_from_photographs(loaded: LoadedRecipe, tmp_path: Path) -> None:
     make_store(tmp_path, loaded.recipe)
     result = train(loaded, "coco")
-    losses = [x["loss"] for x in read_log(result.run_dir / "log.jsonl") if "loss" in x]
-    assert len(losses) == 12
-    assert sum(losses[-3:]) / 3 < losses[0] - 0.3
-    found = evaluate_run(loaded, "coco")
-    assert {point.plans for point in found.points} == {"learned", "random"}
-    assert found.base.questions >= 4
+    values = losses(result.run_dir)
+    assert len(values) == 12
+    assert sum(values[-3:]) / 3 < values[0] - 0.3
+    report = evaluate_run(loaded, "coco")
+    assert {point.plans for point in report.points} == {"learned", "random"}
+    assert report.base.questions >= 4

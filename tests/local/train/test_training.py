@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from support.training import ADAPTIVE, load_recipe, make_store
+from support.training import ADAPTIVE, forget_after, load_recipe, losses, make_store
 from torch.nn import functional
 
 from fmray.adallava import AdaptiveVLM
@@ -34,10 +34,6 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def run(store: Path, tmp_path: Path) -> Callable[..., Result]:
     """Train under a run id below the test's own folder."""
     return lambda run_id, **sections: train(load_recipe(store, tmp_path, **sections), run_id)
-
-
-def losses(result: Result) -> list[float]:
-    return [line["loss"] for line in read_log(result.run_dir / "log.jsonl") if "loss" in line]
 
 
 def weights(result: Result) -> dict[str, torch.Tensor]:
@@ -79,7 +75,7 @@ def test_a_step_is_the_gradient_of_the_mean_answer_token(
 
 def test_the_loss_falls_and_the_model_is_exported(run: Callable[..., Result]) -> None:
     result = run("falls", adaptive=ADAPTIVE, train=TRAIN | {"steps": 24})
-    found = losses(result)
+    found = losses(result.run_dir)
     assert len(found) == 24
     assert sum(found[-4:]) / 4 < found[0] - 0.3
     assert set(result.metrics) >= {"accuracy/0.5", "accuracy/1", "loss/0.75", "budget", "step"}
@@ -100,15 +96,13 @@ def test_resumed_equals_uninterrupted(run: Callable[..., Result], stage: int) ->
     whole = run("whole", **recipe)
     names = sorted(path.name for path in whole.run_dir.glob("checkpoint-*"))
     assert names == ["checkpoint-00000003", "checkpoint-00000006", "checkpoint-00000008"]
-    wanted, wanted_weights = losses(whole), weights(whole)
+    wanted, wanted_weights = losses(whole.run_dir), weights(whole)
     # as if the process had died after step 3, with two more steps already in the log
-    shutil.rmtree(whole.run_dir / "checkpoint-00000006")
-    shutil.rmtree(whole.run_dir / "checkpoint-00000008")
-    shutil.rmtree(whole.model_dir)
+    forget_after(whole.run_dir, step=3)
     log = whole.run_dir / "log.jsonl"
     log.write_text("".join(line + "\n" for line in log.read_text().splitlines()[:5]) + '{"st')
     resumed = run("whole", **recipe)
-    assert losses(resumed) == wanted
+    assert losses(resumed.run_dir) == wanted
     found = weights(resumed)
     assert all(torch.equal(found[name], wanted_weights[name]) for name in wanted_weights)
 
@@ -118,7 +112,7 @@ def test_a_finished_run_is_not_trained_again(run: Callable[..., Result]) -> None
     wanted = weights(first)
     shutil.rmtree(first.model_dir)
     again = run("done", adaptive=ADAPTIVE)
-    assert len(losses(again)) == 8
+    assert len(losses(again.run_dir)) == 8
     assert again.metrics["accuracy/0.5"] == first.metrics["accuracy/0.5"]
     assert all(torch.equal(tensor, wanted[name]) for name, tensor in weights(again).items())
 
@@ -132,16 +126,16 @@ def test_accumulation_and_stages_compute_the_same(run: Callable[..., Result], st
         train=TRAIN | {"micro_batch": 4},
         zero={"stage": stage, "parameter_persistence": 0},
     )
-    assert losses(found) == pytest.approx(losses(wanted), rel=1e-4)
+    assert losses(found.run_dir) == pytest.approx(losses(wanted.run_dir), rel=1e-4)
     assert found.metrics["budget"] == pytest.approx(wanted.metrics["budget"])
 
 
 def test_bfloat16_and_gradient_checkpointing_stay_close(run: Callable[..., Result]) -> None:
-    wanted = losses(run("float32", adaptive=ADAPTIVE))
+    wanted = losses(run("float32", adaptive=ADAPTIVE).run_dir)
     checkpointed = run("again", adaptive=ADAPTIVE, train=TRAIN | {"gradient_checkpointing": True})
-    assert losses(checkpointed) == pytest.approx(wanted, rel=1e-5)
+    assert losses(checkpointed.run_dir) == pytest.approx(wanted, rel=1e-5)
     low = run("bfloat16", adaptive=ADAPTIVE, model={"dtype": "bfloat16"}, zero={"stage": 2})
-    assert losses(low) == pytest.approx(wanted, rel=0.01)
+    assert losses(low.run_dir) == pytest.approx(wanted, rel=0.01)
     assert {tensor.dtype for tensor in weights(low).values()} == {torch.bfloat16}
 
 
@@ -157,7 +151,7 @@ def test_frozen_parts_are_exported_as_they_came(store: Path, run: Callable[..., 
 def test_lora_is_trained_and_folded_in(store: Path, run: Callable[..., Result]) -> None:
     sections = {"adaptive": ADAPTIVE, "model": {"freeze": ["vision"], "lora": {"rank": 4}}}
     result = run("lora", **sections, zero={"stage": 3, "parameter_persistence": 0})
-    assert losses(result)[-1] < losses(result)[0] - 0.1
+    assert losses(result.run_dir)[-1] < losses(result.run_dir)[0] - 0.1
     found = weights(result)
     processor = load_processor(store / "processor")
     plain = build_model(load_recipe(store, store, **sections).recipe, processor, lora=False)
@@ -211,7 +205,7 @@ def test_a_damaged_checkpoint_is_skipped(
 ) -> None:
     sections = {"adaptive": ADAPTIVE, "train": TRAIN | {"steps": 4, "checkpoint_every": 2}}
     whole = run("run", **sections)
-    wanted, weights_wanted = losses(whole), weights(whole)
+    wanted, weights_wanted = losses(whole.run_dir), weights(whole)
     change(whole.run_dir / "checkpoint-00000004" / name)
     shutil.rmtree(whole.model_dir)
     capsys.readouterr()
@@ -219,7 +213,7 @@ def test_a_damaged_checkpoint_is_skipped(
     out = capsys.readouterr().out
     assert re.search(rf"run: checkpoint-00000004: .*{reason}.*; skipped", out)
     assert "run: step 2 of 4" in out
-    assert losses(again) == wanted
+    assert losses(again.run_dir) == wanted
     for key, tensor in weights(again).items():
         torch.testing.assert_close(tensor, weights_wanted[key], rtol=0, atol=0)
 
@@ -251,7 +245,7 @@ def test_sigterm_makes_a_checkpoint_and_the_run_goes_on(
     assert stopped.value.code == 143
     assert signal.getsignal(signal.SIGTERM) == kept
     assert read_state(find_checkpoint(tmp_path / "stopped")).step == 3  # the step it came in
-    assert losses(run("stopped", train=TRAIN)) == losses(whole)
+    assert losses(run("stopped", train=TRAIN).run_dir) == losses(whole.run_dir)
 
 
 def test_workers_that_others_have_replaced_write_no_more(

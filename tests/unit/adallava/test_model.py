@@ -12,10 +12,12 @@ from support.tiny_models import (
     qwen_batch,
     random_plans,
     row_of,
+    text_config,
     tiny_llava,
     tiny_qwen2_vl,
 )
 from torch.utils.flop_counter import FlopCounterMode
+from transformers import LlamaForCausalLM
 
 from fmray.adallava import AdaptiveModel, AdaptiveVLM, CostModel, SwitchLayout
 from fmray.adallava.passes import Draw, prefill
@@ -454,15 +456,7 @@ def test_wrong_plans_are_errors() -> None:
 
 
 def test_unknown_family_is_an_error() -> None:
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    config = LlamaConfig(
-        hidden_size=16,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        intermediate_size=32,
-        vocab_size=8,
-    )
+    config = text_config("llama", layers=2, heads=2)
     with pytest.raises(
         ValueError, match="no adapter for model type 'llama'; there is one for llava"
     ):

@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 import torch
-from support.training import ADAPTIVE, SCRATCH, load_recipe
+from support.tiny_models import SCRATCH
+from support.training import ADAPTIVE, load_recipe
 from torch import nn
 from transformers import AutoModelForImageTextToText
 
