@@ -1,12 +1,13 @@
-"""How good predicted times are on this machine: steps, first tokens, whole answers, deadlines.
+"""Accuracy of predicted times on this machine: steps, first tokens, complete answers, deadlines.
 
     python benchmarks/calibration.py [--seconds 20] [--requests 60] [--load 0.7]
 
-Calibrates the engine on a decoder of over 100 M parameters, then asks it, through the worker, at a
-Poisson load (a share of the full-budget capacity that the calibration predicts): a third by
-deadline to the first token, a third by deadline to the whole answer, a third by budget. Prints the
-calibration's own cross-validated error, the error of predicted first tokens and answers against the
-measured ones (the bar: a median of 15 %), and the deadlines promised, kept and missed.
+Calibrates the engine on a decoder of over 100 M parameters, then sends requests through the worker
+at a Poisson load, given as a share of the full-budget capacity that the calibration predicts. A
+third of the requests have a deadline for the first token, a third a deadline for the complete
+answer, a third a budget. Prints the cross-validated error of the calibration, the error of
+predicted first tokens and answers against the measured ones (bar: a median of 15 %), and how many
+deadlines were promised, met and missed.
 """
 
 from __future__ import annotations
@@ -30,8 +31,8 @@ from fmray.engine.worker import EngineWorker, WorkerSettings
 BAR = 0.15
 
 
-class Heard:
-    """What one request was told, and when."""
+class Listener:
+    """Records the decision and the events of one request, with their times."""
 
     def __init__(self) -> None:
         self.submitted = time.monotonic()
@@ -56,7 +57,8 @@ class Heard:
 
 
 def ask(number: int, cost: CostToTime, random: np.random.Generator) -> Ask:
-    """A third each: a deadline to the first token, one to the answer, a budget."""
+    """Return request `number`: one in three each has a deadline for the first token, a deadline for
+    the answer, or a budget."""
     tokens, new_tokens = int(random.integers(20, 300)), int(random.integers(4, 24))
     inputs = {"input_ids": torch.from_numpy(random.integers(4, 1000, (1, tokens)))}
     options: dict[str, object] = {}
@@ -77,7 +79,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
-    parser.add_argument("--seconds", type=float, default=20.0, help="of calibration")
+    parser.add_argument("--seconds", type=float, default=20.0, help="time for the calibration")
     parser.add_argument("--requests", type=int, default=60)
     parser.add_argument("--load", type=float, default=0.7, help="share of the capacity at b = 1")
     parser.add_argument("--rows", type=int, default=8)
@@ -94,25 +96,25 @@ def main() -> None:
     print(f"  error, cross-validated: prefill {error.prefill:.1%}, decode step {error.decode:.1%}")
     for tokens in (64, 300):
         prefill = [1000 * float(cost.prefill(tokens, units)) for units in (0, 8)]
-        print(f"  prefill of {tokens}: {prefill[0]:.0f} ms with no switch on, {prefill[1]:.0f} all")
+        print(f"  prefill of {tokens}: {prefill[0]:.0f} ms with no unit on, {prefill[1]:.0f} all")
     for rows in (1, options.rows):
         step = [1000 * float(cost.decode(rows, units * rows, 150 * rows)) for units in (0, 8)]
-        print(f"  decode step of {rows}: {step[0]:.1f} ms with no switch on, {step[1]:.1f} all")
+        print(f"  decode step of {rows}: {step[0]:.1f} ms with no unit on, {step[1]:.1f} all")
 
     random = np.random.default_rng(options.seed)
     rate = options.load / float(cost.answer(160, model.layout.num_units, 14, options.rows))
-    heard: list[tuple[Ask, Heard]] = []
+    requests: list[tuple[Ask, Listener]] = []
     settings = WorkerSettings(3600.0, shed=False, controller=False)
     with EngineWorker(engine, cost, Budgets.of(model), settings) as worker:
         for number in range(options.requests):
-            one, listener = ask(number, cost, random), Heard()
-            heard.append((one, listener))
-            worker.submit(one, listener)
+            request, listener = ask(number, cost, random), Listener()
+            requests.append((request, listener))
+            worker.submit(request, listener)
             time.sleep(float(random.exponential(1 / rate)))
-        for _, listener in heard:
+        for _, listener in requests:
             listener.over.wait()
         stats = worker.stats()
-    report(heard)
+    report(requests)
     print(
         f"live error of single steps: prefill {stats.calibration_error[0]:.1%}, "
         f"decode {stats.calibration_error[1]:.1%}; speed against calibration "
@@ -120,18 +122,21 @@ def main() -> None:
     )
 
 
-def report(heard: list[tuple[Ask, Heard]]) -> None:
-    """Predicted against measured, and deadlines kept."""
-    everything = []
-    for of, name in (("first_token", "first token"), ("answer", "whole answer"), ("", "both")):
+def report(requests: list[tuple[Ask, Listener]]) -> None:
+    """Print predicted against measured times, and how many deadlines were met."""
+    all_errors = []
+    for of, name in (("first_token", "first token"), ("answer", "answer"), ("", "both")):
         pairs = [
-            (one.decision.predicted_ms, 1000 * (one.first if of == "first_token" else one.end))
-            for asked, one in heard
-            if one.decision is not None and asked.deadline_of == of
+            (
+                heard.decision.predicted_ms,
+                1000 * (heard.first if of == "first_token" else heard.end),
+            )
+            for request, heard in requests
+            if heard.decision is not None and request.deadline_of == of
         ]
         errors = [abs(predicted - measured) / measured for predicted, measured in pairs]
-        everything += errors
-        errors = errors if of else everything
+        all_errors += errors
+        errors = errors if of else all_errors
         if not errors:
             continue
         median = statistics.median(errors)
@@ -140,19 +145,19 @@ def report(heard: list[tuple[Ask, Heard]]) -> None:
             f"({'met' if median <= BAR else 'MISSED'}: bar {BAR:.0%}), "
             f"90th percentile {float(np.quantile(errors, 0.9)):.1%}"
         )
-    promised = kept = broken = unpromised = 0
-    for asked, one in heard:
-        if asked.deadline_ms is None or one.decision is None:
+    promised = met = missed = unpromised = 0
+    for request, heard in requests:
+        if request.deadline_ms is None or heard.decision is None:
             continue
-        measured = 1000 * (one.first if asked.deadline_of == "first_token" else one.end)
-        in_time = measured <= asked.deadline_ms
-        promised += bool(one.decision.deadline_met)
-        kept += bool(one.decision.deadline_met) and in_time
-        broken += bool(one.decision.deadline_met) and not in_time
-        unpromised += not one.decision.deadline_met
+        measured = 1000 * (heard.first if request.deadline_of == "first_token" else heard.end)
+        in_time = measured <= request.deadline_ms
+        promised += bool(heard.decision.deadline_met)
+        met += bool(heard.decision.deadline_met) and in_time
+        missed += bool(heard.decision.deadline_met) and not in_time
+        unpromised += not heard.decision.deadline_met
     print(
-        f"deadlines: {promised} promised, of which {kept} kept and {broken} missed; "
-        f"{unpromised} said beforehand to be impossible"
+        f"deadlines: {promised} promised, of which {met} met and {missed} missed; "
+        f"{unpromised} predicted to be missed"
     )
 
 

@@ -3,11 +3,11 @@
     python benchmarks/engine.py [--runs 3] [--tokens 128] [--new 48]
     python benchmarks/engine.py --soak [--requests 10000]
 
-8 concurrent requests of mixed budgets against stock `generate` one by one and batched at full
-budget; a mixed batch against the share of operations its budgets buy; one request at full budget
-against stock `generate`; a decoding step of 8 rows against one. Prints medians, paired ratios and
-bars, met or missed. The decoder has 113 M parameters; a GPU (bfloat16) is used where there is one.
---soak: 10^4 small requests through a tiny model; memory is printed on the way.
+Compares 8 concurrent requests of mixed budgets with stock `generate` at full budget, one by one and
+batched; a mixed batch with the share of operations that its budgets allow; one request at full
+budget with stock `generate`; a decoding step of 8 rows with a step of one row. Prints medians,
+paired ratios and bars, met or missed. The decoder has 113 M parameters; a GPU is used, in bfloat16,
+if there is one. `--soak` sends 10^4 small requests to a tiny model and prints memory in between.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ NAMES = count()
 
 
 def rows_of(tokens: int, device: str, dtype: torch.dtype) -> list[dict[str, Tensor]]:
-    """8 prompts of different lengths, `tokens` on average, each with a picture."""
+    """Return 8 prompts of different lengths, `tokens` on average, each with an image."""
     torch.manual_seed(1)
     rows = []
     for number in range(8):
@@ -50,7 +50,7 @@ def rows_of(tokens: int, device: str, dtype: torch.dtype) -> list[dict[str, Tens
 
 
 def padded(rows: list[dict[str, Tensor]]) -> dict[str, Tensor]:
-    """The same as one batch, padded on the left."""
+    """Return `rows` as one batch, padded on the left."""
     width = max(row["input_ids"].shape[1] for row in rows)
     ids = [nn.functional.pad(r["input_ids"], (width - r["input_ids"].shape[1], 0)) for r in rows]
     mask = [
@@ -66,7 +66,7 @@ def padded(rows: list[dict[str, Tensor]]) -> dict[str, Tensor]:
 def requests_for(
     model: AdaptiveVLM, rows: list[dict[str, Tensor]], budgets: list[str], new: int
 ) -> list[Request]:
-    """One a row, under names not used before and with nothing to reuse."""
+    """Return one request per row, with new ids and without cached prefixes to reuse."""
     made = []
     for row, budget in zip(rows, budgets, strict=True):
         units = int(model.units_for(budget, torch.tensor([row["input_ids"].shape[1]]))[0])
@@ -77,7 +77,7 @@ def requests_for(
 
 
 def finish(engine: Engine, requests: list[Request], new: int) -> list[float]:
-    """Run them all; -> each one's share of the decoder's operations."""
+    """Run all requests; return the share of the decoder's operations that each one used."""
     for request in requests:
         engine.start(request)
     shares = []
@@ -91,7 +91,7 @@ def finish(engine: Engine, requests: list[Request], new: int) -> list[float]:
 
 
 def decoding(engine: Engine, requests: list[Request], steps: int) -> Callable[[], None]:
-    """A function that runs `steps` decoding steps of requests that are past their prompts."""
+    """Prefill `requests`; return a function that runs `steps` of their decoding steps."""
     for request in requests:
         engine.start(request)
     while engine.stats.rows_waiting:
@@ -114,7 +114,7 @@ def benchmark(options: argparse.Namespace) -> None:
     decoder = sum(p.numel() for p in base.model.language_model.layers.parameters())
     print(
         f"decoder {decoder / 1e6:.0f} M parameters, prompts of {options.tokens} tokens on average, "
-        f"{options.new} new ones, {device} {dtype}, {torch.get_num_threads()} threads"
+        f"{options.new} new tokens, {device} {dtype}, {torch.get_num_threads()} threads"
     )
     layout = SwitchLayout.layers(base.config.text_config)
     model = AdaptiveVLM.from_base(base, layout, latency_token="probe").eval()
@@ -177,7 +177,7 @@ def benchmark(options: argparse.Namespace) -> None:
         runs,
         1.15 * mean,
     )
-    print(f"    which is {ratio / mean:.3f} of what the budgets buy (bar 1.15)")
+    print(f"    {ratio / mean:.3f} of the share that the budgets allow (bar 1.15)")
     ratio = compare(
         "8 requests: mixed / b = 1, both in the engine, 1 new (prefill)",
         mixed(BUDGETS, 1),
@@ -185,7 +185,7 @@ def benchmark(options: argparse.Namespace) -> None:
         runs,
         1.15 * mean,
     )
-    print(f"    which is {ratio / mean:.3f} of what the budgets buy (bar 1.15)")
+    print(f"    {ratio / mean:.3f} of the share that the budgets allow (bar 1.15)")
     steps = 8
     length = 16 + steps * (runs + 1)
     for name, budgets in (("b = 1", full), ("mixed", BUDGETS)):
@@ -205,7 +205,7 @@ def benchmark(options: argparse.Namespace) -> None:
 
     asked(keeping, "1")
     compare(
-        "first token at b = 0.6: asked before at another budget / new",
+        "first token at b = 0.6: prompt seen at another budget / new",
         lambda: asked(keeping, "0.6"),
         lambda: asked(engine, "0.6"),
         runs,
@@ -225,13 +225,13 @@ def benchmark(options: argparse.Namespace) -> None:
     )
     stats = packed.stats
     print(
-        f"    design H: {stats.packed_unshared} of {stats.packed_calls} calls for one row while "
-        f"others ran the layer; in {stats.packed_unsaved} layer steps nothing could be saved"
+        f"    design H: {stats.packed_unshared} of {stats.packed_calls} calls ran one row while "
+        f"other rows ran the layer; {stats.packed_unsaved} layer steps could save nothing"
     )
 
 
 def soak(requests: int) -> None:
-    """Requests of all sorts, a tenth of them cancelled; what is held must stay as it is."""
+    """Run many kinds of requests, a tenth of them cancelled; print memory, which must not grow."""
     torch.manual_seed(0)
     base = stock_model("cpu", torch.float32, hidden=16, layers=2, heads=2, image_size=16)
     layout = SwitchLayout.layers(base.config.text_config)
@@ -273,10 +273,10 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
     parser.add_argument("--runs", type=int, default=3)
-    parser.add_argument("--tokens", type=int, default=128, help="of a prompt, on average")
-    parser.add_argument("--new", type=int, default=48, help="tokens of an answer")
-    parser.add_argument("--soak", action="store_true")
-    parser.add_argument("--requests", type=int, default=10_000, help="of --soak")
+    parser.add_argument("--tokens", type=int, default=128, help="mean length of a prompt")
+    parser.add_argument("--new", type=int, default=48, help="length of an answer, tokens")
+    parser.add_argument("--soak", action="store_true", help="run the soak instead")
+    parser.add_argument("--requests", type=int, default=10_000, help="number, for --soak")
     options = parser.parse_args()
     if options.soak:
         soak(options.requests)

@@ -1,14 +1,14 @@
-"""Episodes a second of the image store against what one would use without it, on the same images.
+"""Episodes per second of the image store against its alternatives, on the same images.
 
     python benchmarks/episodes.py [--classes 100] [--images 60] [--side 84] [--runs 5]
 
-Every side gives the encoded images of the same 15-way episodes, 10 images a class, and is checked
-to give the same bytes. Peers: (a) scanning the classes' TFRecords, without checking any checksum;
+Every side returns the encoded images of the same 15-way episodes, 10 images per class; the bytes
+are checked to be equal. The peers are (a) a scan of the classes' TFRecords, without checksums;
 (b) a folder of JPEG files behind a torch DataLoader, with 0 and with 2 workers; (c) random rows of
 a plain Parquet file, by pyarrow's `take` and by reading row groups. The files are in the page
-cache. The store gives views of its memory map, and copies for comparison. Decoding is measured
-apart, of views and of copies. Prints times of a run and the ratio of the store to each peer: 0.2 is
-five times as fast.
+cache. The store returns views of its memory map, and copies for comparison. Decoding is measured
+separately, of views and of copies. Prints the time of a run and the ratio of the store to each
+peer: 0.2 is five times as fast.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ class ImageFolder(Dataset):
 
 
 def scan_tfrecords(folder: Path, episode: list[Place]) -> list[bytes]:
-    """Peer (a): each class's file is read whole, its records walked, the wanted ones parsed."""
+    """Peer (a): read each class's file completely, scan its records, parse those of the episode."""
     found: dict[Place, bytes] = {}
     for wanted in {label for label, _ in episode}:
         data = (folder / f"{wanted}.tfrecords").read_bytes()
@@ -75,7 +75,7 @@ def scan_tfrecords(folder: Path, episode: list[Place]) -> list[bytes]:
 
 
 class RowGroups:
-    """Peer (c): an open Parquet file; the row groups that hold wanted rows are read whole."""
+    """Peer (c): an open Parquet file; row groups with requested rows are read completely."""
 
     def __init__(self, path: Path) -> None:
         self.file = pq.ParquetFile(path)
@@ -93,7 +93,7 @@ class RowGroups:
 
 
 def write_sources(folder: Path, arguments: argparse.Namespace) -> list[list[bytes]]:
-    """Noisy pictures, as all sides want them; returns them by class."""
+    """Write noise images in the form that each side reads; return the encoded images by class."""
     generator = np.random.default_rng(0)
     shape = (arguments.side, arguments.side, 3)
     classes = []
@@ -117,13 +117,13 @@ def write_sources(folder: Path, arguments: argparse.Namespace) -> list[list[byte
 
 
 def main() -> None:
-    """Parse the command line, write the images in every form, compare."""
+    """Parse the command line and run the comparison in a temporary folder."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--classes", type=int, default=100)
     parser.add_argument("--images", type=int, default=60, help="per class")
     parser.add_argument("--side", type=int, default=84, help="pixels")
-    parser.add_argument("--quality", type=int, default=93, help="of the JPEGs")
-    parser.add_argument("--episodes", type=int, default=60, help="in a run")
+    parser.add_argument("--quality", type=int, default=93, help="of the JPEG files")
+    parser.add_argument("--episodes", type=int, default=60, help="per run")
     parser.add_argument("--runs", type=int, default=5)
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
@@ -140,7 +140,7 @@ def measure(folder: Path, arguments: argparse.Namespace) -> None:
     ray.shutdown()
     store = ImageStore.open(folder / "store")
     chosen = store.select("c", "all")
-    # the peers' own places of the store's images
+    # where the peers find the images of the store
     place_of = {
         image: (label, number)
         for label, images in enumerate(classes)
@@ -195,9 +195,9 @@ def measure(folder: Path, arguments: argparse.Namespace) -> None:
     compare(f"store, copied / {best}", copied, sides[best], arguments.runs, None)
     alone = min(seconds(ours) for _ in range(arguments.runs)) / len(episodes)
     print(f"store: {1 / alone:.0f} episodes/s, {1 / ratios[best]:.1f} times the best peer, {best}")
-    for name, pictures in (("views", ours()[0]), ("copies", expected[0])):
-        decoding = min(seconds(lambda p=pictures: [decode_image(i) for i in p]) for _ in range(5))
-        print(f"decoding {name}, apart: {1e3 * decoding:.1f} ms an episode of {count} images")
+    for name, encoded in (("views", ours()[0]), ("copies", expected[0])):
+        decoding = min(seconds(lambda e=encoded: [decode_image(i) for i in e]) for _ in range(5))
+        print(f"decoding {name} alone: {1e3 * decoding:.1f} ms per episode of {count} images")
 
 
 if __name__ == "__main__":

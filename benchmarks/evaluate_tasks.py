@@ -2,12 +2,12 @@
 
     python benchmarks/evaluate_tasks.py [--encoder small/conv] [--measured 40]
 
-In: nothing; images are random, as many as miniImageNet has for test (20 classes of 600), decoded.
-Cached: encode each image once, then run 1500 tasks (15-way, 15 queries a class) on the features.
-The peer encodes the images of each task; `--measured` of its 1500 tasks are timed and scaled, since
-each encodes the same number of images. Both sides give the same accuracies, which is checked. Out:
-seconds and ratios, for 1 and for 5 shots. Without a GPU these are seconds of the processor, which
-other programs on the machine do not change.
+The images are random and decoded, as many as miniImageNet has for testing (20 classes of 600). The
+cached side encodes each image once and runs 1500 tasks (15-way, 15 queries per class) on the
+features. The peer encodes the images of each task; `--measured` of its 1500 tasks are timed and
+scaled up, since each task encodes the same number of images. Both sides are checked to give the
+same accuracies. Prints seconds and ratios for 1 and for 5 shots. Without a GPU these are seconds of
+CPU time, which other programs on the machine do not change.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ from fmray.fewshot import (
 )
 
 CLASSES, IMAGES, WAYS, QUERIES, TASKS = 20, 600, 15, 15, 1500
-BATCH = 256  # images an encoder call, of the cached side; the peer's is a task, 240 or 300
+BATCH = 256  # images per encoder call of the cached side; the peer's call is a task, 240 or 300
 BAR = 20
 
 
 def seconds(function: Callable[[], object]) -> float:
-    """Time of one call: on the wall with a GPU, of the processor without."""
+    """Return the time of one call: wall time with a GPU, CPU time without."""
     if torch.cuda.is_available():
         return wall_seconds(function)
     start = time.process_time()
@@ -48,7 +48,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
     parser.add_argument("--encoder", default="small/conv")
-    parser.add_argument("--measured", type=int, default=40, help="tasks the peer is timed on")
+    parser.add_argument("--measured", type=int, default=40, help="tasks of the peer that are timed")
     options = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     encoder = create_encoder(options.encoder, pretrained=False).to(device)
@@ -97,7 +97,7 @@ def compare(
     once = seconds(cached)
     times += [seconds(peer) for _ in range(measured - measured // 2)]
     every = float(np.mean(times)) * TASKS
-    # a feature differs in its last digits by the batch that it was encoded in
+    # the last digits of a feature depend on the batch that it was encoded in
     differing = np.abs(cached_accuracies[0][:measured] - peer_accuracies).max()
     assert differing <= 2 / len(truth), f"accuracies differ by {differing}"
     ratio = every / once

@@ -1,12 +1,12 @@
-"""The data path against its peers: ingest through Ray against one plain process, and the loader.
+"""Throughput of ingest through Ray against one plain process, and of the loader.
 
     python benchmarks/ingest.py [--pictures 4000] [--side 32] [--runs 3] [--cpus 2]
     python benchmarks/ingest.py --loader [--batch 64] [--threads 1]
 
 Ingest: both sides read, check, decode, tokenise and write the same rows; the peer is one loop with
-a pyarrow writer and no keys, retries or resuming. Ray's workers are started and have loaded the
-processor before the clock starts; the first, cold run is printed beside it. `--loader` measures how
-many samples a second the loader alone gives, with tokens not yet remembered and remembered.
+a pyarrow writer and without keys, retries or resuming. Ray's workers have started and loaded the
+processor before the clock starts; the first, cold run is printed too. `--loader` measures samples
+per second of the loader alone, with an empty and with a filled token cache.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from fmray.data.records import decode_image, encode, image_tokens
 
 
 def write_plainly(source: Path, target: Path, recipe: AdaLlavaRecipe) -> int:
-    """The peer: one process, one file a split. Returns the number of rows."""
+    """Write the rows as the peer does: one process, one file per split. Return their number."""
     splits = {
         split: json.loads((source / f"{split}.json").read_text())
         for split in ("train", "validation")
@@ -61,15 +61,15 @@ def write_plainly(source: Path, target: Path, recipe: AdaLlavaRecipe) -> int:
 
 
 def seconds(function: Callable[[], object]) -> float:
-    """Wall time of one call."""
+    """Return the wall time of one call."""
     begun = time.perf_counter()
     function()
     return time.perf_counter() - begun
 
 
 def compare_ingest(arguments: argparse.Namespace, folder: Path) -> None:
-    """Print rows/s of both sides, run in turn, and the median ratio."""
-    # The set is generated once, outside the clock, and read as files like anybody's data.
+    """Print rows/s of both sides, run alternately, and the median ratio."""
+    # the data set is generated once, untimed, and read as files like a user's data
     config = {"pictures": arguments.pictures, "image_size": arguments.side}
     shapes_config = AdaLlavaRecipe(name="b", data={"shapes": config}).data.shapes
     shapes.generate(folder / "source", shapes_config, seed=0)
@@ -102,7 +102,7 @@ def compare_ingest(arguments: argparse.Namespace, folder: Path) -> None:
 
 
 def measure_loader(arguments: argparse.Namespace, folder: Path) -> None:
-    """Print samples/s and CPU time for a batch."""
+    """Print samples/s and CPU time per batch of the loader."""
     config = {"pictures": arguments.pictures, "image_size": arguments.side}
     recipe = AdaLlavaRecipe(name="b", data={"shapes": config, "store": folder / "store"})
     ray.init(address="local", num_cpus=arguments.cpus, include_dashboard=False)
@@ -121,7 +121,7 @@ def measure_loader(arguments: argparse.Namespace, folder: Path) -> None:
         micro_batch=arguments.batch,
         threads=arguments.threads,
     )
-    for epoch, name in enumerate(["tokens new", *["tokens remembered"] * arguments.runs]):
+    for epoch, name in enumerate(["empty token cache", *["filled token cache"] * arguments.runs]):
         wall, processor_time = time.perf_counter(), time.process_time()
         samples = sum(len(batch.rows) for step in loader.epoch(epoch) for batch in step)
         wall, processor_time = time.perf_counter() - wall, time.process_time() - processor_time
@@ -129,15 +129,15 @@ def measure_loader(arguments: argparse.Namespace, folder: Path) -> None:
         print(
             f"  {name:18s} {samples / wall:8.0f} samples/s,"
             f" {1e3 * processor_time / batches:6.2f} ms"
-            f" CPU a batch of {arguments.batch}"
+            f" CPU per batch of {arguments.batch}"
         )
 
 
 def main() -> None:
-    """Parse the command line and run one of the two."""
+    """Parse the command line and run one of the two benchmarks."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--pictures", type=int, default=4000)
-    parser.add_argument("--side", type=int, default=32, help="pixels of a picture")
+    parser.add_argument("--pictures", type=int, default=4000, help="images in the data set")
+    parser.add_argument("--side", type=int, default=32, help="of an image, pixels")
     parser.add_argument("--runs", type=int, default=3)
     parser.add_argument("--cpus", type=int, default=2)
     parser.add_argument("--loader", action="store_true", help="measure the loader instead")

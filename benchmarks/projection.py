@@ -1,11 +1,11 @@
-"""On paper: what a step of the large recipes takes on 8, 64 and 512 GPUs. No GPU is used.
+"""Projected time of a training step of the large recipes on 8, 64 and 512 GPUs. Uses no GPU.
 
     python benchmarks/projection.py [--gpus 8 64 512] [--node-gigabits 400] ...
 
-In: recipes, and a machine in numbers (the defaults are nodes of eight A100s of 80 GB, with NVLink
-and 400 Gbit/s of network a node). Out: a table: memory, bytes sent, and a step's time between two
-bounds, communication wholly hidden behind computation and not at all. `assumptions` are printed
-with it.
+The hardware is described by options; the defaults are nodes of eight A100 GPUs of 80 GB, with
+NVLink and a network of 400 Gbit/s per node. Prints a table of memory, bytes sent, and the time of a
+step between two bounds: communication completely overlapped with computation, and not at all. The
+assumptions are printed above the table.
 """
 
 from __future__ import annotations
@@ -28,47 +28,45 @@ GPUS = (8, 64, 512)
 
 @dataclass(frozen=True)
 class Hardware:
-    """gpu_teraflops: dense bfloat16 peak; utilisation: share of it that computation reaches;
-    nvlink_gigabytes: a second, one way, a GPU; node_gigabits: of network, one way, a node;
-    link_efficiency: share of both that collectives reach."""
+    """Speeds of a GPU, of the links inside a node, and of the network between nodes."""
 
-    gpu_teraflops: float = 312.0
-    utilisation: float = 0.45
+    gpu_teraflops: float = 312.0  #: dense bfloat16 peak
+    utilisation: float = 0.45  #: share of the peak that computation reaches
     gpus_per_node: int = 8
-    nvlink_gigabytes: float = 300.0
-    node_gigabits: float = 400.0
-    link_efficiency: float = 0.8
+    nvlink_gigabytes: float = 300.0  #: per second and GPU, one way
+    node_gigabits: float = 400.0  #: per second and node, one way
+    link_efficiency: float = 0.8  #: share of both bandwidths that collectives reach
 
     def bandwidth(self, gpus: int) -> float:
-        """Bytes a second that each rank can send around the ring.
+        """Return the bytes per second that each rank can send around the ring.
 
-        Between nodes all of a node's rings share its network, and each passes a node's border once:
-        together they bring what one rank sends.
+        All rings of a node share its network, and each leaves the node once, so that together they
+        carry what one rank sends.
         """
-        one = self.nvlink_gigabytes * 1e9
+        link = self.nvlink_gigabytes * 1e9
         if gpus > self.gpus_per_node:
-            one = min(one, self.node_gigabits * 1e9 / 8)
-        return one * self.link_efficiency
+            link = min(link, self.node_gigabits * 1e9 / 8)
+        return link * self.link_efficiency
 
 
 def step_flops(sizes: Sizes, recipe: AdaLlavaRecipe, rows: int) -> float:
-    """Of a rank's rows, all as long as `data.max_length`, each with a picture.
+    """Return the operations for `rows` rows of `data.max_length` tokens with an image each.
 
-    Two a parameter and token forward, four backward; attention's two products, 4 x length x hidden
-    a token and layer (not halved for what the causal mask leaves out); forward once more where
-    activations are recomputed. As Narayanan et al. 2021, appendix; the vision tower, frozen, goes
-    forward only.
+    A parameter takes two operations per token in the forward pass and four in the backward pass;
+    the two products of attention take 4 x length x hidden per token and layer (not halved for the
+    causal mask). Recomputing activations adds a forward pass (Narayanan et al. 2021, appendix). The
+    frozen vision tower has a forward pass only.
     """
     length = recipe.data.max_length
     forward = length * (2 * sizes.trainable + 4 * sizes.layers * length * sizes.hidden)
     vision = model_config(recipe.model).vision_config
     patches = (vision.image_size // vision.patch_size) ** 2 + 1
-    seen = 2 * (sizes.parameters - sizes.trainable) * patches
-    return rows * ((4 if recipe.train.gradient_checkpointing else 3) * forward + seen)
+    tower = 2 * (sizes.parameters - sizes.trainable) * patches
+    return rows * ((4 if recipe.train.gradient_checkpointing else 3) * forward + tower)
 
 
 def batches(recipe: AdaLlavaRecipe, gpus: int) -> Iterator[tuple[str, int]]:
-    """Rows of a rank: the recipe's global batch kept (strong), or its rows a rank (weak)."""
+    """Yield the rows of a rank with the recipe's global batch (strong) or rows per rank (weak)."""
     rows = recipe.train.global_batch // recipe.cluster.most_workers
     if recipe.train.global_batch % gpus == 0:
         yield "strong", recipe.train.global_batch // gpus
@@ -79,12 +77,12 @@ def batches(recipe: AdaLlavaRecipe, gpus: int) -> Iterator[tuple[str, int]]:
 def lines_of(
     recipe: AdaLlavaRecipe, gpu_counts: Sequence[int], hardware: Hardware
 ) -> Iterator[str]:
-    """A table of one recipe."""
+    """Yield the lines of one recipe's table."""
     sizes = sizes_of(recipe)
     width = 2 if recipe.model.dtype == "bfloat16" else 4
     frozen = sizes.parameters - sizes.trainable
     yield (
-        f"{recipe.name}: {sizes.trainable / 1e9:.2f}e9 parameters learn, {frozen / 1e9:.2f}e9 are"
+        f"{recipe.name}: {sizes.trainable / 1e9:.2f}e9 parameters train, {frozen / 1e9:.2f}e9 are"
         f" frozen; rows of {recipe.data.max_length} tokens"
     )
     yield (
@@ -125,31 +123,31 @@ def lines_of(
 
 
 def assumptions(hardware: Hardware) -> list[str]:
-    """In words."""
+    """Return the assumptions, as lines of text."""
     return [
-        "on paper; nothing here was run on a GPU. Assumed:",
-        f"  {hardware.gpu_teraflops:g} TFLOP/s a GPU (bfloat16, dense), of which"
-        f" {hardware.utilisation:.0%} are reached in computation;"
+        "projection; nothing was run on a GPU. Assumptions:",
+        f"  {hardware.gpu_teraflops:g} TFLOP/s per GPU (bfloat16, dense), of which"
+        f" computation reaches {hardware.utilisation:.0%};"
         f" nodes of {hardware.gpus_per_node} GPUs",
-        f"  {hardware.nvlink_gigabytes:g} GB/s from GPU to GPU in a node,"
-        f" {hardware.node_gigabits:g} Gbit/s a node between nodes, each way, of which"
-        f" {hardware.link_efficiency:.0%} are reached; rings, no latency, no congestion",
-        "  every row as long as data.max_length, with one picture; layers that are switched off are"
-        " computed (masked)",
-        "  bytes of DeepSpeed 0.19 (benchmarks/communication.py), `paper` what ZeRO would need;"
+        f"  {hardware.nvlink_gigabytes:g} GB/s between the GPUs of a node,"
+        f" {hardware.node_gigabits:g} Gbit/s per node between nodes, each way, of which collectives"
+        f" reach {hardware.link_efficiency:.0%}; rings, no latency, no congestion",
+        "  every row has data.max_length tokens and one image; layers that are off are computed"
+        " (masked)",
+        "  sent GB: by DeepSpeed 0.19 (benchmarks/communication.py); paper GB: what ZeRO needs;"
         " ZeRO-3 gathers"
-        " what learns twice a pass (with its defaults a little less: `volume`)",
-        "  a step: from communication wholly hidden behind computation to not hidden at all (stages"
-        " 1 and 2 hide nothing with DeepSpeed's defaults, overlap_comm off); no time for data,"
-        " the optimizer, checkpoints",
-        "  strong: the recipe's global batch, where every GPU gets a row; weak: the recipe's rows a"
-        " GPU, and so a larger batch, which may need another learning rate",
-        "  GiB: fmray.runtime.gpu_memory's estimate of a GPU; ! does not fit",
+        " trainable parameters twice per pass (slightly less with its defaults, see `volume`)",
+        "  step s: from communication completely overlapped with computation to not overlapped"
+        " (stages 1 and 2 overlap nothing with DeepSpeed's default, overlap_comm off); no time for"
+        " data, the optimizer or checkpoints",
+        "  strong: the recipe's global batch, where every GPU gets a row; weak: the recipe's rows"
+        " per GPU, hence a larger batch, which may need another learning rate",
+        "  GiB: memory of a GPU, estimated by fmray.runtime.gpu_memory; ! does not fit",
     ]
 
 
 def projection(gpus: Sequence[int] = GPUS, hardware: Hardware | None = None) -> list[str]:
-    """The lines of all tables."""
+    """Return the assumptions and the tables, as lines of text."""
     hardware = hardware or Hardware()
     lines = assumptions(hardware)
     for name in RECIPES:
@@ -159,9 +157,9 @@ def projection(gpus: Sequence[int] = GPUS, hardware: Hardware | None = None) -> 
 
 
 def main() -> int:
-    """Parse, and print."""
+    """Parse the command line and print the projection."""
     parser = argparse.ArgumentParser(
-        description="A step of the 7B and 13B recipes on many GPUs, on paper.",
+        description="Projected step time of the 7B and 13B recipes on many GPUs.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     parser.add_argument("--gpus", type=int, nargs="+", default=GPUS)

@@ -1,11 +1,11 @@
-"""How far the number of workers alone takes a training from itself: nothing else differs.
+"""How far the losses of two runs differ that differ only in the number of workers.
 
     PYTHONPATH=tests python benchmarks/rounding.py [--steps 1800] [--lr 2e-3 3e-4] [--workers 3 2]
 
-The soak's recipe (`benchmarks/soak.py`), undisturbed and without Ray, once for each number of
-workers and learning rate. Sums are made in another order, which changes last bits; training
-amplifies that, the more the higher the learning rate. Out: a table of the relative difference of
-the losses, the worst in each stretch of steps, against the first of `--workers`. Minutes a run.
+Trains the recipe of `benchmarks/soak.py`, without faults and without Ray, once for each number of
+workers and learning rate. Sums in another order change the last bits; training amplifies that, more
+at higher learning rates. Prints a table of the relative difference of the losses to those of the
+first number in `--workers`, the largest in each stretch of steps. A run takes minutes.
 """
 
 from __future__ import annotations
@@ -17,17 +17,17 @@ from pathlib import Path
 
 from support.chaos import write_recipe
 from support.ranks import train_on
+from support.training import losses as run_losses
 from support.training import make_store
 
 from fmray.config import load
-from fmray.runtime.run_log import read_log
 
 STRETCHES = 9
 SECONDS_A_STEP = 5.0  # at most, on a busy machine
 
 
 def losses(folder: Path, store: Path, workers: int, lr: float, steps: int) -> list[float]:
-    """Of each step."""
+    """Train; return the loss of each step."""
     name = f"{lr:g}-{workers}"
     recipe = write_recipe(
         folder / f"{name}.yaml",
@@ -40,12 +40,12 @@ def losses(folder: Path, store: Path, workers: int, lr: float, steps: int) -> li
         tracking={"enabled": False},
     )
     train_on(workers, load(recipe), name, seconds=SECONDS_A_STEP * steps)
-    return [line["loss"] for line in read_log(folder / name / "log.jsonl") if "loss" in line]
+    return run_losses(folder / name)
 
 
 def main() -> None:
-    """Parse, train, print."""
-    parser = argparse.ArgumentParser(description="What the number of workers does to the losses.")
+    """Parse the command line, train, and print the table."""
+    parser = argparse.ArgumentParser(description="Effect of the number of workers on the losses.")
     parser.add_argument("--steps", type=int, default=1800, help="default 1800")
     parser.add_argument("--lr", type=float, nargs="+", default=[2e-3, 3e-4])
     parser.add_argument("--workers", type=int, nargs="+", default=[3, 2])
@@ -56,10 +56,10 @@ def main() -> None:
         folder = Path(temporary)
         store = make_store(folder)
         for lr in options.lr:
-            found = [losses(folder, store, n, lr, options.steps) for n in options.workers]
-            for workers, other in zip(options.workers[1:], found[1:], strict=True):
-                apart = [abs(a - b) / abs(b) for a, b in zip(other, found[0], strict=True)]
-                worst = [max(apart[a:b]) for a, b in pairwise(ends)]
+            runs = [losses(folder, store, n, lr, options.steps) for n in options.workers]
+            for workers, other in zip(options.workers[1:], runs[1:], strict=True):
+                errors = [abs(a - b) / abs(b) for a, b in zip(other, runs[0], strict=True)]
+                worst = [max(errors[a:b]) for a, b in pairwise(ends)]
                 lines.append(f"| {lr:g}, {workers} | " + " | ".join(f"{w:.1e}" for w in worst))
     print(f"| lr, workers, to step | {' | '.join(map(str, ends[1:]))}")
     print("| --- " * (STRETCHES + 1))
