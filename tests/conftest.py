@@ -30,6 +30,7 @@ def pytest_configure(config: pytest.Config) -> None:
     settings.load_profile("shared")
 
 
+@pytest.hookimpl(tryfirst=True)  # xdist reads the groups in the same hook
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Mark each test with its folder, so that `pytest -m unit` runs one cost class."""
     folders = {item.path.relative_to(TESTS).parts[0] for item in items}

@@ -76,9 +76,15 @@ KINDS = {
     "search": Kind(
         SearchRecipe,
         prepare="fmray.commands.jobs:prepare_base",
+        evaluate="fmray.commands.jobs:evaluate_recommended",
         search="fmray.search.run:search",
     ),
-    "plans": Kind(PlansRecipe, search="fmray.search.plans:search_plans"),
+    "plans": Kind(
+        PlansRecipe,
+        prepare="fmray.commands.jobs:check_store",
+        evaluate="fmray.search.plans:search_plans",  # resumes: only the evaluation is left to do
+        search="fmray.search.plans:search_plans",
+    ),
 }
 
 
@@ -133,3 +139,29 @@ def prepare_base(loaded: LoadedRecipe[SearchRecipe]) -> None:
 
     kinds = (AdaLlavaRecipe, FewshotRecipe)
     prepare_store(load(base_path(loaded), loaded.recipe.base_set, kinds=kinds))
+
+
+def check_store(loaded: LoadedRecipe[PlansRecipe]) -> None:
+    """Check that the store of a plan search is prepared: its model was trained on it.
+
+    Raises:
+        ValueError: it is not.
+    """
+    store = loaded.recipe.store
+    if not (store / "manifest.json").is_file():
+        raise ValueError(
+            f"store: {store} is not prepared; run `python jobs/prepare_data.py` with the recipe"
+            " that the model was trained with"
+        )
+    say(f"store {store} is prepared")
+
+
+def evaluate_recommended(loaded: LoadedRecipe[SearchRecipe], run_id: str) -> None:
+    """Evaluate the trial that a search recommends, as a run of its base recipe is evaluated."""
+    from fmray.search.run import recommended_trial
+
+    folder = recommended_trial(loaded, run_id)
+    overrides = [f"cluster.storage={folder.parent.absolute()}"]
+    trial = load(folder / "recipe.yaml", overrides, kinds=(AdaLlavaRecipe, FewshotRecipe))
+    say(f"evaluating {folder}")
+    KINDS[trial.recipe.kind].function("evaluate")(trial, folder.name)

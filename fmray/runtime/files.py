@@ -48,9 +48,8 @@ def atomic_path(path: Path, durable: bool = True, unique: bool = False) -> Itera
         if durable:
             sync(temporary)
         os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
+    finally:
+        temporary.unlink(missing_ok=True)  # only after an error: it has been renamed otherwise
     if durable:
         sync(path.parent)
 
@@ -85,9 +84,8 @@ def atomic_folder(path: Path) -> Iterator[Path]:
             sync(file)
         sync(temporary)
         replace_folder(temporary, path)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)  # only after an error
 
 
 def replace_folder(new: Path, path: Path) -> None:

@@ -50,6 +50,7 @@ from fmray.search.watch import (
     TuneSearcher,
     describe,
     final_table,
+    trial_run_id,
 )
 from fmray.train import checkpoint as checkpoints
 from fmray.train.fewshot.encoder import load_encoder
@@ -284,22 +285,51 @@ def _task_notes(
 # --- The end of a search ---
 
 
+def recommended_trial(loaded: LoadedRecipe[SearchRecipe], run_id: str) -> Path:
+    """Return the folder of the trial that a search recommends, or would if it ended now.
+
+    Raises:
+        ValueError: there is no such search, or no trial that the rule selects.
+    """
+    recipe = loaded.recipe
+    run_dir = recipe.cluster.storage / run_id
+    finished = read_finished(run_dir / "trials.jsonl")
+    if not finished:
+        raise ValueError(
+            f"{run_dir}: no finished trial; --run-id must name a run of jobs/search.py"
+        )
+    _, recommended = _recommended(recipe, finished)
+    if recommended is None:
+        raise ValueError(f"{run_dir}: no trial to recommend; several objectives need a rule")
+    return run_dir / "trials" / trial_run_id(run_id, recommended.number)
+
+
+def _recommended(
+    recipe: SearchRecipe, finished: list[FinishedTrial]
+) -> tuple[str | None, FinishedTrial | None]:
+    """The rule and the trial that it selects: `recommend`, or the best for one objective.
+
+    Raises ValueError when no trial satisfies the rule.
+    """
+    objectives = recipe.objectives
+    if recipe.recommend is not None:
+        return recipe.recommend, recommend(recipe.recommend, finished, objectives)
+    if len(objectives) > 1:
+        return None, None
+    return f"best {objectives[0].metric}", next(iter(front_of(finished, objectives)), None)
+
+
 def _report(
     recipe: SearchRecipe, base: BaseRecipe, ledger: TrialLedger, notes: list[str]
 ) -> SearchResult:
     """Show the table of trials and the recommended one, and write `report.html`."""
     finished, objectives = ledger.finished, recipe.objectives
 
-    # the recommended trial: by the rule, or the best for one objective
-    recommended, rule = None, recipe.recommend
-    if rule is not None:
-        try:
-            recommended = recommend(rule, finished, objectives)
-        except ValueError as error:  # no trial satisfies it; table and report are useful anyway
-            notes.append(str(error))
-    elif len(objectives) == 1:
-        rule = f"best {objectives[0].metric}"
-        recommended = next(iter(front_of(finished, objectives)), None)
+    rule, recommended = None, None
+    try:
+        rule, recommended = _recommended(recipe, finished)
+    except ValueError as error:  # no trial satisfies the rule; table and report are useful anyway
+        notes.append(str(error))
 
     say(final_table(finished, [objective.metric for objective in objectives]))
     chosen = None

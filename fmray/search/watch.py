@@ -159,6 +159,11 @@ class _Running:
     curve: list[dict[str, float]] = field(default_factory=list)  #: metrics of each evaluation
 
 
+def trial_run_id(run_id: str, number: int) -> str:
+    """Run id of a trial's job, which names its folder and its MLflow run."""
+    return f"{run_id}-{number:03d}"
+
+
 @dataclass
 class TrialLedger:
     """The trials of a search: running, waiting and finished."""
@@ -197,7 +202,7 @@ class TrialLedger:
                 self._end_duplicate(running)
                 continue
             self.running[suggestion.number] = running
-            name = self.trial_run_id(suggestion.number)
+            name = trial_run_id(self.run_id, suggestion.number)
             loaded, mistake = None, None
             try:
                 loaded = self.load(overrides)
@@ -242,7 +247,7 @@ class TrialLedger:
         for duplicate in self.waiting.pop(number, ()):
             self._end_duplicate(duplicate)
         if status == "done":  # nothing resumes from its checkpoints; model/ stays
-            folder = self.run_dir / "trials" / self.trial_run_id(number)
+            folder = self.run_dir / "trials" / trial_run_id(self.run_id, number)
             for checkpoint in folder.glob("checkpoint-*"):
                 shutil.rmtree(checkpoint)
 
@@ -259,11 +264,7 @@ class TrialLedger:
 
     def model_dir(self, number: int) -> Path:
         """Folder of a trial's model."""
-        return self.run_dir / "trials" / self.trial_run_id(number) / "model"
-
-    def trial_run_id(self, number: int) -> str:
-        """Run id of a trial's job, which names its folder and its MLflow run."""
-        return f"{self.run_id}-{number:03d}"
+        return self.run_dir / "trials" / trial_run_id(self.run_id, number) / "model"
 
     def settle(self) -> None:
         """Correct the status of MLflow runs after Tune has ended its actors.
@@ -274,7 +275,7 @@ class TrialLedger:
         stopped = [trial.number for trial in self.finished if trial.status == "stopped"]
         for numbers, status in ((stopped, "FINISHED"), (list(self.running), "KILLED")):
             for number in numbers:
-                run_id = self.trial_run_id(number)
+                run_id = trial_run_id(self.run_id, number)
                 run = tracking.open_run(self.tracking, self.storage, run_id, {}, parent=self.parent)
                 run.finish(status)
 
@@ -284,7 +285,7 @@ class TrialLedger:
         tags |= {"fmray.origin": trial.origin}
         tags |= {"fmray.reason": trial.reason} if trial.reason else {}
         tags |= {"fmray.values": json.dumps(dict(trial.values))}
-        run_id = self.trial_run_id(trial.number)
+        run_id = trial_run_id(self.run_id, trial.number)
         with tracking.open_run(self.tracking, self.storage, run_id, {}, tags, self.parent) as run:
             for point in trial.curve:
                 named = {f"trial/{name}": x for name, x in point.items() if name != "step"}

@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 
 from fmray.commands import jobs
-from fmray.config import KINDS, SearchRecipe, load
+from fmray.config import KINDS, PlansRecipe, SearchRecipe, load
 from fmray.config.arguments import job_path
+from fmray.search.state import FinishedTrial, append_trial
 
 
 def test_the_table_of_jobs_has_every_kind_of_recipe() -> None:
@@ -32,3 +33,40 @@ def test_a_search_prepares_the_data_of_its_base_recipe(
     loaded = load(job_path("recipes") / recipe, (), (SearchRecipe,))
     jobs.KINDS["search"].function("prepare")(loaded)
     assert [item.name for item in prepared] == [base]
+
+
+def test_a_search_evaluates_its_recommended_trial(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The best of two trials for one objective, in its folder, under its own recipe."""
+    evaluated: list[tuple[Any, str]] = []
+    monkeypatch.setattr(
+        "fmray.train.fewshot.evaluate.evaluate_encoder", lambda *call: evaluated.append(call)
+    )
+    path = job_path("recipes") / "search_fewshot.yaml"
+    overrides = [f"cluster.storage={tmp_path}", "objectives=[{metric: accuracy}]", "recommend=null"]
+    loaded = load(path, overrides, (SearchRecipe,))
+    for number, accuracy in enumerate((0.2, 0.7)):
+        metrics = {"accuracy": accuracy}
+        trial = FinishedTrial(
+            number, str(number), {}, (), metrics, (), "done", None, 1.0, 0.0, 4, "suggested"
+        )
+        folder = tmp_path / "run" / "trials" / f"run-{number:03d}"
+        folder.mkdir(parents=True)
+        append_trial(tmp_path / "run" / "trials.jsonl", trial)
+        (folder / "recipe.yaml").write_text(f"kind: fewshot\nname: trial-{number}\n")
+    jobs.KINDS["search"].function("evaluate")(loaded, "run")
+    [(trial_recipe, run_id)] = evaluated
+    assert (trial_recipe.recipe.name, run_id) == ("trial-1", "run-001")
+    assert trial_recipe.recipe.cluster.storage == tmp_path / "run" / "trials"
+    with pytest.raises(ValueError, match=r"none: no finished trial; --run-id must name a run of"):
+        jobs.KINDS["search"].function("evaluate")(loaded, "none")
+
+
+def test_a_plan_search_needs_a_prepared_store(tmp_path: Path) -> None:
+    path = job_path("recipes") / "search_plans.yaml"
+    loaded = load(path, [f"store={tmp_path}"], (PlansRecipe,))
+    with pytest.raises(ValueError, match=r"is not prepared; run `python jobs/prepare_data\.py`"):
+        jobs.KINDS["plans"].function("prepare")(loaded)
+    (tmp_path / "manifest.json").write_text("{}")
+    jobs.KINDS["plans"].function("prepare")(loaded)
