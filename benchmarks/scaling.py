@@ -1,28 +1,28 @@
-"""How training scales over machines: measured on one to three of them, then on paper for many GPUs.
+"""Scaling of training over machines: measured on one to three, then projected to many GPUs.
 
     PYTHONPATH=tests python benchmarks/scaling.py [--megabits 200] [--steps 6] [--folder F]
 
-As root: the machines are network namespaces with a link of so many megabits a second, each way, in
-front of each (`tests/support/machines.py`, `tc tbf`). What runs on them is the training loop of
-`jobs/train_adallava.py` with its loader, DeepSpeed and gloo; Ray, which only starts the workers and
-hands them their rank, is left out, and with it its heartbeats on the links and a minute of starts
-(`support/ranks.py`). Each stage of ZeRO, on one machine, then two and three with as many rows a
-rank (weak) and with the same global batch (strong), two accumulation passes in each.
+Needs root: the machines are network namespaces, each behind a link limited to `--megabits` per
+second each way (`tests/support/machines.py`, `tc tbf`). They run the training loop of
+`jobs/train_adallava.py` with its loader, DeepSpeed and gloo, but without Ray, which only starts the
+workers and assigns ranks; this avoids its heartbeats on the links and a minute of starts
+(`support/ranks.py`). Each ZeRO stage runs on one machine, then on two and three with the same rows
+per rank (weak) and with the same global batch (strong), with two accumulation passes each.
 
-Three things are compared. Bytes: what `benchmarks/communication.py` says that a rank sends, around
-a ring, against what its eth0 has sent. Time: a step is split into computation, communication (the
-least that any rank was held up in a collective: the others wait for that rank too) and waiting for
-data. And both together: a step predicted from computation on one machine, the bytes and the link,
-against the step.
+Three things are compared. Bytes: what a rank sends around a ring according to
+`benchmarks/communication.py`, against what its eth0 has sent. Time: a step is split into
+computation, communication (the shortest time that any rank was blocked in collectives, since the
+others also wait for that rank) and waiting for data. Both together: a step predicted from
+computation on one machine, the bytes and the link, against the measured step.
 
-What this cannot show is a speed-up in computation: the machines share the cores of one. So the
-model is small and the links slow, communication weighs more than computation, and the prediction
-takes computation times processes / cores where there are more processes than cores. Nothing is
-hidden behind computation: DeepSpeed waits for gloo's calls, and stage 3 is kept from prefetching
-and from keeping what it has gathered (`scaling_rank.py`), as a model of billions could not.
+This cannot show a speed-up of computation, since the machines share the cores of one. Therefore the
+model is small and the links are slow, so that communication dominates, and the prediction
+multiplies computation by processes / cores if there are more processes than cores. Nothing overlaps
+with computation: DeepSpeed waits for gloo's calls, and stage 3 is kept from prefetching and from
+keeping gathered parameters (`scaling_rank.py`), as a model with billions of them would be.
 
-At the end `projection.py` says what follows for the recipes of 7B and 13B, on paper.
-`--folder` gets `scaling.json` (each step of each rank) and `scaling.txt` (the tables).
+At the end `projection.py` prints the projection for the 7B and 13B recipes.
+`--folder` receives `scaling.json` (each step of each rank) and `scaling.txt` (the tables).
 """
 
 from __future__ import annotations
@@ -67,17 +67,17 @@ IDLE_SECONDS = 3.0
 
 @dataclass(frozen=True)
 class Case:
-    """One training. kind: one (machine), weak or strong; rows: of a rank in a step."""
+    """One training run."""
 
-    kind: str
-    stage: int
+    kind: str  #: one (machine), weak or strong
+    stage: int  #: of ZeRO
     world_size: int
-    rows: int
+    rows: int  #: per rank and step
 
 
 @dataclass(frozen=True)
 class Row:
-    """What a case has shown: seconds a step, bytes a step and rank."""
+    """Measurements of a case: seconds per step, bytes per step and rank."""
 
     case: Case
     step: float
@@ -91,7 +91,7 @@ class Row:
 
     @property
     def gloo_sent(self) -> float:
-        """With what gloo makes of a reduce-scatter."""
+        """Bytes that a rank sends with gloo, whose reduce-scatter sends more than a ring."""
         model = self.model
         scattered = GLOO_REDUCE_SCATTER * model.reduce_scatter
         of_gloo = Volume(model.all_reduce, scattered, model.all_gather)
@@ -99,7 +99,7 @@ class Row:
 
 
 class Ranks:
-    """A process on each machine that trains what it is told."""
+    """A process on each machine that trains the cases it receives."""
 
     def __init__(self, machines: Machines) -> None:
         self._folder = machines.folder
@@ -129,7 +129,7 @@ class Ranks:
         return line.strip()
 
     def run(self, case: Case, config: dict[str, Any], steps: int) -> list[dict[str, Any]]:
-        """What each rank has measured."""
+        """Train a case; return the measurements of each rank."""
         with tempfile.TemporaryDirectory(dir=self._folder) as folder:
             told = {**asdict(case), "config": config, "folder": folder}
             told |= {"steps": steps, "warm_up": WARM_UP}
@@ -141,7 +141,7 @@ class Ranks:
 
 
 def cases() -> Iterator[Case]:
-    """One machine first, for each stage: the others are predicted from it."""
+    """Yield the cases, for each stage first one machine, from which the others are predicted."""
     for stage in STAGES:
         yield Case("one", stage, 1, ROWS)
         for world_size in (2, 3):
@@ -150,7 +150,7 @@ def cases() -> Iterator[Case]:
 
 
 def idle(machines: Machines) -> float:
-    """Bytes a second that a machine sends while nothing trains; to be subtracted."""
+    """Return the bytes per second that a machine sends without training, to be subtracted."""
 
     def sent() -> int:
         links = [Path("/sys/class/net") / machine.name for machine in machines.machines]
@@ -163,9 +163,10 @@ def idle(machines: Machines) -> float:
 
 
 def measured(case: Case, ranks: list[dict[str, Any]], width: int, noise: float) -> Row:
-    """Medians over the steps; of bytes, which come when they come, means.
+    """Return medians over the steps, but means of bytes, which are not sent evenly.
 
-    noise: bytes a second of the idle machine.
+    Args:
+        noise: bytes per second of an idle machine.
     """
 
     def median(rank: dict[str, Any], name: str) -> float:
@@ -192,14 +193,14 @@ def measured(case: Case, ranks: list[dict[str, Any]], width: int, noise: float) 
 
 
 def predicted(row: Row, one: Row, link: float) -> float:
-    """Seconds of a step, from the step on one machine, the model's bytes and bytes a second."""
+    """Return the seconds of a step, predicted from one machine, the bytes, and bytes per second."""
     busy = max(1.0, row.case.world_size / CORES)
     computation = one.computation * row.case.rows / one.case.rows * busy
     return computation + one.data + row.gloo_sent / PAYLOAD / link
 
 
 def table(rows: Sequence[Row], megabits: float) -> list[str]:
-    """Lines: bytes, then time."""
+    """Return the tables of bytes and of time, as lines of text."""
     lines = [
         "",
         "MB that a rank sends in a step. paper: what ZeRO needs; model: DeepSpeed's collectives,"
@@ -245,7 +246,7 @@ def _name(case: Case) -> str:
 
 
 def measure(machines: Machines, folder: Path, megabits: float, steps: int, dtype: str) -> list[str]:
-    """All cases; the lines of the tables."""
+    """Run all cases; return the lines of the tables."""
     recipe = load_recipe(folder / "store", folder / "runs", model={"scratch": MODEL})
     store = make_store(folder, recipe.recipe)
     machines.cap(megabits)
@@ -288,8 +289,8 @@ def measure(machines: Machines, folder: Path, megabits: float, steps: int, dtype
 
 
 def main() -> int:
-    """Parse, measure, project."""
-    parser = argparse.ArgumentParser(description="Weak and strong scaling, and the model of it.")
+    """Parse the command line, measure, and print tables and projection."""
+    parser = argparse.ArgumentParser(description="Weak and strong scaling, measured and predicted.")
     parser.add_argument("--megabits", type=float, default=200.0, help="of a link, each way (200)")
     parser.add_argument("--steps", type=int, default=6, help="measured in each case (default 6)")
     parser.add_argument("--dtype", choices=WIDTHS, default="float32")

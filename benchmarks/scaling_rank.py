@@ -1,11 +1,11 @@
-"""One rank of `scaling.py`, on its machine: trains each case that it is given, and measures.
+"""One rank of `scaling.py`, on its machine: trains each case that it receives, and measures it.
 
-In: a JSON line a case on standard input (`scaling.Case`, rank, folder, recipe, run id). Out: a
-line of the word `ready` when everything is imported, then a JSON line for each case: the model's
-parameters, and for each measured step seconds (all, held up by communication, waiting for data),
-bytes that eth0 has sent, bytes of whole tensors by collective.
+Reads a JSON line per case from standard input (`scaling.Case`, rank, folder, recipe, run id).
+Writes the line `ready` when everything is imported, then a JSON line per case: the parameters of
+the model, and for each measured step its seconds (all, blocked by communication, waiting for data),
+the bytes that eth0 has sent, and the bytes of complete tensors by collective.
 
-Each case runs in a process of its own, forked here, so that it starts at once.
+Each case runs in a forked process, so that it starts at once.
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ SENT = Path("/sys/class/net/eth0/statistics/tx_bytes")
 
 
 class Enough(Exception):
-    """All steps are measured; what the loop does at the end of a training is of no interest."""
+    """Raised after the last measured step; the end of the training loop is not of interest."""
 
 
 def measure(case: dict[str, Any]) -> dict[str, Any]:
-    """Train until the last step of the case."""
+    """Train until the last measured step of the case; return the measurements."""
     collectives = Collectives()
     found: dict[str, Any] = {"steps": []}
     make_optimizer, engine_config = method.make_optimizer, method.engine_config
@@ -48,13 +48,13 @@ def measure(case: dict[str, Any]) -> dict[str, Any]:
     def large_model_config(*args: Any) -> dict[str, Any]:
         config = engine_config(*args)
         if config["zero_optimization"]["stage"] == 3:
-            # else stage 3 would keep what it has gathered: the whole model is within 1e9 parameters
+            # else stage 3 would keep all gathered parameters: the model has less than 1e9
             config["zero_optimization"]["stage3_max_reuse_distance"] = 0
             config["zero_optimization"]["stage3_prefetch_bucket_size"] = 0
         return config
 
     class Marks(Progress):
-        """A mark at the end of each step, on every rank."""
+        """Reads clocks and counters at the end of each step, on every rank."""
 
         def __init__(self, total: int, start: int, enabled: bool, name: str) -> None:
             super().__init__(total, start, False, name)
@@ -94,9 +94,9 @@ def measure(case: dict[str, Any]) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Until standard input ends."""
+    """Answer cases until standard input ends."""
     answers = os.fdopen(os.dup(1), "w", buffering=1)
-    os.dup2(2, 1)  # what is printed by others must not come among the answers
+    os.dup2(2, 1)  # keep output of libraries out of the answers
     print("ready", file=answers)
     for line in sys.stdin:
         child = os.fork()
@@ -104,7 +104,7 @@ def main() -> None:
             print(json.dumps(measure(json.loads(line))), file=answers)
             sys.stdout.flush()
             answers.flush()
-            os._exit(0)  # without the ends of a framework that thinks it is in the middle
+            os._exit(0)  # without the exit handlers of an unfinished training
         if os.waitpid(child, 0)[1] != 0:
             raise SystemExit("a rank failed; its traceback is above")
 

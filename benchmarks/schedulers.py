@@ -1,14 +1,13 @@
-"""The learned scheduler against its rivals, over seeds: paired tests on the same held-out
-questions.
+"""The learned scheduler against its rivals, over seeds, by paired tests on held-out questions.
 
     python benchmarks/schedulers.py --base fmray-quickstart [--seeds 0 1 2]
 
-In: the folder of a finished quickstart (its data store and base model). For each seed it finetunes
-the base with the learned scheduler, with random plans and with one static order, all else equal,
-and evaluates each. Out, in `--folder`: the runs (finished ones are not run again), and a table of
-accuracy by budget and McNemar's exact test of the learned scheduler against: random plans of the
-same model, the best static plan of the same model (found on training questions), a model trained
-with random plans, a model trained with a static order.
+Uses the data store and the base model of a finished quickstart. For each seed it finetunes the base
+with the learned scheduler, with random plans and with one static order, all else equal, and
+evaluates each. The runs are stored in `--folder`; finished ones are not repeated. Prints accuracy
+by budget, and McNemar's exact test of the learned scheduler against random plans of the same model,
+the best static plan of the same model (chosen on training questions), a model trained with random
+plans, and a model trained with a static order.
 """
 
 from __future__ import annotations
@@ -33,7 +32,7 @@ RIVALS = (
 
 
 def correct(folder: Path, run_id: str, plans: str, budget: float) -> np.ndarray:
-    """Right or wrong per question, bool [n], in the order of the validation split."""
+    """Return whether each question was answered right, bool [n], in validation order."""
     table = pq.read_table(folder / run_id / "evaluation" / "questions.parquet")
     kinds, budgets = np.array(table["plans"].to_pylist()), table["budget"].to_numpy()
     return np.array(table["correct"].to_pylist())[(kinds == plans) & (budgets == budget)]

@@ -1,20 +1,20 @@
-"""Task selection against recomputing everything at every step, and the memory of streamed moments.
+"""Task selection against recomputation at every step, and the memory of streamed moments.
 
     python benchmarks/selection.py [--tasks 1000] [--dimension 768] [--rows 64] [--every 50]
     python benchmarks/selection.py --stream 1000000 [--tasks 1000] [--dimension 768]
 
-Selection: ours is `TaskMoments.of` for each task and `select_tasks`, the whole coverage curve. The
-peers run the same algorithm, but recompute the statistics and the inverse of the mixture at each
-step: from the features of all tasks so far (scikit-learn's OAS), or from the kept mean and scatter
-of each. A peer's step is timed at every 50th step only and the sum over all steps estimated from
-those (they lie in the middle of their intervals and the time grows evenly); `--every 1` times all
-and compares the tasks selected too. Coverage must agree at each step that is timed.
+Selection: our side is `TaskMoments.of` for each task and `select_tasks` with the complete coverage
+curve. The peers run the same algorithm but recompute the statistics and the inverse of the mixture
+at each step: from the features of all tasks so far (scikit-learn's OAS), or from the stored mean
+and scatter of each. Only every 50th step of a peer is timed and the sum over all steps estimated
+from these (they lie in the middle of their intervals, and the time grows evenly); `--every 1` times
+all steps and also compares the selected tasks. Coverage must agree at each timed step.
 
-`--stream`: that many features pass, shuffled over all tasks; prints the resident memory as they do,
-and the time by itself, without that of drawing them.
+`--stream` passes that many features, shuffled over all tasks; it prints the resident memory
+meanwhile, and the time without that of drawing the features.
 
-Times are of this process's CPU, so that what else the machine does is left out; OMP_NUM_THREADS=1
-makes them those of a clock on an idle machine.
+Times are CPU times of this process, so that other programs do not count; with OMP_NUM_THREADS=1
+they equal wall time on an idle machine.
 """
 
 from __future__ import annotations

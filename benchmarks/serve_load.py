@@ -6,12 +6,12 @@
 Poisson arrivals at multiples of the measured full-budget capacity, and a burst trace, for budget 1,
 budget 0.6 and `auto`: share of requests whose first token came within the target (SLO attainment;
 refused ones count as missed), p50 and p95 of the time to first token, goodput (answers within the
-target, a second), mean budget, accuracy, refusals. Beside it what Serve adds to a request over the
-bare engine.
+target per second), mean budget, accuracy, refusals. Also prints what Serve adds to a request over
+the bare engine.
 
-The quickstart's model is too small to be slowed by load. Its MLPs are padded with channels of zeros
-(`--width`): it answers exactly as before, and costs as a larger model does. The client runs on the
-same machine and takes its part of it.
+The quickstart's model is too small to be slowed down by load. Its MLPs are padded with channels of
+zeros (`--width`): the answers stay the same at the cost of a larger model. The client runs on the
+same machine and uses part of its CPU.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ class Question:
 
 @dataclass
 class Outcome:
-    """What became of one request; seconds from when it was due."""
+    """The outcome of one request; seconds since it was due."""
 
     status: int
     first: float | None = None
@@ -90,7 +90,7 @@ def widened(source: Path, target: Path, width: int) -> Path:
 
 
 def read_questions(folder: Path, count: int) -> list[Question]:
-    """Validation questions of the quickstart: first turns, with their pictures."""
+    """Validation questions of the quickstart: first turns, with their images."""
     questions = []
     for record in json.loads((folder / "validation.json").read_text())[:count]:
         human, gpt = record["conversations"][:2]
@@ -303,7 +303,7 @@ def main() -> None:
     options = parser.parse_args()
     model = options.quickstart / "adaptive" / "model"
     if not model.is_dir():
-        parser.error(f"{model} is not there; run `fmray quickstart` first")
+        parser.error(f"{model} is missing; run `fmray quickstart` first")
     questions = read_questions(options.quickstart / "store" / "source", 2000)
     with tempfile.TemporaryDirectory(prefix="fmray-load-") as folder:
         wide = widened(model, Path(folder) / "model", options.width)

@@ -1,10 +1,8 @@
-"""What skipping saves: prefill of a decoder of over 100 M parameters at b = 0.6 against b = 1 and
-the stock model.
+"""Prefill at b = 0.6 against b = 1 and the stock model, with a decoder of over 100 M parameters.
 
     python benchmarks/skip.py [--runs 7] [--rows 1] [--tokens 600]
 
-Prints medians and paired ratios; everything runs in one process, on a GPU (bfloat16) where there is
-one.
+Prints medians and paired ratios. Runs in one process, on a GPU in bfloat16 if there is one.
 """
 
 from __future__ import annotations
@@ -29,7 +27,7 @@ def stock_model(
     heads: int = 12,
     image_size: int = 64,
 ) -> LlavaForConditionalGeneration:
-    """A LLaVA whose decoder has, as it is, 113 M parameters beside embeddings; patches of 8."""
+    """Return a LLaVA whose decoder has, by default, 113 M parameters without embeddings."""
     text = LlamaConfig(
         hidden_size=hidden,
         intermediate_size=8 * hidden // 3,

@@ -1,17 +1,17 @@
-"""Half an hour of training on three machines, one of which is broken about every minute.
+"""Half an hour of training on three machines with a random fault about every minute.
 
     PYTHONPATH=tests python benchmarks/soak.py [--minutes 30] [--every 60] [--seed 0]
 
-As root: the machines are network namespaces (`tests/support/machines.py`). The training has as many
-workers as there is room for, one to three, so that each loss changes the world size. Faults, drawn
+Needs root: the machines are network namespaces (`tests/support/machines.py`). Training has one to
+three workers, as many as fit, so that each lost machine changes the world size. Faults are drawn
 with the seed: a worker, Ray's training controller or a raylet is killed, a machine loses power or
-its link, a machine is drained, and the head is lost, whereupon the job is submitted again. A fault
-comes when the one before is over. It stops by itself: when the time is up nothing is broken any
-more and the links are freed.
+its link, a machine is drained, or the head is lost, after which the job is submitted again. A fault
+starts only after the previous one is over. When the time is up, faults stop, the links run at full
+speed, and training ends.
 
-Printed, and kept in `--folder`: a line for each fault (seconds until training made a step that it
-had not made before, steps repeated), and a summary, with the losses against those of the same
-training undisturbed. The exit code is 1 when a step's differ by more than `TOLERANCE`.
+Prints, and writes to `--folder`, a line for each fault (seconds until training completed a new
+step, steps repeated) and a summary that compares the losses with those of a run without faults. The
+exit code is 1 if the loss of a step differs by more than `TOLERANCE`.
 """
 
 from __future__ import annotations
@@ -47,20 +47,19 @@ KINDS = ("worker", "worker", "controller", "raylet", "machine", "link", "drain",
 
 @dataclass(frozen=True)
 class Fault:
-    """One, and what it cost. at: seconds since the start; step: the last one before it; workers:
-    how many went on."""
+    """A fault and its cost."""
 
     kind: str
     machine: int
-    at: float
-    step: int
-    recovered: float
-    repeated: int
-    workers: int
+    at: float  #: seconds since the start
+    step: int  #: last step before the fault
+    recovered: float  #: seconds until the next new step
+    repeated: int  #: steps computed again
+    workers: int  #: ranks after the restart
 
 
 def break_something(kind: str, training: Training, draw: random.Random) -> Machine:
-    """Returns the machine that it happened to."""
+    """Cause a fault; return the machine that it happened to."""
     machines = training.machines
     places = training.trainers()
     far = [machine for machine, _ in places if machine is not machines.head]
@@ -88,7 +87,7 @@ def break_something(kind: str, training: Training, draw: random.Random) -> Machi
 
 
 def mend(kind: str, training: Training) -> None:
-    """Bring back what was lost; a link, after a while, and the rest at once."""
+    """Restore what was lost: a link after `CUT_SECONDS`, everything else at once."""
     if kind == "link":
         time.sleep(CUT_SECONDS)
     if kind == "drain":
@@ -99,7 +98,7 @@ def mend(kind: str, training: Training) -> None:
 
 
 def soak(training: Training, seconds: float, every: float, draw: random.Random) -> list[Fault]:
-    """Break it until the time is up or it is done."""
+    """Cause faults until the time is up or training has ended."""
     faults: list[Fault] = []
     started = time.monotonic()
     while time.monotonic() - started < seconds:
@@ -130,7 +129,7 @@ def soak(training: Training, seconds: float, every: float, draw: random.Random) 
 
 
 def summary(faults: list[Fault], training: Training) -> list[str]:
-    """Lines: by kind, and over all of them."""
+    """Return lines of text: faults and recovery times, over all and by kind."""
     restarts, again = training.said().count("; resuming from step "), len(training.jobs) - 1
     kinds = Counter(fault.kind for fault in faults)
     seconds = [fault.recovered for fault in faults]
@@ -154,7 +153,7 @@ def summary(faults: list[Fault], training: Training) -> list[str]:
 
 
 def run(machines: Machines, folder: Path, minutes: float, every: float, seed: int) -> int:
-    """The undisturbed training, the other, and what they have in common."""
+    """Train without and with faults and compare the losses; return the exit code."""
     store, steps = make_store(folder), max(24, int(minutes * 60 * STEPS_PER_SECOND))
 
     def submit(run_id: str) -> Training:
@@ -198,12 +197,14 @@ def run(machines: Machines, folder: Path, minutes: float, every: float, seed: in
 
 
 def main() -> int:
-    """Parse, and soak."""
+    """Parse the command line and run the soak."""
     parser = argparse.ArgumentParser(description="Training under random faults.")
-    parser.add_argument("--minutes", type=float, default=30.0, help="of faults (default 30)")
-    parser.add_argument("--every", type=float, default=60.0, help="seconds, mean (default 60)")
+    parser.add_argument("--minutes", type=float, default=30.0, help="time with faults (default 30)")
+    parser.add_argument(
+        "--every", type=float, default=60.0, help="mean seconds between faults (default 60)"
+    )
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--folder", type=Path, help="for logs; short (default: a temporary one)")
+    parser.add_argument("--folder", type=Path, help="for logs; a short path (default: temporary)")
     options = parser.parse_args()
     if os.geteuid() != 0:
         raise SystemExit("soak: network namespaces need root")

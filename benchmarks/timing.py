@@ -1,5 +1,6 @@
-"""Paired timing in one process: A B, B A, A B, ..., medians and the ratio pair by pair, so that
-drift and the order within a pair cancel.
+"""Paired timing in one process: A B, B A, A B, ...
+
+Ratios are taken pair by pair, so that drift and the order within a pair cancel.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import torch
 
 
 def seconds(function: Callable[[], object]) -> float:
-    """Wall time of one call, the device's queue included."""
+    """Return the wall time of one call, including work queued on the GPU."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
     start = time.perf_counter()
@@ -29,10 +30,10 @@ def compare(
     runs: int,
     bar: float | None,
 ) -> float:
-    """Time both in turn, `runs` times after a warm-up; print medians and the median ratio, and
-    return it.
+    """Time both alternately, `runs` times after a warm-up; print medians, return the median ratio.
 
-    bar: the ratio that should not be exceeded; missing it is said, and nothing is hidden.
+    Args:
+        bar: the ratio that should not be exceeded; printed as met or missed.
     """
     measured(), peer()
     pairs = []

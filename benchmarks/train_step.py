@@ -1,10 +1,8 @@
-"""What adapting costs in training: an adaptive training step against the stock model's, same batch,
-one process.
+"""An adaptive training step against one of the stock model, with the same batch, in one process.
 
     python benchmarks/train_step.py [--runs 7]
 
-Forward, backward and AdamW step. The issue's bar is 1.25; design H pays for multiplying activations
-by masks.
+A step is forward, backward and AdamW. The bar is 1.25; design H multiplies activations by masks.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What all tests share: one marker per folder, and what a machine lacks is said with a reason."""
+"""Shared setup: one marker per folder, skip reasons for what a machine lacks, and fixtures."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ TESTS = Path(__file__).parent
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Two cores, no accelerator: set before any test imports DeepSpeed or starts Ray."""
+    """Set the environment before any test imports DeepSpeed or starts Ray."""
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -51,13 +51,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def _group(item: pytest.Item) -> str:
-    """The tests that one process of `pytest -n 2` runs: all with Ray, or all of one file."""
+    """Return the group that one process of `pytest -n 2` runs: all with Ray, or all of one file."""
     path = item.path.relative_to(TESTS)
     return "ray" if path.parts[0] == "cluster" or path.name == "test_ray.py" else str(path)
 
 
 def _no_machines() -> str | None:
-    """Why this machine cannot be three; None: it can."""
+    """Return why this machine cannot simulate three machines, or None if it can."""
     if os.geteuid() != 0:
         return "network namespaces need root"
     for tool in ("ip", "tc", "losetup", "mkfs.ext4", "fsfreeze"):

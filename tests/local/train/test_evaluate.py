@@ -1,4 +1,4 @@
-"""Evaluation of a trained model: what is measured, that budgets are kept, what is written."""
+"""Evaluation of a trained model: measurements, kept budgets, written files."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def test_no_plan_exceeds_its_budget(result: BudgetReport) -> None:
     given = table.filter(pc.is_valid(table["budget"])).to_pylist()
     assert len(given) == 80 * len(BUDGETS) * len(KINDS)
     for line in given:
-        # one layer of four always runs; a switch is a quarter
+        # one layer of four always runs; a unit is a quarter
         assert line["plan"].count("1") == round(line["budget"] * 4) - 1
         assert line["share"] <= line["budget"] + 1e-9
     plans = {
@@ -115,7 +115,7 @@ def test_the_results_are_written_and_shown(
     assert all(kind in shown for kind in KINDS) and "over 80 questions" in shown
 
 
-def test_what_cannot_be_evaluated_is_named(trained: tuple[Path, LoadedRecipe]) -> None:
+def test_wrong_run_id_or_budget_is_an_error(trained: tuple[Path, LoadedRecipe]) -> None:
     folder, loaded = trained
     with pytest.raises(ValueError, match=r"nothing: no model/ to evaluate; --run-id must name"):
         evaluate_run(loaded, "nothing")

@@ -1,4 +1,4 @@
-"""What the previous release left still loads: a run's checkpoint, its recipe, its model, its store.
+"""Checkpoint, recipe, model and store of the previous release still load.
 
 `previous_release.tar.xz` was made by commit 0b9661c, the last one before the restructuring: a model
 of two layers, trained for four steps, of which the checkpoint of step 2 is kept (without the

@@ -139,7 +139,7 @@ def test_bfloat16_and_gradient_checkpointing_stay_close(run: Callable[..., Resul
     assert {tensor.dtype for tensor in weights(low).values()} == {torch.bfloat16}
 
 
-def test_frozen_parts_are_exported_as_they_came(store: Path, run: Callable[..., Result]) -> None:
+def test_frozen_parts_are_exported_unchanged(store: Path, run: Callable[..., Result]) -> None:
     sections = {"adaptive": ADAPTIVE, "model": {"freeze": ["vision"]}}
     found = weights(run("frozen", **sections))
     processor = load_processor(store / "processor")
@@ -148,7 +148,7 @@ def test_frozen_parts_are_exported_as_they_came(store: Path, run: Callable[..., 
     assert same == {name for name in found if ".vision_tower." in name}
 
 
-def test_lora_is_trained_and_folded_in(store: Path, run: Callable[..., Result]) -> None:
+def test_lora_is_trained_and_merged(store: Path, run: Callable[..., Result]) -> None:
     sections = {"adaptive": ADAPTIVE, "model": {"freeze": ["vision"], "lora": {"rank": 4}}}
     result = run("lora", **sections, zero={"stage": 3, "parameter_persistence": 0})
     assert losses(result.run_dir)[-1] < losses(result.run_dir)[0] - 0.1
@@ -227,7 +227,7 @@ def test_a_run_with_damaged_checkpoints_only_is_an_error(
         run("run", train=TRAIN | {"steps": 1})
 
 
-def test_sigterm_makes_a_checkpoint_and_the_run_goes_on(
+def test_sigterm_saves_a_checkpoint_and_the_run_resumes(
     run: Callable[..., Result], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     whole = run("whole", train=TRAIN)
@@ -248,10 +248,10 @@ def test_sigterm_makes_a_checkpoint_and_the_run_goes_on(
     assert losses(run("stopped", train=TRAIN).run_dir) == losses(whole.run_dir)
 
 
-def test_workers_that_others_have_replaced_write_no_more(
+def test_replaced_workers_stop_writing(
     run: Callable[..., Result], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """As those of a lost head node, when the job has been submitted again."""
+    """Such as those of a lost head node after the job was submitted again."""
     real, path = StepLog.write, tmp_path / "taken" / STATUS_FILE
 
     def write(log: StepLog, step: int, metrics: dict[str, float]) -> None:
@@ -266,7 +266,7 @@ def test_workers_that_others_have_replaced_write_no_more(
     assert (status.groups, status.state) == (2, "running")
 
 
-def test_a_mistake_found_by_the_workers_is_the_jobs(run: Callable[..., Result]) -> None:
+def test_a_mistake_found_by_a_worker_is_an_error_of_the_job(run: Callable[..., Result]) -> None:
     with pytest.raises(ValueError, match=r"budget is 0\.1, less than .* smallest budget here is"):
         run("budget", adaptive=ADAPTIVE, train=TRAIN | {"eval_budgets": (0.1, 1.0)})
     with pytest.raises(ValueError, match=r"nowhere .*does not load"):
@@ -275,12 +275,12 @@ def test_a_mistake_found_by_the_workers_is_the_jobs(run: Callable[..., Result]) 
         run("batch", train=TRAIN | {"global_batch": 1024})
 
 
-def test_a_store_that_is_not_prepared_is_named(tmp_path: Path) -> None:
+def test_an_unprepared_store_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"no processor; prepare it with `python jobs/prepare"):
         train(load_recipe(tmp_path / "nothing", tmp_path), "run")
 
 
-def test_old_checkpoints_go_and_the_best_stays(run: Callable[..., Result]) -> None:
+def test_old_checkpoints_are_removed_and_the_best_stays(run: Callable[..., Result]) -> None:
     every = {"checkpoint_every": 1, "eval_every": 1, "keep_checkpoints": 2}
     result = run("pruned", train=TRAIN | every)
     kept = sorted(int(path.name[-8:]) for path in result.run_dir.glob("checkpoint-*"))
