@@ -7,11 +7,12 @@ import shutil
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
+from xdist.scheduler import LoadScopeScheduling
 
 if TYPE_CHECKING:
     from support.s3 import S3
@@ -30,7 +31,6 @@ def pytest_configure(config: pytest.Config) -> None:
     settings.load_profile("shared")
 
 
-@pytest.hookimpl(tryfirst=True)  # xdist reads the groups in the same hook
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Mark each test with its folder, so that `pytest -m unit` runs one cost class."""
     folders = {item.path.relative_to(TESTS).parts[0] for item in items}
@@ -39,7 +39,6 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         folder = item.path.relative_to(TESTS).parts[0]
         if folder in COST_CLASSES:
             item.add_marker(getattr(pytest.mark, folder))
-        item.add_marker(pytest.mark.xdist_group(_group(item)))
         if folder == "gpu" and not torch.cuda.is_available():
             item.add_marker(pytest.mark.skip(reason="this machine has no GPU"))
         if folder == "chaos":  # 25 minutes
@@ -47,13 +46,23 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         if folder == "chaos" and no_machines is not None:
             item.add_marker(pytest.mark.skip(reason=no_machines))
     # with `-n 2`, the one long group starts first
-    items.sort(key=lambda item: _group(item) != "ray")
+    items.sort(key=lambda item: _group(item.nodeid) != "ray")
 
 
-def _group(item: pytest.Item) -> str:
+def _group(nodeid: str) -> str:
     """Return the group that one process of `pytest -n 2` runs: all with Ray, or all of one file."""
-    path = item.path.relative_to(TESTS)
-    return "ray" if path.parts[0] == "cluster" or path.name == "test_ray.py" else str(path)
+    path = nodeid.partition("::")[0]
+    return "ray" if path.startswith("tests/cluster/") or path.endswith("/test_ray.py") else path
+
+
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> LoadScopeScheduling:
+    """Keep each group in one process: two Ray sessions on a machine get in each other's way."""
+
+    class Groups(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            return _group(nodeid)
+
+    return Groups(config, log)
 
 
 def _no_machines() -> str | None:
