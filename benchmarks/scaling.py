@@ -45,6 +45,8 @@ from projection import projection
 from support.machines import Machine, Machines, linked
 from support.training import ADAPTIVE, load_recipe, make_store
 
+from fmray.runtime.files import write_json
+
 STAGES = (0, 1, 2, 3)
 PASSES = 2
 ROWS = 12  # of a rank's step on one machine
@@ -281,10 +283,8 @@ def measure(machines: Machines, folder: Path, megabits: float, steps: int, dtype
             f" ({time.monotonic() - began:.0f} s)",
             flush=True,
         )
-    partial = folder / ".scaling.json.partial"
     settings = {"megabits": megabits, "dtype": dtype, "idle_bytes_per_second": noise}
-    partial.write_text(json.dumps({**settings, "cases": kept}), encoding="utf-8")
-    os.replace(partial, folder / "scaling.json")
+    write_json(folder / "scaling.json", {**settings, "cases": kept})
     return table(rows, megabits)
 
 
