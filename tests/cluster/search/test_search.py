@@ -28,6 +28,8 @@ from fmray.search.state import read_finished
 
 ROOT = Path(__file__).parents[3]
 PATIENCE = 300  # seconds, on a busy machine
+# actors of Ray's own that live as long as the cluster: autoscaling requests, statistics of Ray Data
+DETACHED = {"_AutoscalingCoordinatorActor", "_StatsActor", "DatasetManager"}
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -83,14 +85,11 @@ def nothing_left() -> bool:
     end = time.monotonic() + PATIENCE
     while time.monotonic() < end:
         groups = [g for g in placement_group_table().values() if g["state"] != "REMOVED"]
-        # Ray's coordinator of autoscaling requests is detached: one per cluster, forever
-        actors = list_actors(
+        alive = list_actors(
             ray.get_runtime_context().gcs_address,  # not another Ray on this machine
-            filters=[
-                ("state", "=", "ALIVE"),
-                ("class_name", "!=", "_AutoscalingCoordinatorActor"),
-            ],
+            filters=[("state", "=", "ALIVE")],
         )
+        actors = [actor for actor in alive if actor.class_name not in DETACHED]
         if not groups and not actors:
             return True
         time.sleep(0.5)
