@@ -29,8 +29,6 @@ KINDS = [kind.recipe for kind in jobs.KINDS.values()]
 RECIPES = ROOT / "jobs" / "recipes"
 ACTIONS = {jobs.script_of(action): action for action in jobs.ACTIONS}  # by script
 EXAMPLES = {"jobs/recipes/mine.yaml"}  # recipes that the reader writes
-# Named by the pages, and not in this checkout yet.
-PENDING = {"docs/images/budget_curve.png"}
 JOB_OPTIONS = {"--config", "--set", "--run-id", "--verbose"}
 
 by_name = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
@@ -114,8 +112,6 @@ def test_links_lead_to_files_and_headings(page: Path) -> None:
             continue
         name, _, anchor = link.partition("#")
         target = (page.parent / name).resolve() if name else page
-        if name and str(target.relative_to(ROOT)) in PENDING:
-            continue
         assert target.is_file(), link
         if page.parent == ROOT / "docs":
             assert target.parent == page.parent, f"{link} is outside of the site"
@@ -129,7 +125,7 @@ def test_paths_exist(page: Path) -> None:
     folders = "benchmarks|cluster|docs|fmray|jobs|tests|tune_spaces"
     text = re.sub(r"https?://\S+", "", page.read_text())
     named = set(re.findall(rf"(?<![\w/.$-])(?:{folders})/[\w./-]*\w", text))
-    named -= EXAMPLES | PENDING
+    named -= EXAMPLES
     assert [name for name in sorted(named) if not (ROOT / name).exists()] == []
 
 
@@ -249,8 +245,3 @@ def test_every_page_is_in_the_navigation() -> None:
     site = yaml.safe_load((ROOT / "mkdocs.yml").read_text())
     listed = [name for entry in site["nav"] for name in entry.values()]
     assert sorted(listed) == [path.name for path in DOCS]
-
-
-def test_pending_names_are_pending() -> None:
-    """A name that has arrived leaves the lists above, so that it is checked from then on."""
-    assert [name for name in PENDING if (ROOT / name).exists()] == []
