@@ -45,8 +45,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.slow)
         if folder == "chaos" and no_machines is not None:
             item.add_marker(pytest.mark.skip(reason=no_machines))
-    # with `-n 2`, the one long group starts first
-    items.sort(key=lambda item: _group(item.nodeid) != "ray")
+    # with `-n 2`, the long groups start first
+    items.sort(key=lambda item: (_group(item.nodeid) != "ray", "/unit/" in item.nodeid))
 
 
 def _group(nodeid: str) -> str:

@@ -17,19 +17,19 @@ the class. They are valid while `ImageStore.fingerprint` is the same.
 from __future__ import annotations
 
 import fcntl
-import json
 import threading
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from fmray.data.store import StoreManifest
 from fmray.fewshot.specification import DatasetSpecification
-from fmray.runtime.files import atomic_path, write_json
+from fmray.runtime.files import atomic_path
 
 SPECIFICATION = "dataset_spec.json"
 SPLITS = ("train", "val", "test")
@@ -76,44 +76,16 @@ class Rows:
 
 
 @dataclass(frozen=True)
-class ImageManifest:
+class ImageManifest(StoreManifest):
     """What a store contains and what it was made from."""
 
+    kind: ClassVar[str] = "image store"
     version: int
     collections: dict[str, str]  # name -> hash of everything that decides its content
     fingerprint: str  # hash of the content itself, the same wherever and however it was made
     rows: int
     duplicates: int
     bad_rows: int
-
-    @staticmethod
-    def path(store: Path) -> Path:
-        """Return the path of a store's manifest."""
-        return store / "manifest.json"
-
-    @classmethod
-    def read(cls, store: Path) -> ImageManifest:
-        """Read the manifest of a store.
-
-        Raises:
-            ValueError: the store is missing or incomplete, or its manifest is not valid.
-        """
-        path = cls.path(store)
-        if not path.is_file():
-            raise ValueError(
-                f"{store}: not a complete image store (no {path.name}); run jobs/prepare_data.py"
-            )
-        try:
-            return cls(**json.loads(path.read_text()))
-        except (json.JSONDecodeError, UnicodeDecodeError, TypeError) as error:
-            raise ValueError(
-                f"{path}: not the manifest of an image store ({error}); delete it and run"
-                " jobs/prepare_data.py"
-            ) from error
-
-    def write(self, store: Path) -> None:
-        """Write the manifest, which makes the store complete."""
-        write_json(self.path(store), asdict(self))
 
 
 class ImageStore:

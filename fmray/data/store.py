@@ -11,7 +11,7 @@ import threading
 from collections import OrderedDict
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, Self
 
 import numpy as np
 import pyarrow as pa
@@ -24,13 +24,10 @@ CACHE_BYTES = 3 * 2**30  # of row groups kept in memory
 
 
 @dataclass(frozen=True)
-class Manifest:
-    """What a store contains and what it was made from."""
+class StoreManifest:
+    """Read and write `manifest.json`, which makes a folder a complete store."""
 
-    settings: dict[str, Any]  # sources and options
-    processor: str  # its fingerprint
-    counts: dict[str, dict[str, int]]  # split -> rows, answers, shards
-    bad_rows: int
+    kind: ClassVar[str]  #: what messages call the store
 
     @staticmethod
     def path(store: Path) -> Path:
@@ -40,10 +37,10 @@ class Manifest:
     @staticmethod
     def exists(store: Path) -> bool:
         """Return whether `store` is complete."""
-        return Manifest.path(store).is_file()
+        return StoreManifest.path(store).is_file()
 
     @classmethod
-    def read(cls, store: Path) -> Manifest:
+    def read(cls, store: Path) -> Self:
         """Read the manifest of a store.
 
         Raises:
@@ -52,18 +49,29 @@ class Manifest:
         path = cls.path(store)
         if not path.is_file():
             raise ValueError(
-                f"{store}: not a complete data store (no {path.name}); run jobs/prepare_data.py"
+                f"{store}: no complete {cls.kind} (no {path.name}); run jobs/prepare_data.py"
             )
         try:
             return cls(**json.loads(path.read_text()))
         except (json.JSONDecodeError, UnicodeDecodeError, TypeError) as error:
             raise ValueError(
-                f"{path}: not a manifest ({error}); delete it and run jobs/prepare_data.py"
+                f"{path}: no {cls.kind} manifest ({error}); delete it and run jobs/prepare_data.py"
             ) from error
 
     def write(self, store: Path) -> None:
         """Write the manifest, which makes the store complete."""
         write_json(self.path(store), asdict(self))
+
+
+@dataclass(frozen=True)
+class Manifest(StoreManifest):
+    """What a store contains and what it was made from."""
+
+    kind: ClassVar[str] = "data store"
+    settings: dict[str, Any]  # sources and options
+    processor: str  # its fingerprint
+    counts: dict[str, dict[str, int]]  # split -> rows, answers, shards
+    bad_rows: int
 
     def summary(self) -> str:
         """Return the counts as text."""

@@ -229,12 +229,12 @@ def test_a_cluster_that_does_not_answer_is_an_error(
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(doctor, "JOIN_SECONDS", 10)
+    monkeypatch.setattr(doctor, "JOIN_SECONDS", 2)
     with socket.create_server(("127.0.0.1", 0)) as silent:
         address = f"127.0.0.1:{silent.getsockname()[1]}"
         recipe = tmp_path / "recipe.yaml"
         recipe.write_text(yaml.safe_dump(job | {"cluster": {"address": address}}))
         code = main(["doctor", "--config", str(recipe)])
     assert code == 2
-    message = f"fmray: the Ray cluster at {address} could not be joined within 10 s"
+    message = f"fmray: the Ray cluster at {address} could not be joined within 2 s"
     assert message in capsys.readouterr().err

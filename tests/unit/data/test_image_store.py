@@ -146,7 +146,7 @@ def test_class_with_only_duplicates_is_an_error(tmp_path: Path) -> None:
     (tree / "b" / "0.png").write_bytes((tree / "a" / "1.png").read_bytes())
     with pytest.raises(ValueError, match="class 'b' has no images left: 1 are duplicates"):
         prepare_here(image_recipe(tmp_path / "store", {"c": tree}))
-    with pytest.raises(ValueError, match="not a complete image store"):
+    with pytest.raises(ValueError, match="no complete image store"):
         ImageStore.open(tmp_path / "store")
 
 
@@ -297,7 +297,7 @@ def test_unknown_names_and_rows_are_errors(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="no row 2; rows are 0 to 1"):
         store.images([0, 2])
     (tmp_path / "store/manifest.json").write_text("{}")
-    with pytest.raises(ValueError, match="not the manifest of an image store"):
+    with pytest.raises(ValueError, match="no image store manifest"):
         ImageStore.open(tmp_path / "store")
     with pytest.raises(ValueError, match=r"images\.collections: nothing to prepare"):
         prepare_here(image_recipe(tmp_path / "store", {}))

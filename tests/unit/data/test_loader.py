@@ -329,10 +329,10 @@ def test_incomplete_store_is_an_error(store: Path, tmp_path: Path) -> None:
     processor = load_processor(store / "processor")
     shutil.copytree(store, tmp_path / "copy")
     (tmp_path / "copy" / "manifest.json").unlink()
-    with pytest.raises(ValueError, match=r"not a complete data store \(no manifest.json\)"):
+    with pytest.raises(ValueError, match=r"no complete data store \(no manifest.json\)"):
         next(evaluation_batches(tmp_path / "copy", "train", processor, 4))
     (tmp_path / "copy" / "manifest.json").write_text("{")
-    with pytest.raises(ValueError, match="not a manifest"):
+    with pytest.raises(ValueError, match="no data store manifest"):
         next(evaluation_batches(tmp_path / "copy", "train", processor, 4))
     with pytest.raises(ValueError, match="no split 'test', only train"):
         next(evaluation_batches(store, "test", processor, 4))

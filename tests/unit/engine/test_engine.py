@@ -276,15 +276,15 @@ def test_sampling_extreme_logits() -> None:
 
 
 def test_memory_does_not_grow() -> None:
-    """2000 mixed requests; `benchmarks/engine.py --soak` runs 10^4 of them."""
+    """700 mixed requests; `benchmarks/engine.py --soak` runs 10^4 of them."""
     model = adaptive(tiny_llava(layers=2, heads=2), latency_token="probe")
     engine = Engine(
         model, None, max_rows=4, prefix_bytes=1 << 15, prefix_block=2, vision_bytes=1 << 12
     )
     rows = [row_for(model, "llama", 6 + seed % 7, seed) for seed in range(40)]
     objects, resident, sent, started = 0, 0, 0, 0
-    while sent < 2000 or engine.active:
-        while sent < 2000:
+    while sent < 700 or engine.active:
+        while sent < 700:
             number = sent // 2 * 7 % 40  # each one twice in a row
             row, key = rows[number], f"k{number}"
             request = request_for(
@@ -297,16 +297,16 @@ def test_memory_does_not_grow() -> None:
             if sent % 10 == 0:
                 engine.cancel(str(sent - 1))
         engine.step()
-        if sent == 1000 and not started:
+        if sent == 300 and not started:
             started = 1
             gc.collect()
             objects = len(gc.get_objects())
             resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     gc.collect()
     stats = engine.stats
-    assert stats.finished + stats.cancelled == 2000 and stats.cancelled >= 100
+    assert stats.finished + stats.cancelled == 700 and stats.cancelled >= 35
     assert stats.kv_bytes == stats.kv_reserved == 0
     assert 0 < stats.prefix_bytes <= 1 << 15 and 0 < stats.vision_bytes <= 1 << 12
-    assert len(gc.get_objects()) - objects < 500
+    assert len(gc.get_objects()) - objects < 100
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - resident < 8 * 1024  # KiB
-    assert stats.prefix_hits > 1000
+    assert stats.prefix_hits > 350

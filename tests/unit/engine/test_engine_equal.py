@@ -24,7 +24,7 @@ from fmray.engine.kv_memory import TokenBytes
 
 BUDGETS = ["0.5", "0.6", "0.75", "0.9", "1"]
 NEW = 10  # tokens of the reference answers; shorter greedy answers are a prefix of them
-MIXES = 10  # per kind of model; there are 24 kinds
+MIXES = 6  # per kind of model; there are 24 kinds
 PROMPTS = 6
 
 

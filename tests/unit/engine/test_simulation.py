@@ -85,10 +85,16 @@ def test_load_of_1_5_meets_the_target_where_the_full_budget_fails(seed: int) -> 
     assert fixed.attained < 0.4 and fixed.p95 > 6
 
 
+@cache
+def best_goodput() -> float:
+    """Return the highest goodput at any load."""
+    return max(at(load).goodput for load in (1.5, 1.75, 2.0))
+
+
 @pytest.mark.parametrize("load", [2.0, 3.0])
 def test_above_the_capacity_of_the_floor_it_sheds_and_keeps_its_goodput(load: float) -> None:
     """Goodput stays near its maximum, and admitted requests are in time."""
-    best = max(at(load).goodput for load in (1.5, 1.75, 2.0))
+    best = best_goodput()
     report = at(load)
     assert report.goodput >= 0.9 * best
     assert attained_of_admitted(report) >= 0.95

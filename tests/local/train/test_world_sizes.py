@@ -30,8 +30,9 @@ CORE = [  # each stage in both dtypes, each move with and without partitioned we
     ("bfloat16", 2, 2, 1),
     ("bfloat16", 3, 2, 3),
 ]
+FULL = pytest.mark.skipif("FMRAY_TEST_FULL" not in os.environ, reason="FMRAY_TEST_FULL is not set")
 REST = [
-    cell
+    pytest.param(*cell, marks=FULL)
     for dtype in TOLERANCE
     for stage in range(4)
     for move in MOVES
@@ -89,7 +90,7 @@ def reference(store: Path, tmp_path_factory: pytest.TempPathFactory) -> Referenc
     return find
 
 
-@pytest.mark.parametrize(("dtype", "stage", "before", "after"), CORE)
+@pytest.mark.parametrize(("dtype", "stage", "before", "after"), [*CORE, *REST])
 def test_a_run_resumes_with_another_number_of_ranks(
     store: Path,
     reference: Reference,
@@ -107,22 +108,6 @@ def test_a_run_resumes_with_another_number_of_ranks(
     assert resumed == pytest.approx(wanted, rel=TOLERANCE[dtype])
     converted = tmp_path / "run" / f"checkpoint-{SAVED:08d}" / "universal"
     assert converted.is_dir() == (stage > 0)
-
-
-@pytest.mark.skipif("FMRAY_TEST_FULL" not in os.environ, reason="FMRAY_TEST_FULL is not set")
-@pytest.mark.parametrize(("dtype", "stage", "before", "after"), REST)
-def test_the_rest_of_the_matrix(
-    store: Path,
-    reference: Reference,
-    tmp_path: Path,
-    dtype: str,
-    stage: int,
-    before: int,
-    after: int,
-) -> None:
-    test_a_run_resumes_with_another_number_of_ranks(
-        store, reference, tmp_path, dtype, stage, before, after
-    )
 
 
 def test_a_damaged_conversion_is_repeated(
