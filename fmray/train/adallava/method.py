@@ -70,7 +70,10 @@ class AdaLlavaMethod:
         self.zero_stage = recipe.zero.stage
         passes, micro_batch = self._loader.passes, recipe.train.micro_batch
         full = recipe.train.global_batch == passes * micro_batch * worker.world_size
-        self.share = f"{passes} passes of {'' if full else 'at most '}{micro_batch} samples"
+        self.share = (
+            f"{passes} {'pass' if passes == 1 else 'passes'} of"
+            f" {'' if full else 'at most '}{micro_batch} samples"
+        )
 
     def build(self, resumed_from: int | None) -> DeepSpeedEngine:
         """The DeepSpeed engine of the recipe's ZeRO stage."""
