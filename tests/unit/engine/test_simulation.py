@@ -44,7 +44,7 @@ def times(rate: Rate, seconds: float, max_rate: float, seed: int = 1) -> list[fl
     return arrivals(rate, seconds, max_rate, np.random.default_rng(seed))
 
 
-def at(load: float, seconds: float = 80.0, seed: int = 1, **options: object) -> Report:
+def at(load: float, seconds: float = 50.0, seed: int = 1, **options: object) -> Report:
     """Simulate a constant load, as a fraction of the full-budget capacity."""
     traffic = options.pop("traffic", Traffic())
     settings = options.pop("settings", AUTO)
