@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import ipaddress
+import os
 import signal
 import threading
 from pathlib import Path
@@ -104,6 +105,7 @@ def _serve_in_process(settings: ServeConfig, host: str, port: int) -> int:
     import uvicorn
 
     from fmray.serve.app import find_directory
+    from fmray.serve.connections import KEEP_ALIVE_S, LimitedProtocol
     from fmray.serve.metrics import Metrics
     from fmray.serve.replica import load_chat_model
     from fmray.serve.routes import create_app
@@ -120,9 +122,12 @@ def _serve_in_process(settings: ServeConfig, host: str, port: int) -> int:
             create_app(model, metrics, exposition),
             host=host,
             port=port,
+            http=LimitedProtocol,
+            ws="none",
             log_level="warning",
             access_log=False,
             server_header=False,
+            timeout_keep_alive=KEEP_ALIVE_S,
             timeout_graceful_shutdown=int(settings.drain_s) or None,
         )
     finally:
@@ -137,8 +142,10 @@ def _serve_on_ray(settings: ServeConfig, host: str, port: int) -> int:
     from fmray.config import ClusterConfig
     from fmray.runtime.cluster import start_or_join
     from fmray.serve.app import build
+    from fmray.serve.connections import HOOK
 
     application = build(settings)
+    os.environ.setdefault(*HOOK)  # for the proxy of a cluster that is started here
     stopped = threading.Event()
     with start_or_join(ClusterConfig()):
         try:

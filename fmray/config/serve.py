@@ -36,6 +36,17 @@ def _as_text(value: Any) -> Any:
 BudgetText = Annotated[str, BeforeValidator(_as_text), AfterValidator(_budget)]
 
 
+def _host_names(value: Any) -> Any:
+    """Return comma-separated names as a list: `serve run` passes words."""
+    return [part.strip() for part in value.split(",")] if isinstance(value, str) else value
+
+
+HostNames = Annotated[
+    tuple[Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]+$")], ...],
+    BeforeValidator(_host_names),
+]
+
+
 class ServeConfig(Section):
     """The model, its replicas and engine, and the limits on requests."""
 
@@ -115,9 +126,20 @@ class ServeConfig(Section):
     max_output_tokens: int = Field(1024, ge=1, description="upper limit of a request's max_tokens")
     request_timeout_s: float = Field(120.0, gt=0, description="from first to last byte")
     read_timeout_s: float = Field(30.0, gt=0, description="limit for reading a request's body")
+    allowed_hosts: HostNames = Field(
+        (),
+        description="names in the Host header that a server without keys accepts besides addresses "
+        "and localhost, such as that of a proxy in front; a list or comma-separated",
+    )
     max_body_mib: int = Field(16, ge=1, le=1024)
     max_bodies_mib: int = Field(
         256, ge=1, description="all bodies being read or waiting to be decoded; then 503"
+    )
+    max_caller_bodies_mib: int | None = Field(
+        None,
+        ge=1,
+        description="those of one key, or of one address without keys; then 429; default: a quarter"
+        " of max_bodies_mib, at least max_body_mib",
     )
     max_messages: int = Field(128, ge=1)
     max_characters: int = Field(65_536, ge=1, description="text of all messages together")
@@ -154,10 +176,16 @@ class ServeConfig(Section):
             ("max_replicas", "min_replicas"),
             ("max_output_tokens", "max_new_tokens"),
             ("max_bodies_mib", "max_body_mib"),
+            ("max_caller_bodies_mib", "max_body_mib"),
         ):
             limit, value = getattr(self, larger), getattr(self, smaller)
-            if limit < value:
+            if limit is not None and limit < value:
                 yield larger, f"{limit} is smaller than {smaller} ({value})"
+
+    @property
+    def caller_bodies_mib(self) -> int:
+        """`max_caller_bodies_mib` or its default."""
+        return self.max_caller_bodies_mib or max(self.max_bodies_mib // 4, self.max_body_mib)
 
     @property
     def registered_name(self) -> str | None:

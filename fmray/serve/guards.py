@@ -3,19 +3,25 @@
 `Guard` identifies the caller, reads the complete body and passes both on as a `RequestContext` in
 the scope (key `fmray`). Every error becomes JSON in OpenAI's shape. Ray Serve's proxy limits
 neither body size nor callers, and it obeys timeout headers of clients; the limits here apply
-whatever the headers say.
+whatever the headers say. `fmray.serve.connections` limits what comes before: headers and
+connections.
 
-Nothing that a client sent is ever logged: a failure is logged as its type and stack frames.
+Nothing that a client sent is ever logged, except a well-formed request id: a failure is logged as
+its id, caller, type and stack frames.
 """
 
 from __future__ import annotations
 
 import asyncio
+import ipaddress
 import json
 import logging
+import re
+import secrets
 import time
 import traceback
-from dataclasses import dataclass
+from collections import Counter
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from fmray.config.serve import ServeConfig
@@ -40,39 +46,55 @@ _HEADERS = (
 class BodyMemory:
     """Memory that the bodies of all requests occupy."""
 
-    limit: int  # bytes
+    limit: int  # bytes, of all callers
+    caller_limit: int  # bytes, of each
     size: int = 0  # bytes in use
+    sizes: Counter[str] = field(default_factory=Counter)  # owner -> bytes in use
+
+    def reserve(self, owner: str, size: int) -> None:
+        """Account for `size` more bytes.
+
+        Raises:
+            ApiError: 429 if the owner's bodies exceed their limit, 503 if those of all do.
+        """
+        self.size += size
+        self.sizes[owner] += size
+        if self.sizes[owner] > self.caller_limit:
+            status, text = 429, "you send too many large requests at once; retry"
+        elif self.size > self.limit:
+            status, text = 503, "too many large requests at once; retry"
+        else:
+            return
+        raise ApiError(status, text, code="overloaded", headers={"retry-after": "1"})
+
+    def release(self, owner: str, size: int) -> None:
+        """Account for `size` bytes less."""
+        self.size -= size
+        self.sizes[owner] -= size
+        if not self.sizes[owner]:
+            del self.sizes[owner]
 
 
 @dataclass
 class RequestContext:
     """What the guard knows about a request."""
 
+    id: str
     arrival_time: float  # time.monotonic() at its first byte
     caller: Caller
     memory: BodyMemory
+    owner: str = ""  # of the body: the caller's name, or the client's address without keys
     body: bytes = b""
     size: int = 0  # bytes of the body received so far
 
     def reserve(self, size: int) -> None:
-        """Account for `size` more bytes of the body.
-
-        Raises:
-            ApiError: 503 if the bodies of all requests exceed their limit.
-        """
-        self.memory.size += size
+        """Account for `size` more bytes of the body; ApiError if that exceeds a limit."""
         self.size += size
-        if self.memory.size > self.memory.limit:
-            raise ApiError(
-                503,
-                "too many large requests at once; retry",
-                code="overloaded",
-                headers={"retry-after": "1"},
-            )
+        self.memory.reserve(self.owner, size)
 
     def release(self) -> None:
         """Drop the body."""
-        self.memory.size -= self.size
+        self.memory.release(self.owner, self.size)
         self.body, self.size = b"", 0
 
 
@@ -88,7 +110,10 @@ class Guard:
     ) -> None:
         """Wrap `app`; `on_error` is called with every error that the guard responds with."""
         self._app, self._settings, self._keys, self._on_error = app, settings, keys, on_error
-        self._memory = BodyMemory(settings.max_bodies_mib * 2**20)
+        self._hosts = {name.lower() for name in settings.allowed_hosts}
+        self._memory = BodyMemory(
+            settings.max_bodies_mib * 2**20, settings.caller_bodies_mib * 2**20
+        )
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one request; never raises for what a client does."""
@@ -99,28 +124,32 @@ class Guard:
             await self._app(scope, receive, send)
             return
         started = False
+        head = scope["method"] == "HEAD"  # answered as GET, without the body
+        request_id, extra_headers = _request_id(scope["headers"])
 
         async def guarded_send(message: Message) -> None:
             nonlocal started
             if message["type"] == "http.response.start":
                 started = True
                 present = {name.lower() for name, _ in message.get("headers", ())}
-                extra = [header for header in _HEADERS if header[0] not in present]
+                extra = [header for header in extra_headers if header[0] not in present]
                 message = {**message, "headers": [*message.get("headers", ()), *extra]}
+            elif head:
+                message = {**message, "body": b""}
             await send(message)
 
-        context = RequestContext(time.monotonic(), Caller("-"), self._memory)
+        context = RequestContext(request_id, time.monotonic(), Caller("-"), self._memory)
         try:
             if not await self._admit(scope, receive, context):
                 return  # the client disconnected
-            scope["fmray"] = context
-            await self._app(scope, _after_body(receive), guarded_send)
+            inner = {**scope, "fmray": context, "method": "GET" if head else scope["method"]}
+            await self._app(inner, _after_body(receive), guarded_send)
         except ApiError as error:
             self._on_error(error)
             if not started:
                 await send_error(error, guarded_send)
         except Exception as error:  # noqa: BLE001 - above this, servers log messages with prompts
-            log_failure(error)
+            log_failure(error, context)
             if not started:
                 await send_error(internal_error(), guarded_send)
         finally:
@@ -129,9 +158,14 @@ class Guard:
     async def _admit(self, scope: Scope, receive: Receive, context: RequestContext) -> bool:
         """Identify the caller and read the body; return False if the client disconnected."""
         headers: dict[bytes, bytes] = dict(reversed(scope["headers"]))  # first of equal names wins
+        self._check_host([value for name, value in scope["headers"] if name == b"host"])
         self._check_origin(headers)
         path = scope["path"].removeprefix(scope.get("root_path", "")) or "/"
-        if path not in OPEN_PATHS:
+        if path in OPEN_PATHS:
+            if scope["method"] not in ("GET", "HEAD"):
+                close = {"allow": "GET, HEAD", "connection": "close"}
+                raise ApiError(405, "this path supports GET and HEAD only", headers=close)
+        else:
             caller = self._keys.find(headers.get(b"authorization"))
             if caller is None:
                 raise ApiError(
@@ -141,6 +175,8 @@ class Guard:
                     headers={"www-authenticate": "Bearer"},
                 )
             context.caller = caller
+            client = scope.get("client") or ("",)
+            context.owner = client[0] if self._keys.open else caller.name
         if scope["method"] != "POST":
             return True
         self._check_content(headers)
@@ -156,6 +192,23 @@ class Guard:
             return False
         context.body = body
         return True
+
+    def _check_host(self, hosts: list[bytes]) -> None:
+        """Reject names that a page can point at this machine after it was loaded (DNS rebinding).
+
+        Such a page is of the same origin as the server; only the name reveals it. A page has no
+        key, so a server with keys checks names only if the settings list some.
+        """
+        if len(hosts) > 1:
+            raise ApiError(400, "there is more than one Host header", code="host")
+        check = self._keys.open or self._hosts
+        if hosts and check and not _host_is_known(hosts[0], self._hosts):
+            raise ApiError(
+                403,
+                "this server accepts no such Host; use its address or localhost, or list the name "
+                "in its setting allowed_hosts",
+                code="host",
+            )
 
     def _check_origin(self, headers: dict[bytes, bytes]) -> None:
         """Reject pages of other sites: they must not use a server on their visitor's machine."""
@@ -200,6 +253,34 @@ class Guard:
                 return b"".join(chunks)
 
 
+_HOST = re.compile(r"(?:\[(?P<ipv6>[0-9a-f:.]+)\]|(?P<name>[^:\[\]]+?)\.?)(?::[0-9]*)?")
+
+
+def _host_is_known(host: bytes, allowed: set[str]) -> bool:
+    """Return whether a Host header has an address, localhost or an allowed name."""
+    match = _HOST.fullmatch(host.decode("latin-1").lower())
+    if match is None:
+        return False
+    name = match["ipv6"] or match["name"]
+    try:
+        ipaddress.ip_address(name)
+    except ValueError:
+        return name == "localhost" or name in allowed
+    return True
+
+
+def _request_id(headers: list[tuple[bytes, bytes]]) -> tuple[str, list[tuple[bytes, bytes]]]:
+    """Return the request's id, and the headers of its response.
+
+    A client's id is kept if it is well-formed. Ray Serve adds one to each request and returns it.
+    """
+    for name, value in headers:
+        if name == b"x-request-id" and re.fullmatch(rb"[\w.-]{1,64}", value, re.ASCII):
+            return value.decode(), [*_HEADERS]
+    made = f"req-{secrets.token_hex(12)}"
+    return made, [*_HEADERS, (b"x-request-id", made.encode())]
+
+
 def _after_body(receive: Receive) -> Receive:
     """Return a `receive` for the inner application: an empty body, then the disconnect.
 
@@ -238,9 +319,13 @@ async def send_error(error: ApiError, send: Send) -> None:
     await send({"type": "http.response.body", "body": body})
 
 
-def log_failure(error: BaseException) -> None:
+def log_failure(error: BaseException, context: RequestContext) -> None:
     """Log a failure as types and stack frames: its message may quote a prompt."""
-    _logger.error("request failed: %s", describe(error))
+    detail = f" ({error.detail})" if isinstance(error, ApiError) and error.detail else ""
+    _logger.error(
+        "request failed: id %s, caller %s: %s%s",
+        context.id, context.caller.name, describe(error), detail,
+    )  # fmt: skip
 
 
 def describe(error: BaseException) -> str:

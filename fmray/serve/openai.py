@@ -2,9 +2,9 @@
 
 `parse_request` turns a request body into a `ChatRequest` or raises an `ApiError`, which has
 OpenAI's error shape. A field that OpenAI defines and this server does not support is rejected by
-name, unless its value is null or has no effect (`n: 1`, `tools: []`). Only `user` and `detail` are
-accepted and ignored. No error repeats content that the client sent. The response models also
-define the OpenAPI document.
+name, unless its value is null or has no effect (`n: 1`, `tools: []`, `top_k: -1`). Labels such as
+`user` and `metadata`, and an image's `detail`, are accepted and ignored. No error repeats content
+that the client sent. The response models also define the OpenAPI document.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ from fmray.config.yaml_file import reason_of
 MAX_DEPTH = 32
 MAX_VALUES = 50_000
 _MAX_URL_LENGTH = 24 * 2**20  # base64; the limit on the complete body is lower by default
-# Unsupported OpenAI fields -> the values that are accepted because they have no effect. Null is
-# accepted for all of them.
+# Unsupported fields of OpenAI, vLLM or SGLang -> the values that are accepted because they have no
+# effect. Null is accepted for all of them.
 _NO_EFFECT: dict[str, tuple[Any, ...]] = {
     "frequency_penalty": (0,),
     "presence_penalty": (0,),
@@ -43,14 +43,36 @@ _NO_EFFECT: dict[str, tuple[Any, ...]] = {
     "tool_choice": ("none", "auto"),
     "parallel_tool_calls": (True, False),
     "functions": ([],),
+    "function_call": ("none", "auto"),
     "modalities": (["text"],),
-    "store": (False,),
-    "metadata": ({},),
     "service_tier": ("auto", "default"),
-    "name": (),
+    "reasoning_effort": ("none",),
+    "verbosity": ("medium",),
+    "include_obfuscation": (False,),
+    "continuous_usage_stats": (False,),
     "refusal": (),
     "tool_calls": ([],),
     "annotations": ([],),
+    # Of vLLM and SGLang
+    "top_k": (-1, 0),
+    "min_p": (0,),
+    "repetition_penalty": (1,),
+    "length_penalty": (1,),
+    "min_tokens": (0,),
+    "best_of": (1,),
+    "use_beam_search": (False,),
+    "early_stopping": (False,),
+    "ignore_eos": (False,),
+    "stop_token_ids": ([],),
+    "include_stop_str_in_output": (False,),
+    "bad_words": ([],),
+    "skip_special_tokens": (True,),
+    "spaces_between_special_tokens": (True,),
+    "add_generation_prompt": (True,),
+    "add_special_tokens": (False,),
+    "continue_final_message": (False,),
+    "echo": (False,),
+    "chat_template_kwargs": ({},),
 }
 
 
@@ -68,8 +90,11 @@ class ApiError(Exception):
         code: str | None = None,
         param: str | None = None,
         headers: dict[str, str] | None = None,
+        detail: str = "",
     ) -> None:
+        """Describe the response; `detail` is logged with a failure and not sent."""
         super().__init__(message)
+        self.detail = detail
         self.status, self.message, self.code, self.param = status, message, code, param
         self.headers = headers or {}
 
@@ -135,7 +160,10 @@ class ImageUrl(RequestModel):
     url: str = Field(
         min_length=1, max_length=_MAX_URL_LENGTH, description="data:image/...;base64,..."
     )
-    detail: Literal["auto", "low", "high"] = "auto"
+    detail: Literal["auto", "low", "high", "original"] = "auto"
+
+
+Label = Annotated[str | None, Field(max_length=512, description="accepted and ignored")]
 
 
 class TextPart(RequestModel):
@@ -149,21 +177,31 @@ class ImagePart(RequestModel):
     """An image part of a message."""
 
     type: Literal["image_url"]
-    image_url: ImageUrl
+    image_url: Annotated[
+        ImageUrl,
+        BeforeValidator(
+            lambda value: {"url": value} if isinstance(value, str) else value,
+            json_schema_input_type=ImageUrl | str,
+        ),
+    ]
 
 
 ContentPart = Annotated[TextPart | ImagePart, Field(discriminator="type")]
 
 
 class Message(RequestModel):
-    """One turn of the conversation. Only user messages may contain images."""
+    """One turn of the conversation. Only user messages may contain images.
+
+    An assistant's turn may be empty, as an answer may be.
+    """
 
     role: Literal["system", "developer", "user", "assistant"]
-    content: str | list[ContentPart]
+    content: str | list[ContentPart] = ""
+    name: Label = None
 
     @model_validator(mode="after")
     def _check_content(self) -> Self:
-        if not self.content:
+        if not self.content and self.role != "assistant":
             raise ValueError("content is empty")
         if self.role != "user" and any(isinstance(part, ImagePart) for part in self.parts):
             raise ValueError("only user messages may contain images")
@@ -254,7 +292,12 @@ class ChatRequest(RequestModel):
     n: Annotated[
         Integer, AfterValidator(_check_single_choice), Field(json_schema_extra={"const": 1})
     ] = 1
-    user: str | None = Field(None, max_length=256, description="accepted and ignored")
+    user: Label = None
+    safety_identifier: Label = None
+    prompt_cache_key: Label = None
+    prompt_cache_retention: Label = None
+    metadata: dict[str, Any] | None = Field(None, description="accepted and ignored")
+    store: bool | None = Field(None, description="accepted and ignored: nothing is stored")
 
     budget: Budget = None
     deadline_ms: float | None = Field(
@@ -292,31 +335,31 @@ class ChatRequest(RequestModel):
 
 # --- Parsing ---
 
-# Strings (matched so that their brackets do not count), opening and closing brackets.
-_STRUCTURE = re.compile(rb'"(?:[^"\\]|\\.)*+"|[\[{]|[\]}]', re.DOTALL)
+# A string, or a bracket or comma outside of strings. A string that does not close reaches to the
+# end of the text: every quote starts a match, so that no byte is read twice.
+_STRUCTURE = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+(?:"|\\?\Z)|[\[\]{},]', re.DOTALL)
 
 
 def check_json(body: bytes) -> None:
     """Check the depth and the number of values of a JSON text before it is parsed.
 
-    Commas inside strings count as well: that is cheap, and the limit is far above real requests.
+    The time is linear in the length of any text, valid or not.
 
     Raises:
         ApiError: 400 if the text is nested too deeply or has too many values.
     """
-    if body.count(b",") + body.count(b"[") + body.count(b"{") > MAX_VALUES:
-        raise ApiError(400, f"the JSON has more than {MAX_VALUES} values", code="invalid_json")
-    depth = 0
-    for match in _STRUCTURE.finditer(body):
-        bracket = body[match.start()]
-        if bracket in b"[{":
-            depth += 1
-            if depth > MAX_DEPTH:
-                raise ApiError(
-                    400, f"the JSON is nested more than {MAX_DEPTH} deep", code="invalid_json"
-                )
-        elif bracket in b"]}":
-            depth -= 1
+    depth = values = 0
+    for number, match in enumerate(_STRUCTURE.finditer(body)):
+        mark = body[match.start()]
+        depth += (mark in b"[{") - (mark in b"]}")
+        values += mark in b"[{,"
+        if depth > MAX_DEPTH:
+            raise ApiError(
+                400, f"the JSON is nested more than {MAX_DEPTH} deep", code="invalid_json"
+            )
+        # Valid JSON has at most five marks per value: key, string, two brackets, comma.
+        if values > MAX_VALUES or number > 5 * MAX_VALUES:
+            raise ApiError(400, f"the JSON has more than {MAX_VALUES} values", code="invalid_json")
 
 
 def parse_request(body: bytes) -> ChatRequest:

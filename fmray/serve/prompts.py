@@ -10,12 +10,16 @@ from __future__ import annotations
 
 import base64
 import binascii
+import contextlib
 import hashlib
 import io
+import re
 import secrets
 import threading
+from collections import Counter
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
+from urllib.parse import unquote
 
 import jinja2
 from PIL import Image
@@ -35,8 +39,11 @@ if TYPE_CHECKING:
 
 # --- Images ---
 
-FORMATS = {"image/jpeg": "JPEG", "image/jpg": "JPEG", "image/png": "PNG", "image/webp": "WEBP"}
 ACCEPTED = "JPEG, PNG or WebP"
+_SIGNATURE = re.compile(
+    rb"(?P<JPEG>\xff\xd8\xff)|(?P<PNG>\x89PNG\r\n)|(?P<WEBP>RIFF.{4}WEBP)", re.S
+)
+_URL_SAFE = str.maketrans("-_", "+/")
 # A processor that scales the shorter side up would make an image of 1 x 10^6 pixels enormous.
 _MAX_ASPECT = 20
 _ORIENTATION = 0x0112  # EXIF tag
@@ -67,9 +74,13 @@ class DecodedImage:
 def read_data_url(url: str) -> tuple[str, bytes]:
     """Return the format and the bytes of a base64 `data:` URL.
 
+    The bytes tell the format: many clients declare a wrong one. The base64 may be broken into
+    lines, percent-encoded, without padding, or in the URL-safe alphabet.
+
     Raises:
         ValueError: If it is any other URL, or its content is not base64.
     """
+    url = url.strip()
     if url[:5].lower() != "data:":
         scheme = url.partition(":")[0].lower() if ":" in url[:16] else ""
         kind = scheme if scheme in ("http", "https", "file", "ftp", "blob") else "other"
@@ -78,19 +89,21 @@ def read_data_url(url: str) -> tuple[str, bytes]:
             f"data:image/png;base64,... ({ACCEPTED})"
         )
     head, comma, payload = url[5:].partition(",")
-    media, *parameters = head[:256].split(";")
-    if not comma or len(head) > 256 or "base64" not in [part.strip() for part in parameters]:
+    parameters = [part.strip().lower() for part in head[:256].split(";")[1:]]
+    if not comma or len(head) > 256 or "base64" not in parameters:
         raise ValueError("an image must be data:image/...;base64,...")
-    kind = FORMATS.get(media.strip().lower())
-    if kind is None:
-        raise ValueError(f"an image must be {ACCEPTED}, and its data: URL must name the type")
+    payload = "".join(payload.split())
+    if "%" in payload:
+        payload = unquote(payload)
+    payload = payload.translate(_URL_SAFE).rstrip("=")
     try:
-        encoded = base64.b64decode(payload, validate=True)
+        encoded = base64.b64decode(payload + "=" * (-len(payload) % 4), validate=True)
     except (binascii.Error, ValueError):  # ValueError: characters outside ASCII
         raise ValueError("the image's base64 is invalid or truncated") from None
-    if not encoded:
-        raise ValueError("the image is empty")
-    return kind, encoded
+    signature = _SIGNATURE.match(encoded)
+    if signature is None:
+        raise ValueError(f"the image is empty or not a {ACCEPTED} file")
+    return str(signature.lastgroup), encoded
 
 
 def decode(kind: str, encoded: bytes, max_pixels: int) -> DecodedImage:
@@ -152,7 +165,7 @@ class PromptBuilder:
         """Build prompts for a model that holds `context` tokens of prompt and answer."""
         self._processor, self._settings, self._context = processor, settings, context
         self._fingerprint = fingerprint(processor)
-        self._control_tokens = _control_tokens(processor)
+        self._control_tokens = control_tokens(processor)
         self._lock = threading.Lock()  # tokenizers change state while they encode
 
     def build(self, request: ChatRequest, caller: str) -> Ask:
@@ -171,7 +184,11 @@ class PromptBuilder:
         if limit is not None and limit > settings.max_output_tokens:
             raise _invalid("max_tokens", f"must be at most {settings.max_output_tokens}")
         parts = [part for message in request.messages for part in message.parts]
-        self._check_texts([part.text for part in parts if isinstance(part, TextPart)])
+        if sum(len(part.text) for part in parts if isinstance(part, TextPart)) > (
+            settings.max_characters
+        ):
+            limit = settings.max_characters
+            raise _invalid("messages", f"at most {limit} characters of text are accepted")
         urls = [part.image_url.url for part in parts if isinstance(part, ImagePart)]
         if len(urls) > settings.max_images:
             raise _invalid("messages", f"at most {settings.max_images} images are accepted")
@@ -209,42 +226,63 @@ class PromptBuilder:
         except ValueError as error:
             raise ApiError(400, str(error), code="invalid_value") from None
 
-    def _check_texts(self, texts: list[str]) -> None:
-        if sum(map(len, texts)) > self._settings.max_characters:
-            limit = self._settings.max_characters
-            raise _invalid("messages", f"at most {limit} characters of text are accepted")
-        for token in self._control_tokens:
-            if any(token in text for text in texts):
-                raise _invalid(
-                    "messages",
-                    f"the text contains this model's control token {token!r}; send images as "
-                    "image_url parts and turns as messages",
-                )
-
     def _process(self, request: ChatRequest, images: list[DecodedImage]) -> dict[str, Tensor]:
         """Return one unpadded row, as the processor makes it."""
         processor = self._processor
+        messages = chat_messages(request)
         with self._lock:
             try:
-                text = processor.apply_chat_template(
-                    chat_messages(request), add_generation_prompt=True
+                text = processor.apply_chat_template(messages, add_generation_prompt=True)
+                neutral = processor.apply_chat_template(
+                    _without_texts(messages), add_generation_prompt=True
                 )
             except jinja2.TemplateError:
                 raise _invalid(
                     "messages", "this model's chat template rejects this order of roles"
                 ) from None
+            self._check_control_tokens(text, neutral)
             bos = processor.tokenizer.bos_token
-            inputs = dict(
-                processor(
-                    images=[image.image for image in images] or None,
-                    text=text,
-                    return_tensors="pt",
-                    # As in training: no second <s> if the template writes the first one itself.
-                    add_special_tokens=not (bos and text.startswith(bos)),
+            try:
+                inputs = dict(
+                    processor(
+                        images=[image.image for image in images] or None,
+                        text=text,
+                        return_tensors="pt",
+                        # As in training: no second <s> if the template writes the first one itself.
+                        add_special_tokens=not (bos and text.startswith(bos)),
+                    )
                 )
-            )
+            except ValueError:
+                raise _invalid(
+                    "messages", "this model's processor rejects these texts and images"
+                ) from None
         inputs.pop("token_type_ids", None)
         return inputs
+
+    def _check_control_tokens(self, text: str, neutral: str) -> None:
+        """Check that a rendered prompt has the control tokens of the template, and no others.
+
+        The template joins texts, so a token may be split over parts and messages of the request.
+
+        Args:
+            neutral: the same conversation with harmless texts, rendered.
+
+        Raises:
+            ApiError: 400 naming the token that a text contains.
+        """
+        tokenizer = self._processor.tokenizer
+        for token in self._control_tokens:
+            if text.count(token) != neutral.count(token):
+                raise _control_token_error(token)
+        # Tokenizers that normalize text find tokens that are spelled differently.
+        ids, neutral_ids = (
+            Counter(tokenizer(side, add_special_tokens=False)["input_ids"])
+            for side in (text, neutral)
+        )
+        for token in self._control_tokens:
+            number = tokenizer.convert_tokens_to_ids(token)
+            if number != tokenizer.unk_token_id and ids[number] != neutral_ids[number]:
+                raise _control_token_error(token)
 
     def _image_key(self, images: list[DecodedImage]) -> str | None:
         """Return a hash of the images and their preprocessing, None without images."""
@@ -293,11 +331,42 @@ def _deadline_of(request: ChatRequest) -> Moment:
     return "answer" if limited else "first_token"
 
 
-def _control_tokens(processor: ProcessorMixin) -> list[str]:
+def _without_texts(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return messages with a letter in place of each text."""
+    return [
+        message
+        | {"content": [part | {"text": "x"} if part.get("text") else part for part in parts]}
+        for message in messages
+        for parts in [message["content"]]
+    ]
+
+
+def control_tokens(processor: ProcessorMixin) -> list[str]:
+    """Return the special tokens, and the other added tokens that the chat template writes.
+
+    Other added tokens may be ordinary words, which the model's maker added to the vocabulary.
+    """
     tokenizer = processor.tokenizer
-    added = [str(token) for token in tokenizer.added_tokens_decoder.values() if token.special]
-    tokens = {*tokenizer.all_special_tokens, *added, getattr(processor, "image_token", None) or ""}
-    return sorted(token for token in tokens if len(token) >= _MIN_CONTROL_TOKEN)
+    added = tokenizer.added_tokens_decoder.values()
+    tokens = {*tokenizer.all_special_tokens, *(str(token) for token in added if token.special)}
+    tokens |= {getattr(processor, name, None) or "" for name in ("image_token", "video_token")}
+    turns = [
+        {"role": role, "content": [{"type": "text", "text": "x"}]}
+        for role in ("system", "user", "assistant", "user")
+    ]
+    for messages in (turns, turns[1:]):  # some templates accept no system message
+        with contextlib.suppress(jinja2.TemplateError):
+            text = processor.apply_chat_template(messages, add_generation_prompt=True)
+            tokens |= {str(token) for token in added if str(token) in text}
+    return sorted(token for token in tokens if len(token.strip()) >= _MIN_CONTROL_TOKEN)
+
+
+def _control_token_error(token: str) -> ApiError:
+    return _invalid(
+        "messages",
+        f"the text contains this model's control token {token!r}; send images as image_url parts "
+        "and turns as messages",
+    )
 
 
 def _invalid(param: str, text: str) -> ApiError:

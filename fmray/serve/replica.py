@@ -26,7 +26,7 @@ from PIL import Image
 from fmray.adallava import AdaptiveVLM
 from fmray.config.serve import ServeConfig
 from fmray.data.processor import load_processor
-from fmray.engine.policy import Ask, Decision, Refused, Unavailable
+from fmray.engine.policy import Ask, DeadlineImpossible, Decision, Refused, Unavailable
 from fmray.engine.requests import Event, Result
 from fmray.serve.keys import KeyRing, load_keys
 from fmray.serve.openai import ApiError, ChatRequest, Fmray, Message
@@ -40,6 +40,8 @@ if TYPE_CHECKING:
 
 _logger = logging.getLogger("fmray.serve")
 _PREPARE_THREADS = 2  # decode images and build prompts
+# A retry has a new deadline: the official clients would ask three times what cannot be answered.
+_DO_NOT_RETRY = {"x-should-retry": "false"}
 HEALTH_CALLER = "-health"  # not a valid name of a key
 
 
@@ -101,7 +103,9 @@ class Generation:
         if item.finished is not None:
             self.ended = elapsed
         if item.finished == "error":
-            raise ApiError(500, "the model failed on this request", code="model_error")
+            # "TypeError: message": a message may quote a prompt
+            kind = (item.error or "").partition(":")[0]
+            raise ApiError(500, "the model failed on this request", code="model_error", detail=kind)
         if item.finished == "cancelled":
             raise ApiError(
                 503,
@@ -127,7 +131,9 @@ class Generation:
         limit = self._model.settings.request_timeout_s
         if time.monotonic() - self.arrival_time >= limit:
             return _request_timeout(limit)
-        return ApiError(503, "the deadline was missed", code="deadline_missed")
+        return ApiError(
+            503, "the deadline was missed", code="deadline_missed", headers=_DO_NOT_RETRY
+        )
 
     def close(self) -> None:
         """Free the row if the answer has not ended. Takes effect within one engine step."""
@@ -344,7 +350,7 @@ def context_length(model: AdaptiveVLM) -> int:
 
 def api_error(error: Refused) -> ApiError:
     """Return a refusal of the engine's policy as an error response."""
-    headers = {}
+    headers = dict(_DO_NOT_RETRY) if isinstance(error, DeadlineImpossible) else {}
     if error.retry_after is not None:
         headers["retry-after"] = str(max(1, int(error.retry_after + 0.999)))
     message = str(error)

@@ -170,6 +170,8 @@ def _add_error_handlers(app: FastAPI, metrics: Metrics) -> None:
     @app.exception_handler(ApiError)
     async def handle_api_error(request: Request, error: ApiError) -> JSONResponse:
         metrics.record_error(error)
+        if error.status == 500:
+            log_failure(error, request.scope["fmray"])
         return JSONResponse(error.body, status_code=error.status, headers=error.headers)
 
     @app.exception_handler(HTTPException)
@@ -241,9 +243,11 @@ class _ChatResponse:
                         yield _sse(*chunks)
                 except ApiError as error:
                     self._metrics.record_error(error)
+                    if error.status == 500:
+                        log_failure(error, self._context)
                     yield _sse(JSONResponse(error.body).body, _DONE)
                 except Exception as error:  # noqa: BLE001 - the status is sent: report in the stream
-                    log_failure(error)
+                    log_failure(error, self._context)
                     yield _sse(JSONResponse(internal_error().body).body, _DONE)
 
         return _Stream(

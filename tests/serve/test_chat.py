@@ -194,6 +194,8 @@ def test_refusal_has_its_status_even_for_a_stream(
     response = ask(app, chat(stream=stream))
     assert response.status_code == status
     assert response.headers.get("retry-after") == retry
+    impossible = isinstance(refusal, DeadlineImpossible)
+    assert response.headers.get("x-should-retry") == ("false" if impossible else None)
     error = response.json()["error"]
     assert error["message"]
     if not isinstance(refusal, Unavailable):
@@ -221,7 +223,8 @@ def test_model_failure_is_reported_without_the_prompt(
     streamed = events(ask(app, chat(text="secret words", stream=True)))
     assert streamed[-1]["error"]["code"] == "model_error"
     for text in (response.text, json.dumps(streamed), caplog.text):
-        assert "secret" not in text and "broken" not in text
+        assert "secret" not in text and "prompt text" not in text
+    assert "(broken)" in caplog.text, "the log does not name the failure"
 
 
 def test_timeout_headers_of_clients_are_ignored(
@@ -249,6 +252,7 @@ def test_strict_deadline_ends_the_answer(app: Any, worker: ScriptedWorker) -> No
     response = ask(app, chat(deadline_ms=300, strict=True))
     assert response.status_code == 503
     assert response.json()["error"]["code"] == "deadline_missed"
+    assert response.headers["x-should-retry"] == "false"
     assert worker.cancelled == [worker.asks[0].id]
 
 

@@ -145,6 +145,27 @@ def test_body_is_not_read_without_a_key(
     assert response.status_code == 401 and read == 0
 
 
+def test_open_paths_take_get_and_head_only(
+    build_app: Callable[..., Any], worker: ScriptedWorker, ring: KeyRing
+) -> None:
+    """Nobody without a key can make the server read a body."""
+
+    async def body() -> AsyncIterator[bytes]:
+        pytest.fail("the body is read")
+        yield b""
+
+    app = build_app(worker, ring)
+    for path in ("/", "/healthz", "/readyz"):
+        for method in ("POST", "PUT", "DELETE", "OPTIONS"):
+            response = send(app, method, path, content=body())
+            assert response.status_code == 405 and response.headers["allow"] == "GET, HEAD"
+            assert response.headers["connection"] == "close"
+        got, head = send(app, "GET", path), send(app, "HEAD", path)
+        assert (got.status_code, head.status_code, head.content) == (200, 200, b"")
+        assert head.headers["content-length"] == str(len(got.content))
+    assert send(app, "HEAD", "/v1/models").status_code == 401
+
+
 # -- bodies ------------------------------------------------------------------------------------
 
 
@@ -193,11 +214,8 @@ def test_slow_body_times_out(build_app: Callable[..., Any], worker: ScriptedWork
     assert time.monotonic() - start < 5
 
 
-def test_memory_of_all_bodies_is_bounded(
-    build_app: Callable[..., Any], worker: ScriptedWorker
-) -> None:
-    """Of three slow bodies of 0.9 MiB two fit: one is rejected, and all memory is freed."""
-    app = build_app(worker, max_body_mib=1, max_bodies_mib=2)
+def post_slowly(app: Any, *senders: tuple[str, str]) -> list[int]:
+    """Send a body of 0.9 MiB by each (address, key) at the same time; return the statuses."""
     complete = json.dumps(chat()).encode()
 
     async def body() -> AsyncIterator[bytes]:
@@ -205,15 +223,36 @@ def test_memory_of_all_bodies_is_bounded(
         await asyncio.sleep(0.5)
         yield complete
 
-    async def run() -> list[int]:
-        async with client_of(app, headers={"content-type": "application/json"}) as client:
-            path = "/v1/chat/completions"
-            answers = await asyncio.gather(*(client.post(path, content=body()) for _ in range(3)))
-            again = await client.post(path, content=body())
-            return [*sorted(answer.status_code for answer in answers), again.status_code]
+    async def post(address: str, key: str) -> int:
+        headers = {"content-type": "application/json", "authorization": f"Bearer {key}"}
+        transport = httpx.ASGITransport(app, client=(address, 1))
+        url = "http://127.0.0.1/v1/chat/completions"
+        async with httpx.AsyncClient(transport=transport, headers=headers) as client:
+            return (await client.post(url, content=body())).status_code
 
-    assert asyncio.run(run()) == [200, 200, 503, 200]
-    assert app._memory.size == 0
+    async def run() -> list[int]:
+        return await asyncio.gather(*(post(*sender) for sender in senders))
+
+    return asyncio.run(run())
+
+
+@pytest.mark.parametrize("keyed", [False, True])
+def test_bodies_are_bounded_per_caller_and_in_total(
+    build_app: Callable[..., Any], worker: ScriptedWorker, ring: KeyRing, keyed: bool
+) -> None:
+    """A caller is a key, whatever its address, or an address if there are no keys."""
+    mine = [("10.0.0.1", KEY), ("10.0.0.2" if keyed else "10.0.0.1", KEY)]
+    other = ("10.0.0.1" if keyed else "10.0.0.2", OTHER)
+    app = build_app(worker, ring if keyed else None, max_body_mib=1, max_bodies_mib=4)
+    assert sorted(post_slowly(app, *mine)) == [200, 429]
+    statuses = post_slowly(app, *mine, other)
+    assert sorted(statuses[:2]) == [200, 429] and statuses[2] == 200, "others are refused too"
+    assert (app._memory.size, app._memory.sizes) == (0, {})
+
+    settings = {"max_body_mib": 1, "max_bodies_mib": 2, "max_caller_bodies_mib": 2}
+    app = build_app(worker, ring if keyed else None, **settings)
+    assert sorted(post_slowly(app, *mine, other)) == [200, 200, 503]
+    assert post_slowly(app, mine[0]) == [200]
 
 
 @pytest.mark.parametrize(
@@ -230,6 +269,16 @@ def test_memory_of_all_bodies_is_bounded(
         ({"origin": "https://evil.example"}, 403),
         ({"origin": "null"}, 403),
         ({"origin": "http://127.0.0.1:8000"}, 200),
+        ({"host": "evil.example:8000"}, 403),
+        ({"host": "evil.example:8000", "origin": "http://evil.example:8000"}, 403),  # rebinding
+        ({"host": "127.0.0.1.evil.example"}, 403),
+        ({"host": "localhost.evil.example"}, 403),
+        ({"host": "user@127.0.0.1"}, 403),
+        ({"host": ""}, 403),
+        ({"host": "LOCALHOST:8000"}, 200),
+        ({"host": "localhost."}, 200),
+        ({"host": "192.0.2.7:80"}, 200),
+        ({"host": "[::1]:8000", "origin": "http://[::1]:8000"}, 200),
         ({"x-request-timeout-seconds": "0"}, 200),
         ({"x-request-id": "\\r\\nset-cookie: a=b"}, 200),
     ],
@@ -240,6 +289,26 @@ def test_header_checks(app: Any, headers: dict[str, str], status: int) -> None:
     if status != 200:
         code(response)
     assert "set-cookie" not in response.headers
+
+
+def test_a_name_as_host_must_be_allowed_where_no_key_is_needed(
+    build_app: Callable[..., Any], worker: ScriptedWorker, ring: KeyRing
+) -> None:
+    """A page can make its own name point at this machine, but it has no key."""
+    name, key = {"host": "fmray.example:8000"}, {"authorization": f"Bearer {KEY}"}
+    for path in ("/", "/healthz", "/metrics", "/v1/models"):
+        for app, headers, status in (
+            (build_app(worker), name, 403),
+            (build_app(worker, allowed_hosts=("other.example", "FMRAY.example")), name, 200),
+            (build_app(worker, ring), name | key, 200),
+            (build_app(worker, ring, allowed_hosts=("a",)), name | key, 403),
+        ):
+            response = send(app, "GET", path, headers=headers)
+            assert response.status_code == status
+            if status == 403:
+                assert code(response) == "host"
+    two = [("host", "127.0.0.1"), ("host", "evil.example")]
+    assert send(build_app(worker, ring), "GET", "/healthz", headers=two).status_code == 400
 
 
 # -- everything else ---------------------------------------------------------------------------
@@ -265,6 +334,30 @@ def test_bug_is_a_json_error_and_its_log_has_no_prompt(
     assert response.status_code == 500 and code(response) == "internal_error"
     assert "secret" not in response.text + caplog.text
     assert "RuntimeError at" in caplog.text and "serving.py" in caplog.text
+    request_id = response.headers["x-request-id"]
+    assert f"id {request_id}, caller anonymous: " in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("sent", "kept"), [("trace-1.2_a", True), ("a" * 65, False), ("a b", False), ("é", False)]
+)
+def test_failures_are_logged_with_request_id_and_caller(
+    build_app: Callable[..., Any],
+    worker: ScriptedWorker,
+    ring: KeyRing,
+    caplog: pytest.LogCaptureFixture,
+    sent: str,
+    kept: bool,
+) -> None:
+    worker.last = "error"
+    headers = {"authorization": f"Bearer {OTHER}", "x-request-id": sent.encode()}
+    response = send(
+        build_app(worker, ring), "POST", "/v1/chat/completions", json=chat(), headers=headers
+    )
+    assert response.status_code == 500
+    request_id = sent if kept else response.headers["x-request-id"]
+    assert f"id {request_id}, caller bob: ApiError at" in caplog.text
+    assert (sent in caplog.text) is kept and KEY not in caplog.text
 
 
 def test_responses_forbid_sniffing_and_caching(app: Any) -> None:

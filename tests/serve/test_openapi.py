@@ -26,7 +26,8 @@ OPERATIONS = [
 @pytest.fixture(scope="module")
 def document(directory: Path) -> Any:
     """The document, loaded from the application."""
-    app = make_app(make_chat_model(directory, ScriptedWorker(tokens=("red",))))
+    worker = ScriptedWorker(tokens=("red",))
+    app = make_app(make_chat_model(directory, worker, allowed_hosts=("testserver",)))
     return schemathesis.openapi.from_asgi("/openapi.json", app)
 
 

@@ -33,6 +33,9 @@ def test_text_is_converted_to_settings() -> None:
     )
     assert (settings.max_rows, settings.p95_ms, settings.auto) == (4, 150.0, False)
     assert settings.public_name == "m"
+    assert settings.caller_bodies_mib == 64
+    hosts = ServeConfig.model_validate({"model": "m", "allowed_hosts": "a.example, b"})
+    assert hosts.allowed_hosts == ("a.example", "b")
     assert ServeConfig(model="models:/a b@production").registered_name == "a b"
 
 
@@ -48,6 +51,8 @@ def test_text_is_converted_to_settings() -> None:
         ({"model": "models:/a/3"}, "models:/NAME@production"),
         ({"model": "models:/@production"}, "models:/NAME@production"),
         ({"name": "a\nb"}, "pattern"),
+        ({"max_caller_bodies_mib": 8}, "smaller than max_body_mib"),
+        ({"allowed_hosts": "http://a.example"}, "pattern"),
     ],
 )
 def test_wrong_settings_are_errors(values: dict[str, Any], text: str) -> None:

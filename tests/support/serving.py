@@ -28,6 +28,7 @@ from fmray.data.processor import load_processor, scratch_processor
 from fmray.engine.policy import Ask, Decision, Refused
 from fmray.engine.requests import Event, Result
 from fmray.engine.stats import Histogram, WorkerStats
+from fmray.serve.connections import LimitedProtocol
 from fmray.serve.keys import KeyRing
 from fmray.serve.metrics import Metrics
 from fmray.serve.replica import ChatModel
@@ -270,7 +271,8 @@ def serving(app: Any) -> Iterator[str]:
     """Serve the application on a free port of the loopback interface."""
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
-        server = uvicorn.Server(uvicorn.Config(app, log_level="warning", access_log=False))
+        config = uvicorn.Config(app, http=LimitedProtocol, log_level="warning", access_log=False)
+        server = uvicorn.Server(config)
         thread = threading.Thread(target=server.run, args=([listener],))
         thread.start()
         try:
