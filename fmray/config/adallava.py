@@ -123,6 +123,11 @@ class DataConfig(Section):
     image_folder: Location | None = None
     shapes: ShapesConfig | None = Field(None, description="generate the data instead of reading it")
     on_bad_row: Literal["error", "skip"] = "error"
+    check_images: Literal["stat", "hash"] = Field(
+        "stat",
+        description="how prepare_data notices replaced images: by size and time, or by content, "
+        "which reads all of them",
+    )
     rows_per_shard: int = Field(1024, ge=1)
     max_length: int = Field(
         2048, ge=8, description="tokens; longer samples are cut at a turn, or count as bad rows"

@@ -10,7 +10,8 @@ generated shapes. The store has this layout:
 
 Part i contains the good rows among rows [i * rows_per_shard, (i + 1) * rows_per_shard) of its
 split, in source order. A part is written atomically and carries a hash of everything that decides
-its content: a second run writes nothing, and a run after a crash writes only the missing parts.
+its content, and the state of its image files: a second run writes nothing, a run after a crash
+writes only the missing parts, and a run after images were replaced writes their parts again.
 """
 
 from __future__ import annotations
@@ -19,8 +20,9 @@ import functools
 import hashlib
 import json
 import math
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -53,8 +55,9 @@ if TYPE_CHECKING:
     from transformers import ProcessorMixin
 
 VERSION = 1  # of the manifest; increase it when a change makes old stores stale
-PART_VERSION = "1"  # of parts; increase it when a changed format or check makes old parts stale
+PART_VERSION = "2"  # of parts; increase it when a changed format or check makes old parts stale
 ROW_GROUP = 64  # rows; what the loader reads at a time
+STAMP_THREADS = 32  # that look at image files: on network storage each answer takes a while
 SCHEMA = pa.schema(
     [
         ("id", pa.string()),
@@ -85,22 +88,20 @@ def prepare(recipe: AdaLlavaRecipe) -> Manifest:
         ValueError: a file cannot be read, the processor is not usable, or there are bad rows and
             `data.on_bad_row` is not `skip` (all are listed in `<store>/bad_rows.jsonl`).
     """
+    # read the records
     store = recipe.data.store.resolve()  # workers have other working directories
     files, image_folder = _find_sources(recipe, store)
     settings = _settings(recipe, files, image_folder)
     processor = None if recipe.model.source == "scratch" else _base_processor(recipe)
     manifest = Manifest.read(store) if Manifest.exists(store) else None
-    if manifest is not None and _is_current(manifest, store, settings, processor):
-        say(f"store {recipe.data.store}: up to date, {manifest.summary()}")
-        return manifest
-
-    # read the records; a new processor makes the old store invalid
     sources = {}
     for name, file in files.items():
         records = read_records(file)
         sources[name] = _Source(file, records, find_bad_rows(file, records))
     bad = [row for source in sources.values() for row in source.bad]
     stop_at_bad_rows(store, bad, "data.on_bad_row", recipe.data.on_bad_row)
+
+    # a new processor makes the old store invalid
     if processor is None:
         processor = scratch_processor(_texts(sources), recipe.model.scratch)
     processor_hash = fingerprint(processor)
@@ -114,12 +115,10 @@ def prepare(recipe: AdaLlavaRecipe) -> Manifest:
     earlier = ((task.path, finished_part(task)) for task in tasks)
     results = {path: result for path, result in earlier if result and not result.bad_rows}
     missing = [task for task in tasks if task.path not in results]
+    new_images = sum(map(has_new_images, missing))
     if missing:
         Manifest.path(store).unlink(missing_ok=True)
-        for folder in {Path(task.path).parent for task in missing}:
-            folder.mkdir(parents=True, exist_ok=True)
-            for leftover in folder.glob(".*.partial"):  # of a run that was killed
-                leftover.unlink()
+        _make_folders(missing)
         writing = run_tasks(write_shard, missing, recipe.cluster)
         progress = track(writing, "ingest", "shard", total=len(tasks), done=len(results))
         results |= {task.path: result for task, result in progress}
@@ -132,11 +131,18 @@ def prepare(recipe: AdaLlavaRecipe) -> Manifest:
     for split, count in counts.items():
         if not count["rows"]:
             raise ValueError(f"{store / BAD_ROWS}: all {split} rows are bad")
-    manifest = Manifest(settings, processor_hash, counts, bad_rows=len(bad))
-    manifest.write(store)
+    made = Manifest(settings, processor_hash, counts, len(bad), _content(tasks, results))
+    if manifest is not None and not missing and _without_sizes(made) == _without_sizes(manifest):
+        say(f"store {recipe.data.store}: up to date, {manifest.summary()}")
+        return manifest
+    made.write(store)
     written = f"{len(missing)} of {len(tasks)} shards written"
-    say(f"store {recipe.data.store}: {written}, {manifest.summary()}")
-    return manifest
+    if new_images:
+        written += f", {new_images} because image files were replaced"
+        if manifest is not None and made.content == manifest.content:
+            written += " by equal ones"
+    say(f"store {recipe.data.store}: {written}, {made.summary()}")
+    return made
 
 
 def _find_sources(recipe: AdaLlavaRecipe, store: Path) -> tuple[dict[str, Path], Path]:
@@ -163,10 +169,7 @@ def _find_sources(recipe: AdaLlavaRecipe, store: Path) -> tuple[dict[str, Path],
 
 
 def _settings(recipe: AdaLlavaRecipe, files: dict[str, Path], image_folder: Path) -> dict[str, Any]:
-    """Return everything that decides the content of the store, except the processor.
-
-    Image files are assumed not to change while they keep their names.
-    """
+    """Return everything that decides the content of the store, except processor and images."""
     data, scratch = recipe.data, recipe.model.scratch
     scratch_settings = scratch.model_dump(include={"image_size", "patch_size", "max_vocabulary"})
     return {
@@ -185,27 +188,13 @@ def _settings(recipe: AdaLlavaRecipe, files: dict[str, Path], image_folder: Path
     }
 
 
-def _is_current(
-    manifest: Manifest, store: Path, settings: dict[str, Any], processor: ProcessorMixin | None
-) -> bool:
-    """Return whether a complete store is what `prepare` would make now.
+def _without_sizes(manifest: Manifest) -> Manifest:
+    """Return the manifest without the sizes of a model from scratch.
 
-    A model that was trained from scratch and is now loaded from its directory has the same
-    processor, so it uses the same store. A store with bad rows is never current, since a missing
-    image may have been added.
+    Such a model, loaded from its directory after training, has the same processor and so uses the
+    same store.
     """
-    if manifest.bad_rows or {**manifest.settings, "scratch": None} != {**settings, "scratch": None}:
-        return False
-    if processor is None:
-        if manifest.settings["scratch"] != settings["scratch"]:
-            return False
-    elif fingerprint(processor) != manifest.processor:
-        return False
-    return all(
-        _part(store, split, shard).exists()
-        for split, count in manifest.counts.items()
-        for shard in range(count["shards"])
-    )
+    return replace(manifest, settings={**manifest.settings, "scratch": None})
 
 
 def _base_processor(recipe: AdaLlavaRecipe) -> ProcessorMixin:
@@ -246,7 +235,9 @@ def _plan_shards(
             ):
                 split = "validation"
             splits[split].append((row, None if row in bad else record))
-    size = recipe.data.rows_per_shard
+    size, check = recipe.data.rows_per_shard, recipe.data.check_images
+    names = {name for rows in splits.values() for name in _image_names(rows)}
+    stamps = _stamps(image_folder, names, check)
     tasks = []
     for split, rows in splits.items():
         if not rows:
@@ -269,6 +260,8 @@ def _plan_shards(
                 max_length=recipe.data.max_length,
                 shapes=json.dumps(settings["shapes"]),
                 write_bad=recipe.data.on_bad_row == "skip",
+                check_images=check,
+                images=_digest([[name, stamps[name]] for name in _image_names(content)]),
             )
             tasks.append(task)
     return tasks
@@ -289,6 +282,25 @@ def _count(tasks: list[ShardTask], results: dict[str, ShardResult], split: str) 
     return {"rows": rows, "answers": answers, "shards": len(paths)}
 
 
+def _make_folders(tasks: list[ShardTask]) -> None:
+    """Make the folders of parts, without the leftovers of a run that was killed."""
+    for folder in {Path(task.path).parent for task in tasks}:
+        folder.mkdir(parents=True, exist_ok=True)
+        for leftover in folder.glob(".*.partial"):
+            leftover.unlink()
+
+
+def _content(tasks: list[ShardTask], results: dict[str, ShardResult]) -> dict[str, str]:
+    """Return the hashes of all records and of all images, in the order of the store."""
+    content = {}
+    for name in ("records", "images"):
+        groups: dict[str, list[str]] = {}
+        for task in tasks:
+            groups.setdefault(task.split, []).extend(getattr(results[task.path], name))
+        content[name] = _digest(groups)
+    return content
+
+
 def _remove_stale_parts(store: Path, parts: set[str]) -> None:
     """Remove the parts of an earlier, longer version of the store."""
     for split in ("train", "validation"):
@@ -299,6 +311,39 @@ def _remove_stale_parts(store: Path, parts: set[str]) -> None:
 
 def _part(store: Path, split: str, shard: int) -> Path:
     return store / split / f"part-{shard:05d}.parquet"
+
+
+# --- The state of image files ---
+
+
+def _image_names(rows: Iterable[tuple[int, Any]]) -> Iterator[str]:
+    """Yield the name of each record's image; rows are (row, record, or None for a bad one)."""
+    for _, record in rows:
+        if record is not None and record.get("image") is not None:
+            yield record["image"]
+
+
+def _stamps(folder: Path, names: Iterable[str], check: str) -> dict[str, str]:
+    """Return what shows that an image file was replaced, by its name.
+
+    Args:
+        check: `stat` for size and modification time, `hash` for the SHA-256 of the bytes.
+    """
+    names = list(names)
+    with ThreadPoolExecutor(STAMP_THREADS) as pool:
+        return dict(
+            zip(names, pool.map(lambda name: _stamp(folder / name, check), names), strict=True)
+        )
+
+
+def _stamp(path: Path, check: str) -> str:
+    try:
+        if check == "hash":
+            return sha256(path)
+        stat = path.stat()
+        return f"{stat.st_size} {stat.st_mtime_ns}"
+    except OSError:  # it becomes a bad row when it is read
+        return "missing"
 
 
 # --- Writing one shard, in a Ray worker ---
@@ -318,9 +363,11 @@ class ShardTask:
     max_length: int
     shapes: str  # JSON of the generator's settings: file names and questions do not show them
     write_bad: bool  # write a shard with bad rows without them; otherwise don't write it
+    check_images: str = "stat"
+    images: str = ""  # hash of the names and `_stamps` of the image files
 
     def key(self) -> str:
-        """Return a hash of everything that decides the part's content, except image bytes."""
+        """Return a hash of everything that decides the part's content, except the image files."""
         parts = [
             PART_VERSION,
             self.file,
@@ -334,15 +381,31 @@ class ShardTask:
 
 @dataclass(frozen=True)
 class ShardResult:
-    """Counts and bad rows of a shard; also stored in the part's metadata."""
+    """Counts, bad rows and hashes of a shard; also stored in the part's metadata."""
 
     rows: int
     answers: int
     bad_rows: list[dict[str, Any]]  # fields of `BadRow`
+    records: list[str]  # SHA-256 of the texts of each row group
+    images: list[str]  # SHA-256 of the images of each row group
 
 
 def finished_part(task: ShardTask) -> ShardResult | None:
     """Return the result of a part that was made from the same task; None if there is none."""
+    metadata = _metadata(task)
+    if metadata is None or _images_replaced(task, metadata):
+        return None
+    return ShardResult(**json.loads(metadata[b"fmray.result"]))
+
+
+def has_new_images(task: ShardTask) -> bool:
+    """Return whether a part differs from its task in the image files only."""
+    metadata = _metadata(task)
+    return metadata is not None and _images_replaced(task, metadata)
+
+
+def _metadata(task: ShardTask) -> dict[bytes, bytes] | None:
+    """Return the metadata of a part that was made from the same records and settings, or None."""
     path = Path(task.path)
     if not path.exists():
         return None
@@ -350,9 +413,11 @@ def finished_part(task: ShardTask) -> ShardResult | None:
         metadata = pq.read_schema(path).metadata or {}
     except pa.ArrowInvalid:  # not Parquet: an unrelated file, or a damaged disk
         return None
-    if metadata.get(b"fmray.key") != task.key().encode():
-        return None
-    return ShardResult(**json.loads(metadata[b"fmray.result"]))
+    return metadata if metadata.get(b"fmray.key") == task.key().encode() else None
+
+
+def _images_replaced(task: ShardTask, metadata: dict[bytes, bytes]) -> bool:
+    return json.loads(metadata[b"fmray.images"]).get(task.check_images) != task.images
 
 
 def write_shard(task: ShardTask) -> ShardResult:
@@ -360,18 +425,41 @@ def write_shard(task: ShardTask) -> ShardResult:
 
     Writes nothing if there are bad rows and `write_bad` is off.
     """
+    # check the rows
     processor = _processor(task.processor, task.processor_hash)
+    rows = json.loads(task.rows)
+    names = list(_image_names(rows))
+    stamps = _stamps(Path(task.image_folder), set(names), "stat")  # before the images are read
     good, bad = [], []
-    for row, record in json.loads(task.rows):
+    for row, record in rows:
         checked = _check(row, record, task, processor)
         if isinstance(checked, str):
             bad.append(asdict(BadRow(task.file, row, record_id(record), checked)))
         else:
             good.append(checked)
-    result = ShardResult(len(good), sum(len(row["turn_tokens"]) for row in good), bad)
+
+    # hash what training will read
+    texts = [[row["id"], row["conversations"], row["tags"]] for row in good]
+    hashes = [row["image"] and hashlib.sha256(row["image"]).hexdigest() for row in good]
+    result = ShardResult(
+        rows=len(good),
+        answers=sum(len(row["turn_tokens"]) for row in good),
+        bad_rows=bad,
+        records=[_digest(group) for group in _row_groups(texts)],
+        images=[_digest(group) for group in _row_groups(hashes)],
+    )
     if bad and not task.write_bad:
         return result
-    metadata = {"fmray.key": task.key(), "fmray.result": json.dumps(asdict(result))}
+    state = {"stat": _digest([[name, stamps[name]] for name in names])}
+    if not bad:  # otherwise the part is written again in any case
+        state["hash"] = _digest(list(zip(names, filter(None, hashes), strict=True)))
+
+    # write the part
+    metadata = {
+        "fmray.key": task.key(),
+        "fmray.result": json.dumps(asdict(result)),
+        "fmray.images": json.dumps(state),
+    }
     schema = SCHEMA.with_metadata(metadata)
     # Images are compressed already; everything else shrinks well.
     compression = {column: "NONE" if column == "image" else "ZSTD" for column in _leaf_columns()}
@@ -381,9 +469,19 @@ def write_shard(task: ShardTask) -> ShardResult:
             temporary, schema, compression=compression, use_dictionary=["tags.list.element"]
         ) as writer,
     ):
-        for start in range(0, len(good), ROW_GROUP):
-            writer.write_table(pa.Table.from_pylist(good[start : start + ROW_GROUP], schema=schema))
+        for group in _row_groups(good):
+            writer.write_table(pa.Table.from_pylist(group, schema=schema))
     return result
+
+
+def _row_groups(rows: list[Any]) -> Iterator[list[Any]]:
+    for start in range(0, len(rows), ROW_GROUP):
+        yield rows[start : start + ROW_GROUP]
+
+
+def _digest(value: Any) -> str:
+    """Return the SHA-256 of a JSON value."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
 def _check(

@@ -6,10 +6,11 @@ and `manifest.json`. The manifest is written last; a folder without one is not a
 
 from __future__ import annotations
 
+import hashlib
 import json
 import threading
 from collections import OrderedDict
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
@@ -18,7 +19,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from fmray.runtime.files import write_json
+from fmray.runtime.files import sha256, write_json
 
 CACHE_BYTES = 3 * 2**30  # of row groups kept in memory
 
@@ -72,6 +73,16 @@ class Manifest(StoreManifest):
     processor: str  # its fingerprint
     counts: dict[str, dict[str, int]]  # split -> rows, answers, shards
     bad_rows: int
+    # SHA-256 of `records` (ids, conversations, tags) and of `images` (bytes), in the order in which
+    # training reads them; the same wherever and however the store was made. {}: an old store
+    content: dict[str, str] = field(default_factory=dict)
+
+    def fingerprint(self, store: Path) -> str:
+        """Return a hash of the content; of an old store, of its manifest file."""
+        if not self.content:
+            return sha256(self.path(store))
+        values = {"processor": self.processor, **self.content}
+        return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
     def summary(self) -> str:
         """Return the counts as text."""

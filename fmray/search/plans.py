@@ -31,6 +31,7 @@ from fmray.config import LoadedRecipe
 from fmray.config.search import PlansRecipe
 from fmray.data.loader import Batch, evaluation_batches
 from fmray.data.processor import load_processor
+from fmray.data.store import Manifest
 from fmray.runtime import tracking
 from fmray.runtime.console import changed_settings, say
 from fmray.runtime.files import sha256, write_atomic, write_json
@@ -178,7 +179,7 @@ def search_plans(loaded: LoadedRecipe[PlansRecipe], run_id: str) -> PlansResult:
     sizes = {model.cost.max_units(budget, tokens=1) for budget in recipe.budgets}
     origin = {
         "model": sha256(recipe.model / WEIGHTS)[:12],
-        "store": sha256(recipe.store / "manifest.json")[:12],
+        "store": Manifest.read(recipe.store).fingerprint(recipe.store)[:12],
         "rows": recipe.calibration_rows,
     }
     processor = load_processor(recipe.store / "processor")

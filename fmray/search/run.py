@@ -52,12 +52,14 @@ from fmray.search.watch import (
     final_table,
     trial_run_id,
 )
-from fmray.train import checkpoint as checkpoints
+from fmray.train import resume
+from fmray.train.checkpoint import flatten_settings
 from fmray.train.fewshot.encoder import load_encoder
 from fmray.train.fewshot.select import EmbeddedTasks, embed_tasks
 
 #: settings that may change when a search resumes; all others decide which trials there are
 FREE_SETTINGS = {"name", "cluster", "tracking", "trials", "recommend"}
+_BASE = {"base", "base_set"}  # compared by the values of the base recipe
 
 
 @dataclass(frozen=True)
@@ -91,7 +93,7 @@ def search(loaded: LoadedRecipe[SearchRecipe], run_id: str) -> SearchResult:
     base = load_trial(()).recipe
     _check_objectives(recipe, base)
     run_dir.mkdir(parents=True, exist_ok=True)
-    _check_same_search(recipe, base.model_dump(mode="json"), run_dir / "search.json")
+    _check_same_search(recipe, base, run_dir / "search.json")
     finished = read_finished(run_dir / "trials.jsonl")
     write_atomic(run_dir / "recipe.yaml", loaded.dump())
     say(changed_settings(loaded, run_dir / "recipe.yaml"))
@@ -171,26 +173,29 @@ def _check_objectives(recipe: SearchRecipe, base: BaseRecipe) -> None:
         rule_of(recipe.recommend, recipe.objectives)
 
 
-def _check_same_search(recipe: SearchRecipe, base: dict[str, Any], path: Path) -> None:
-    """Raise ValueError if the run id belongs to a search with other settings.
+def _check_same_search(recipe: SearchRecipe, base: BaseRecipe, path: Path) -> None:
+    """Check that the run id belongs to this search; print what cannot be compared.
 
     Args:
         path: `search.json`; a new search writes it.
+
+    Raises:
+        ValueError: it belongs to a search with other settings, data or model.
     """
-    base = {name: part for name, part in base.items() if name not in FREE_SETTINGS}
-    fixed = recipe.model_dump(mode="json", exclude=FREE_SETTINGS | {"base"})
-    settings = checkpoints.flatten_settings(fixed | {"base": base})
-    if not path.is_file():
-        _write_json(path, settings)
-        return
-    earlier = json.loads(path.read_text(encoding="utf-8"))
-    for name in sorted(settings.keys() | earlier.keys()):
-        before, now = (json.dumps(values.get(name)) for values in (earlier, settings))
-        if before != now:
-            raise ValueError(
-                f"{path}: {name} was {before} when this search began and is {now}; set it back, or"
-                " give another --run-id"
-            )
+    settings, defaults = (_settings_of(values) for values in (base, type(base)(name="defaults")))
+    settings |= resume.content(base)
+    settings |= flatten_settings(recipe.model_dump(mode="json", exclude=FREE_SETTINGS | _BASE))
+    if path.is_file():
+        earlier = json.loads(path.read_text(encoding="utf-8"))
+        earlier.pop("base_set", None)  # its values are among those of the base recipe
+        for note in resume.compare(earlier, settings, path, defaults):
+            say(note)
+    _write_json(path, settings)
+
+
+def _settings_of(base: BaseRecipe) -> dict[str, Any]:
+    values = flatten_settings({"base": base.model_dump(mode="json", exclude=FREE_SETTINGS)})
+    return resume.without_places(values)
 
 
 # --- Trials ---

@@ -26,7 +26,7 @@ from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 
-from fmray.config import ConfigError, LoadedRecipe, TrackingConfig
+from fmray.config import ConfigError, LoadedRecipe, TrackingConfig, load
 from fmray.config.search import ObjectiveConfig
 from fmray.runtime import tracking
 from fmray.runtime.console import rich_console, say
@@ -34,6 +34,7 @@ from fmray.search.space import Space
 from fmray.search.state import FinishedTrial, TrialStatus, append_trial
 from fmray.search.suggest import Suggester, Suggestion
 from fmray.search.trial import Assignment, is_metric
+from fmray.train.resume import same_training
 
 SHOWN_ROWS = 30  # of the live table: the last trials
 VALUES_WIDTH = 60  # characters of a trial's values
@@ -427,5 +428,7 @@ def _reason(trial: Trial) -> str:
 def _remove_other_values(folder: Path, loaded: LoadedRecipe[Any]) -> None:
     """Remove the folder of an interrupted trial of the same number, if it had other values."""
     recipe = folder / "recipe.yaml"
-    if recipe.is_file() and recipe.read_text(encoding="utf-8") != loaded.dump():
+    if recipe.is_file() and not same_training(
+        load(recipe, kinds=(type(loaded.recipe),)).recipe, loaded.recipe
+    ):
         shutil.rmtree(folder)

@@ -95,26 +95,6 @@ def parse_state(text: str, where: str) -> TrainState:
     return TrainState(**values)
 
 
-def check_settings(state: TrainState, now: dict[str, Any], checkpoint: Path | str) -> None:
-    """Check that the settings are those of the checkpoint.
-
-    Raises:
-        ValueError: some differ; the message names them.
-    """
-    if state.config_hash == settings_hash(now):
-        return
-    changed = [
-        f"{key} was {state.settings.get(key)!r} and is {now.get(key)!r}"
-        for key in sorted(state.settings.keys() | now.keys())
-        if state.settings.get(key) != now.get(key)
-    ]
-    raise ValueError(
-        f"{checkpoint} was made by another recipe (config hash {state.config_hash}, now "
-        f"{settings_hash(now)}): "
-        f"{'; '.join(changed)}; use these values, or a new --run-id"
-    )
-
-
 # --- The checkpoints of a run ---
 
 
@@ -308,23 +288,32 @@ def _convert(checkpoint: Path, stage: int) -> None:
 
 
 def load_checkpoint(engine: Any, checkpoint: Path, universal: bool) -> None:
-    """Load weights, optimizer and learning-rate schedule; collective."""
+    """Load weights, optimizer and the place in the learning-rate schedule; collective.
+
+    The learning rates are those of the engine's schedule, not of the checkpoint.
+    """
+    schedule = getattr(engine, "lr_scheduler", None)  # a `TorchEngine` has none
+    rates = list(schedule.base_lrs) if schedule is not None else []
     loaded, _ = engine.load_checkpoint(str(checkpoint), tag=UNIVERSAL if universal else TAG)
     if loaded is None:
         raise ValueError(
             f"{checkpoint}: DeepSpeed found nothing to load in {TAG}/; the folder is incomplete"
         )
     if universal:
-        # DeepSpeed 0.19 gives all parameter groups the learning rate of the first and, in stage 3,
-        # one shared step counter, which then counts a step once per group
-        optimizer = engine.optimizer.optimizer
-        for values in optimizer.state.values():
+        # DeepSpeed 0.19 has one shared step counter in stage 3, which then counts a step once per
+        # group
+        for values in engine.optimizer.optimizer.state.values():
             if isinstance(values.get("step"), Tensor):
                 values["step"] = values["step"].clone()
-        for group, lr in zip(
-            optimizer.param_groups, engine.lr_scheduler.get_last_lr(), strict=True
-        ):
-            group["lr"] = lr
+    if schedule is not None:
+        # The checkpoint has the rates of its own recipe (and DeepSpeed 0.19 gives all parameter
+        # groups of a universal one the rate of the first): compute them anew.
+        schedule.base_lrs = rates
+        factors = [factor(schedule.last_epoch) for factor in schedule.lr_lambdas]
+        schedule._last_lr = [rate * factor for rate, factor in zip(rates, factors, strict=True)]
+        groups = engine.optimizer.param_groups
+        for group, base, lr in zip(groups, rates, schedule._last_lr, strict=True):
+            group["initial_lr"], group["lr"] = base, lr
 
 
 # --- The exported model ---

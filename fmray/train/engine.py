@@ -217,13 +217,19 @@ class TorchEngine:
             torch.save(state, target / STATE_FILE)
 
     def load_checkpoint(self, folder: str, tag: str) -> tuple[str | None, dict[str, Any]]:
-        """Load weights and optimizer; return (file, {}), or (None, {}) if there is no file."""
+        """Load weights and optimizer; return (file, {}), or (None, {}) if there is no file.
+
+        The learning rate stays as it is.
+        """
         path = Path(folder) / tag / STATE_FILE
         if not path.is_file():
             return None, {}
         state = torch.load(path, map_location="cpu", weights_only=True)
         self.module.load_state_dict(state["learner"])
+        rates = [group["lr"] for group in self._optimizer.param_groups]
         self._optimizer.load_state_dict(state["optimizer"])
+        for group, lr in zip(self._optimizer.param_groups, rates, strict=True):
+            group["lr"] = lr
         return str(path), {}
 
 

@@ -23,8 +23,9 @@ from fmray.runtime.console import changed_settings, say
 from fmray.runtime.files import write_atomic
 from fmray.runtime.nodes import session
 from fmray.train import checkpoint as checkpoints
-from fmray.train.method import JOB_NAMES, Evaluation, TrainJob, training_settings
+from fmray.train.method import JOB_NAMES, Evaluation, TrainJob
 from fmray.train.mirror import Mirror, get_folder, last_state, open_mirror, put_files
+from fmray.train.resume import check_resume, run_settings
 from fmray.train.supervise import fit
 
 SELECTION = "selection.json"
@@ -136,12 +137,12 @@ def _check_resume(
     mirror: Mirror | None,
     tasks: Sequence[str],
 ) -> None:
-    """Raise ValueError, before any worker starts, for a checkpoint of another recipe."""
+    """Raise ValueError, before any worker starts, for a checkpoint that does not fit the recipe."""
     newest = last_state(run_dir, mirror)
     if newest is not None:
         where, state = newest
-        checkpoints.check_settings(state, training_settings(recipe, tasks), where)
-        say(f"run {run_id}: resuming from {where}")
+        notes = check_resume(state, recipe, run_settings(recipe, tasks), where)
+        say("\n".join([f"run {run_id}: resuming from {where}", *notes]))
 
 
 def _earlier_tasks(run_dir: Path, mirror: Mirror | None) -> list[str]:

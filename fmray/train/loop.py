@@ -29,9 +29,9 @@ from fmray.train.method import (
     TrainJob,
     Worker,
     create_method,
-    training_settings,
 )
 from fmray.train.mirror import CheckpointManager
+from fmray.train.resume import check_resume, run_settings
 from fmray.train.supervise import PreemptionNotice
 
 
@@ -52,8 +52,9 @@ def train_worker(config: dict[str, Any]) -> dict[str, Any]:
     # set up: this rank, the model and its data, the checkpoint to resume from
     worker = _worker(recipe.cluster)
     method = create_method(job, worker)
+    settings = run_settings(recipe, job.tasks)
     manager = CheckpointManager.open(recipe.cluster, job.run_dir)
-    engine, state = _resume(job, method, manager, worker)
+    engine, state = _resume(job, method, manager, worker, settings)
     start = step = state.step if state is not None else 0
     best, best_step = (state.best, state.best_step) if state is not None else (None, None)
     total = method.total_steps
@@ -96,7 +97,7 @@ def train_worker(config: dict[str, Any]) -> dict[str, Any]:
                     best, best_step = evaluation.accuracy, step
                 run.flush()
                 status.check()
-                state = _state(job, method, worker, step, best, best_step)
+                state = _state(job, method, worker, settings, step, best, best_step)
                 manager.save(engine, state, job.recipe_text, train.keep_checkpoints)
             if stop:
                 manager.wait()
@@ -137,14 +138,23 @@ def _worker(cluster: Any) -> Worker:
 
 
 def _resume(
-    job: TrainJob, method: Method, manager: CheckpointManager, worker: Worker
+    job: TrainJob,
+    method: Method,
+    manager: CheckpointManager,
+    worker: Worker,
+    settings: dict[str, Any],
 ) -> tuple[Any, TrainState | None]:
     """The engine, restored from the run's newest complete checkpoint where there is one."""
     newest: Path | None = manager.find()
     if newest is None:
         return method.build(None), None
     state = checkpoints.read_state(newest)
-    checkpoints.check_settings(state, training_settings(job.recipe, job.tasks), newest)
+    check_resume(state, job.recipe, settings, newest)  # the driver has reported the changes
+    if state.step > method.total_steps:
+        raise ValueError(
+            f"train.steps: {newest} has taken {state.step} steps, and the recipe asks for"
+            f" {method.total_steps}; ask for at least {state.step}, or give a new --run-id"
+        )
     convert = checkpoints.needs_universal(state, worker.world_size)
     engine = method.build(state.world_size if convert else None)
     if convert:
@@ -157,12 +167,12 @@ def _state(
     job: TrainJob,
     method: Method,
     worker: Worker,
+    settings: dict[str, Any],
     step: int,
     best: float | None,
     best_step: int | None,
 ) -> TrainState:
     epoch, cursor = method.position(step)
-    settings = training_settings(job.recipe, job.tasks)
     return TrainState(
         step=step,
         epoch=epoch,

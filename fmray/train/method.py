@@ -3,9 +3,6 @@
 A method is built on every rank from a `TrainJob` and a `Worker`. It knows the model, the data and
 the loss; everything else (resume, logging, evaluation schedule, checkpoints, preemption, export
 schedule, registry) is the loop's and the launcher's, and is therefore the same for every kind.
-
-The settings that decide what a run computes are here too, because the driver compares them with a
-checkpoint before it starts any worker.
 """
 
 from __future__ import annotations
@@ -19,9 +16,7 @@ from typing import Any, Protocol
 import torch
 import torch.distributed as dist
 
-from fmray.config import AdaLlavaRecipe, BaseRecipe
-from fmray.config.fewshot import FewshotRecipe
-from fmray.train.checkpoint import flatten_settings
+from fmray.config import BaseRecipe
 from fmray.train.supervise import PreemptionNotice
 
 #: kind of recipe -> its method's class, imported in the workers only (it takes seconds)
@@ -32,27 +27,6 @@ METHODS = {
 
 #: kind of recipe -> the name of the job in MLflow and in the run's status file
 JOB_NAMES = {"adallava": "train", "fewshot": "train_fewshot"}
-
-# settings that change how a run is carried out, not what it computes
-_FREE_SETTINGS: dict[str, dict[str, set[str]]] = {
-    "adallava": {
-        "data": {"store", "loader_threads", "prefetch_batches", "rows_per_shard"},
-        "train": {
-            "micro_batch",
-            "gradient_checkpointing",
-            "eval_every",
-            "eval_rows",
-            "eval_budgets",
-            "checkpoint_every",
-            "keep_checkpoints",
-        },
-    },
-    "fewshot": {"train": {"checkpoint_every", "keep_checkpoints", "eval_every", "eval_split"}},
-}
-_SECTIONS = {
-    "adallava": {"seed", "model", "adaptive", "data", "train"},
-    "fewshot": {"seed", "encoder", "episodes", "train"},
-}
 
 
 @dataclass(frozen=True)
@@ -180,22 +154,3 @@ def create_method(job: TrainJob, worker: Worker) -> Method:
     """The method of the job's kind of recipe."""
     module, _, name = METHODS[job.recipe.kind].partition(":")
     return getattr(importlib.import_module(module), name)(job, worker)
-
-
-def training_settings(
-    recipe: AdaLlavaRecipe | FewshotRecipe, tasks: Sequence[str] = ()
-) -> dict[str, Any]:
-    """Dotted settings that decide what a run computes; a checkpoint is resumed under equal ones.
-
-    Args:
-        tasks: names of the tasks to finetune on (few-shot only).
-    """
-    values = recipe.model_dump(mode="json", include=_SECTIONS[recipe.kind])
-    for section, names in _FREE_SETTINGS[recipe.kind].items():
-        for name in names:
-            values[section].pop(name)
-    if isinstance(recipe, FewshotRecipe):
-        values |= {"tasks": list(tasks), "weights": recipe.select.weights}
-    else:
-        values["zero"] = {"stage": recipe.zero.stage}
-    return flatten_settings(values)

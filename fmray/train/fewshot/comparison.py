@@ -37,7 +37,8 @@ from fmray.train.fewshot.learners import make_learner
 from fmray.train.fewshot.method import run_steps
 from fmray.train.fewshot.select import CandidateTask, candidate_tasks
 from fmray.train.fewshot.tasks import TrainingSet
-from fmray.train.method import Worker, training_settings
+from fmray.train.method import Worker
+from fmray.train.resume import training_settings
 
 ALL, RANDOM, SELECTED = "multitask/all", "multitask/random", "multitask/selected"
 CLAIMS = (

@@ -25,8 +25,10 @@ from fmray.runtime import tracking
 from fmray.runtime.console import changed_settings, say
 from fmray.runtime.files import atomic_path
 from fmray.runtime.run_log import Progress, StepLog
+from fmray.train.checkpoint import flatten_settings
 from fmray.train.engine import lr_factor
 from fmray.train.fewshot.encoder import ImageReader, decode_all, export_encoder
+from fmray.train.resume import compare
 
 STATE_EVERY = 250  # steps
 WARMUP = 0.05  # share of the steps
@@ -73,7 +75,7 @@ def pretrain(recipe: FewshotRecipe, run_dir: Path, run_id: str) -> Pretrained:
         "store": store.fingerprint,
     }
     state = _read_state(run_dir / "state.pt", settings)
-    if target.is_dir():
+    if target.is_dir() and (state is None or state["step"] == config.steps):
         say(f"{run_id}: already pretrained: {target}")
         return Pretrained(target, {})
 
@@ -200,17 +202,26 @@ def _batch(images: int, batch: int, seed: int, step: int) -> np.ndarray:
 
 
 def _read_state(path: Path, settings: dict[str, Any]) -> dict[str, Any] | None:
-    """Return the saved state of a run, None if it has none.
+    """Return the saved state of a run, None if it has none; prints the settings that change.
 
     Raises:
-        ValueError: the run was started with other settings.
+        ValueError: the run was started with other images or settings, or has taken more steps.
     """
     if not path.is_file():
         return None
     state = torch.load(path, map_location="cpu", weights_only=True)
-    if state["settings"] != settings:
-        changed = [key for key in settings if state["settings"].get(key) != settings[key]]
+    before, now = map(_flat, (state["settings"], settings))
+    for note in compare(before, now, path, {}, free={"pretrain.lr", "pretrain.steps"}):
+        say(note)
+    steps = settings["pretrain"]["steps"]
+    if state["step"] > steps:
         raise ValueError(
-            f"{path} was made with other settings ({', '.join(changed)}); use a new --run-id"
+            f"pretrain.steps: {path} has taken {state['step']} steps, and the recipe asks for"
+            f" {steps}; ask for at least {state['step']}, or give a new --run-id"
         )
     return state
+
+
+def _flat(settings: dict[str, Any]) -> dict[str, Any]:
+    flat = flatten_settings(settings)
+    return flat | {"content.images": flat.pop("store")}

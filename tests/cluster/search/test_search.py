@@ -164,7 +164,7 @@ def test_a_killed_search_resumes_and_keeps_its_finished_trials(
         assert "train/loss" in child.data.metrics
     # a finished search has nothing to do, and rejects other settings
     assert search(load_search(path), "run").finished == written
-    with pytest.raises(ValueError, match="seed was 0 when this search began and is 1"):
+    with pytest.raises(ValueError, match=r"search\.json cannot be resumed: seed was 0 and is 1"):
         search(load_search(path, "seed=1"), "run")
 
 

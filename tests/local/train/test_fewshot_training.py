@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import runpy
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -66,10 +67,32 @@ def test_resumed_run_ends_with_the_same_weights(
     assert losses(again.run_dir) == lines
     for name, tensor in weights(again.model_dir).items():
         assert torch.equal(tensor, wanted[name]), name
-    sections["train"] |= {"lr": 0.5}
+    sections["train"] |= {"temperature": 5.0}
     other = fewshot_recipe(store, tmp_path, **sections)
-    with pytest.raises(ValueError, match=r"train\.lr was 0\.02 and is 0\.5"):
+    with pytest.raises(ValueError, match=r"train\.temperature was 10\.0 and is 5\.0"):
         train(other, "run")
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "zero"])
+def test_a_moved_encoder_resumes_at_another_learning_rate_and_other_weights_are_refused(
+    store, start: Path, tmp_path: Path, strategy: str, capsys
+) -> None:
+    steps = {"strategy": strategy, "steps": 4}
+    encoder = {"checkpoint": shutil.copytree(start, tmp_path / "old")}
+    first = train(fewshot_recipe(store, tmp_path, encoder=encoder, train=TRAIN | steps), "run")
+    half = weights(first.model_dir)
+    encoder = {"checkpoint": (tmp_path / "old").rename(tmp_path / "new")}
+    more = {"strategy": strategy, "lr": 1e-12}
+    capsys.readouterr()
+    result = train(fewshot_recipe(store, tmp_path, encoder=encoder, train=TRAIN | more), "run")
+    assert "\ntrain.lr: 0.02 -> 1e-12\ntrain.steps: 4 -> 6\n" in capsys.readouterr().out
+    assert len(losses(result.run_dir)) == 6
+    for name, tensor in weights(result.model_dir).items():
+        torch.testing.assert_close(tensor, half[name], rtol=0, atol=1e-8)
+
+    other = {"checkpoint": first.model_dir}
+    with pytest.raises(ValueError, match=r"the model to start from changed \(sha256 "):
+        train(fewshot_recipe(store, tmp_path, encoder=other, train=TRAIN | more), "run")
 
 
 def test_evaluation_during_training_reports_accuracy_and_changes_nothing(
@@ -159,7 +182,7 @@ def test_untrainable_recipe_is_an_error(store, tmp_path: Path, sections: Any, wo
 
 @pytest.mark.parametrize("objective", ["simclr", "moco", "supervised"])
 def test_pretraining_resumes_where_it_stopped(
-    store, tmp_path: Path, objective: str, monkeypatch
+    store, tmp_path: Path, objective: str, monkeypatch, capsys
 ) -> None:
     section = {
         "objective": objective,
@@ -191,9 +214,16 @@ def test_pretraining_resumes_where_it_stopped(
     wanted = weights(complete.model_dir)
     for name, tensor in weights(parts.model_dir).items():
         assert torch.equal(tensor, wanted[name]), name
-    changed = fewshot_recipe(store, tmp_path, pretrain=section | {"lr": 0.5})
-    with pytest.raises(ValueError, match=r"made with other settings \(pretrain\)"):
+    changed = fewshot_recipe(store, tmp_path, pretrain=section | {"weight_decay": 0.5})
+    with pytest.raises(ValueError, match=r"pretrain\.weight_decay was 0\.0001 and is 0\.5"):
         pretrain_encoder(changed, "parts")
+    longer = fewshot_recipe(store, tmp_path, pretrain=section | {"steps": 9, "lr": 0.5})
+    capsys.readouterr()
+    pretrain_encoder(longer, "parts")
+    assert "pretrain.lr: 0.001 -> 0.5\npretrain.steps: 8 -> 9\n" in capsys.readouterr().out
+    assert len(losses(tmp_path / "parts")) == 9
+    with pytest.raises(ValueError, match=r"pretrain\.steps: .*state\.pt has taken 9 steps"):
+        pretrain_encoder(loaded, "parts")
 
 
 def test_comparison_is_computed_cell_by_cell(store, tmp_path: Path, monkeypatch, capsys) -> None:

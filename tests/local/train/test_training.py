@@ -15,11 +15,13 @@ from support.training import ADAPTIVE, forget_after, load_recipe, losses, make_s
 from torch.nn import functional
 
 from fmray.adallava import AdaptiveVLM
+from fmray.config import LoadedRecipe
 from fmray.data.loader import InstructionLoader
 from fmray.data.processor import load_processor
 from fmray.runtime.run_log import STATUS_FILE, StepLog, read_log, read_status
 from fmray.train.adallava.model import build_model
 from fmray.train.checkpoint import find_checkpoint, read_state
+from fmray.train.engine import lr_factor
 from fmray.train.launch import Result, train
 
 TRAIN = {"lr": 2e-3, "steps": 8, "global_batch": 16, "micro_batch": 8, "eval_rows": 8}
@@ -170,11 +172,66 @@ def test_lora_is_trained_and_merged(store: Path, run: Callable[..., Result]) -> 
 
 def test_a_checkpoint_of_another_recipe_is_refused(run: Callable[..., Result]) -> None:
     run("taken")
-    with pytest.raises(ValueError, match=r"train\.lr was 0\.002 and is 0\.001; use these values"):
-        run("taken", train=TRAIN | {"lr": 1e-3})
+    with pytest.raises(ValueError, match=r"seed was 3 and is 4; set it back, or give a new"):
+        run("taken", seed=4)
     with pytest.raises(ValueError, match=r"adaptive\.design was None and is 'layers'"):
         run("taken", adaptive=ADAPTIVE)
-    run("taken", train=TRAIN | {"eval_rows": 4})  # how it is watched may change
+    with pytest.raises(ValueError, match=r"train\.steps: .* has taken 8 steps, .* asks for 6"):
+        run("taken", train=TRAIN | {"steps": 6})
+
+
+@pytest.mark.parametrize("stage", [0, 2, 3])
+def test_a_changed_learning_rate_takes_effect(
+    run: Callable[..., Result], capsys: pytest.CaptureFixture[str], stage: int
+) -> None:
+    """Under a negligible rate the four added steps leave the weights as they were."""
+    zero = {"stage": stage, "parameter_persistence": 0}
+    half = weights(run("run", adaptive=ADAPTIVE, zero=zero, train=TRAIN | {"steps": 4}))
+    rates = {"lr": 1e-12, "scheduler_lr": 2e-12}
+    capsys.readouterr()
+    result = run("run", adaptive=ADAPTIVE, zero=zero, train=TRAIN | rates)
+    out = capsys.readouterr().out
+    assert "\ntrain.lr: 0.002 -> 1e-12\ntrain.scheduler_lr: null -> 2e-12\n" in out
+    assert "\ntrain.steps: 4 -> 8\n" in out
+    for name, tensor in weights(result).items():
+        torch.testing.assert_close(tensor, half[name], rtol=0, atol=1e-8)
+    lines = [line for line in read_log(result.run_dir / "log.jsonl") if "lr" in line]
+    found = [line["lr"] for line in lines[4:]]
+    # the rest of the schedule is that of eight steps
+    assert found == pytest.approx([1e-12 * lr_factor(step, 8, 0.03) for step in (5, 6, 7, 8)])
+
+
+def test_a_moved_folder_resumes_and_other_data_are_refused(store: Path, tmp_path: Path) -> None:
+    def loaded(folder: Path) -> LoadedRecipe:
+        source = folder / "source"
+        paths = {"train": source / "train.json", "validation": source / "validation.json"}
+        data = {"shapes": None, "image_folder": source, **paths}
+        train = TRAIN | {"checkpoint_every": 4}
+        return load_recipe(folder / "store", folder / "runs", data=data, train=train)
+
+    old, new = tmp_path / "old", tmp_path / "new"
+    shutil.copytree(store / "source", old / "source")
+    make_store(old, loaded(old).recipe)
+    complete = train(loaded(old), "run")
+    wanted = losses(complete.run_dir)
+    forget_after(complete.run_dir, step=4)
+    old.rename(new)
+    resumed = train(loaded(new), "run")
+    assert losses(resumed.run_dir) == wanted
+
+    # other answers under the same paths
+    forget_after(resumed.run_dir, step=4)
+    records = json.loads((new / "source" / "train.json").read_text())
+    answers = [record["conversations"][1] for record in records]
+    for record, answer in zip(records, [*answers[1:], answers[0]], strict=True):
+        record["conversations"][1] = answer
+    (new / "source" / "train.json").write_text(json.dumps(records))
+    make_store(new, loaded(new).recipe)
+    with pytest.raises(
+        ValueError, match=r"the records of the store changed \(sha256 \w+ -> \w+\);"
+    ):
+        train(loaded(new), "run")
+    assert losses(resumed.run_dir) == wanted
 
 
 def cut(path: Path) -> None:
