@@ -203,7 +203,7 @@ def test_impossible_searches_are_errors_that_name_the_cause(
     AdaptiveVLM.from_pretrained(folder / "run" / "model").base.save_pretrained(base)
     with pytest.raises(ValueError, match=r"stock: not an adaptive model: it has no adaptive\.json"):
         search_plans(load_plans(folder, model=str(base)), "stock-plans")
-    with pytest.raises(ValueError, match=r"nowhere: not a complete data store"):
+    with pytest.raises(ValueError, match=r"nowhere: no complete data store"):
         search_plans(load_plans(folder, store=str(folder / "nowhere")), "low")
     with pytest.raises(ValueError, match=r"budget is 0\.2.*the smallest budget here is 0\.25"):
         search_plans(load_plans(folder, budgets=[0.2]), "low")
