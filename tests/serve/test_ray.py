@@ -29,6 +29,7 @@ from support.serving import Load, chat, data_url, encoded_image, post_and_discon
 
 from fmray.config.serve import ServeConfig
 from fmray.serve.app import build
+from fmray.serve.connections import HOOK
 from fmray.serve.replica import load_chat_model
 
 KEY = "sk-0123456789abcdef"
@@ -127,6 +128,7 @@ def session(directory: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterat
     name = uuid.uuid4().hex
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv(SESSION, name)
+        patch.setenv(*HOOK)
         with socket.socket() as listener:
             listener.bind(("127.0.0.1", 0))
             port = listener.getsockname()[1]
@@ -240,6 +242,20 @@ def test_hostile_requests_through_the_proxy(endpoint: Endpoint) -> None:
         assert endpoint.post(chat(url)).status_code == 400
     assert httpx.post(path, json=chat()).status_code == 401
     assert endpoint.ask(max_tokens=2).status_code == 200
+
+
+def test_the_proxy_limits_heads_and_reads_no_body_without_a_key(endpoint: Endpoint) -> None:
+    headers = {f"x-{index}": "a" for index in range(120)}
+    response = httpx.get(f"{endpoint.url}/healthz", headers=headers, timeout=30)
+    assert response.status_code == 431, "the proxy did not call the hook"
+    assert response.json()["error"]["code"] == "headers_too_large"
+    with httpx.Client(base_url=endpoint.url, timeout=30) as client:
+        body = spaces(300 * 2**20)  # the connection ends meanwhile
+        with contextlib.suppress(httpx.RemoteProtocolError, httpx.ReadError, httpx.WriteError):
+            assert client.post("/healthz", content=body).status_code == 405
+        head = client.head("/healthz")
+    assert (head.status_code, head.content) == (200, b"")
+    assert len(head.headers.get_list("x-request-id")) == 1
 
 
 def test_headers_do_not_change_limits(endpoint: Endpoint) -> None:
