@@ -32,7 +32,7 @@ from torch.utils.data import DataLoader, Dataset
 from fmray.config.fewshot import FewshotRecipe
 from fmray.data.image_ingest import prepare_images
 from fmray.data.image_store import ImageStore
-from fmray.data.records import decode_image
+from fmray.data.images import decode_image
 from fmray.data.tfrecord import example, parse_example, write_records
 from fmray.fewshot import EpisodeSampler
 
@@ -196,7 +196,7 @@ def measure(folder: Path, arguments: argparse.Namespace) -> None:
     alone = min(seconds(ours) for _ in range(arguments.runs)) / len(episodes)
     print(f"store: {1 / alone:.0f} episodes/s, {1 / ratios[best]:.1f} times the best peer, {best}")
     for name, encoded in (("views", ours()[0]), ("copies", expected[0])):
-        decoding = min(seconds(lambda e=encoded: [decode_image(i) for i in e]) for _ in range(5))
+        decoding = min(seconds(lambda e=encoded: list(map(decode_image, e))) for _ in range(5))
         print(f"decoding {name} alone: {1e3 * decoding:.1f} ms per episode of {count} images")
 
 

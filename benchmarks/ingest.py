@@ -25,10 +25,11 @@ import ray
 
 from fmray.config import AdaLlavaRecipe
 from fmray.data import shapes
+from fmray.data.images import decode_image
 from fmray.data.ingest import ROW_GROUP, SCHEMA, prepare
 from fmray.data.loader import InstructionLoader
 from fmray.data.processor import load_processor, scratch_processor
-from fmray.data.records import decode_image, encode, image_tokens
+from fmray.data.records import encode, image_tokens
 
 
 def write_plainly(source: Path, target: Path, recipe: AdaLlavaRecipe) -> int:
@@ -51,7 +52,7 @@ def write_plainly(source: Path, target: Path, recipe: AdaLlavaRecipe) -> int:
             for number, record in enumerate(records):
                 image = (source / record["image"]).read_bytes()
                 encoded = encode(processor, record["conversations"])
-                tokens = image_tokens(processor, decode_image(image).size)
+                tokens = image_tokens(processor, decode_image(image).image.size)
                 rows.append({**record, "image": image, "row": number})
                 rows[-1]["turn_tokens"] = encoded.turn_tokens(tokens)
                 if len(rows) == ROW_GROUP or number == len(records) - 1:

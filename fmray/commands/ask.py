@@ -48,12 +48,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Print the answer and its plan."""
-    from PIL import Image, UnidentifiedImageError
+    from fmray.data.images import CHANGES, ImageError, decode_image
 
     try:
-        image = Image.open(options.image).convert("RGB")
-    except UnidentifiedImageError as error:
-        raise ValueError(f"{options.image}: not a readable image (PNG, JPEG, WebP)") from error
+        decoded = decode_image(options.image.read_bytes())
+    except ImageError as error:
+        raise ValueError(f"{options.image}: not a readable image: {error}") from error
     directory = find_model(options.model, options.storage, options.uri)
 
     import torch
@@ -68,7 +68,9 @@ def run(options: argparse.Namespace) -> int:
     processor = load_processor(directory)
     messages = chat_messages([{"from": "human", "value": f"<image>\n{options.question}"}])
     text = processor.apply_chat_template(messages, add_generation_prompt=True)
-    inputs = dict(processor(images=image, text=text, return_tensors="pt", add_special_tokens=False))
+    inputs = dict(
+        processor(images=decoded.image, text=text, return_tensors="pt", add_special_tokens=False)
+    )
     inputs.pop("token_type_ids", None)
     start = time.perf_counter()
     with torch.inference_mode():
@@ -91,6 +93,7 @@ def run(options: argparse.Namespace) -> int:
                     "share": share,
                     "plan": plan[0].tolist(),
                     "milliseconds": milliseconds,
+                    "image_changes": list(decoded.changes),
                 }
             )
         )
@@ -98,6 +101,8 @@ def run(options: argparse.Namespace) -> int:
     print(answer)
     print(f"budget {options.budget}: {describe_plan(model, plan[0].tolist())},")
     print(f"{100 * share:.1f} % of the decoder's operations, {milliseconds:.0f} ms")
+    if decoded.changes:
+        print("image: " + ", ".join(CHANGES[change] for change in decoded.changes))
     return 0
 
 

@@ -16,7 +16,7 @@ import json
 import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -42,6 +42,7 @@ from fmray.data.image_shuffle import (
 )
 from fmray.data.image_sources import Collection, Piece, find_collection, splits_table
 from fmray.data.image_store import INDEX_SCHEMA, SPECIFICATION, SPLITS, ImageManifest
+from fmray.data.images import DECODER_VERSION, describe_changes
 from fmray.data.ray_tasks import run_tasks
 from fmray.data.records import BadRow, stop_at_bad_rows
 from fmray.runtime.console import say, track
@@ -63,6 +64,7 @@ class _Content:
     index: list[dict[str, Any]]  # rows of `INDEX_SCHEMA`
     duplicates: list[list[str]]  # rows of `DUPLICATES`
     bad: list[dict[str, Any]]  # fields of `BadRow`
+    changes: dict[str, int] = field(default_factory=dict)  # of decoding -> images
 
 
 def prepare_images(recipe: FewshotRecipe) -> ImageManifest:
@@ -103,6 +105,9 @@ def prepare_images(recipe: FewshotRecipe) -> ImageManifest:
     # complete the store
     manifest = _complete(store, recipe, contents)
     say(_table(contents))
+    for name, content in contents.items():
+        if content.changes:
+            say(f"{name}: {describe_changes(content.changes)}")
     done = f"{len(missing)} of {len(collections)} collections made"
     say(f"store {images.store}: {done}, {manifest.rows} images")
     return manifest
@@ -116,6 +121,7 @@ def _key(collection: Collection, recipe: FewshotRecipe) -> str:
     specification = collection.specification
     values = {
         "version": VERSION,
+        "decoder": DECODER_VERSION,
         "pieces": [asdict(piece) for piece in collection.pieces],
         "splits": collection.splits,
         "specification": specification and specification.read_text(),
@@ -170,6 +176,8 @@ def _make(
     for collection in missing:
         name = collection.name
         content = _collect(collection, keys[name], parts[name], searches[name], bad[name], store)
+        changes = sum((Counter(result.changes) for _, result in runs[name]), Counter[str]())
+        content = replace(content, changes=dict(changes))
         specification = store / "images" / name / SPECIFICATION
         specification.unlink(missing_ok=True)
         if collection.specification is not None:

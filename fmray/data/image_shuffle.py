@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -25,6 +26,7 @@ import pyarrow.parquet as pq
 
 from fmray.data.image_sources import Piece, SourceImage, read_piece
 from fmray.data.image_store import IMAGE_SCHEMA
+from fmray.data.images import DECODER_VERSION
 from fmray.data.records import BadRow
 from fmray.runtime.files import atomic_path, write_json
 
@@ -67,7 +69,7 @@ class SortTask:
 
     def key(self) -> str:
         """Return a hash of everything that decides the runs."""
-        values = asdict(self) | {"version": VERSION, "path": None}
+        values = asdict(self) | {"version": VERSION, "decoder": DECODER_VERSION, "path": None}
         return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
 
@@ -86,6 +88,7 @@ class SortResult:
 
     runs: tuple[Run, ...]
     bad: tuple[BadRow, ...]
+    changes: dict[str, int]  # of decoding -> images, by the names of `images.CHANGES`
 
 
 @dataclass(frozen=True)
@@ -149,7 +152,8 @@ def sorted_runs(task: SortTask) -> SortResult | None:
         Run(run["path"], *({int(label): n for label, n in run[name].items()} for name in counts))
         for run in values["runs"]
     )
-    return SortResult(tuple(runs), tuple(BadRow(**row) for row in values["bad"]))
+    bad = tuple(BadRow(**row) for row in values["bad"])
+    return SortResult(tuple(runs), bad, values["changes"])
 
 
 def sort_images(task: SortTask) -> SortResult:
@@ -162,11 +166,13 @@ def sort_images(task: SortTask) -> SortResult:
     size, place = 0, task.number << TASK_BITS
     runs: list[Run] = []
     bad: list[BadRow] = []
+    changes = Counter[str]()
     for item in _read(task.pieces):
         place += 1
         if isinstance(item, BadRow):
             bad.append(item)
             continue
+        changes.update(item.changes)
         digest = hashlib.blake2b(item.image, digest_size=16, key=key).digest()
         rows.append((label_of[item.class_name], digest, place, item.image, item.source))
         size += len(item.image)
@@ -175,7 +181,7 @@ def sort_images(task: SortTask) -> SortResult:
             rows, size = [], 0
     if rows:
         runs.append(_write_run(f"{task.path}-{len(runs)}.arrow", rows))
-    result = SortResult(tuple(runs), tuple(bad))
+    result = SortResult(tuple(runs), tuple(bad), changes)
     if task.write_bad or not bad:
         write_json(result_path, {"key": task.key(), **asdict(result)})
     return result

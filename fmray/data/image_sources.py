@@ -11,18 +11,18 @@ import hashlib
 import json
 import os
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
-from PIL import UnidentifiedImageError
 
 from fmray.config.fewshot import CollectionConfig
 from fmray.data.image_store import SPECIFICATION, SPLITS
-from fmray.data.records import BROKEN_IMAGE, BadRow, decode_image
+from fmray.data.images import ImageError, decode_image
+from fmray.data.records import BadRow
 from fmray.data.tfrecord import parse_example, read_records
 from fmray.fewshot.specification import SPLIT_NAMES, DatasetSpecification
 
@@ -71,6 +71,7 @@ class SourceImage:
     image: bytes
     class_name: str
     source: str
+    changes: tuple[str, ...] = ()  # of decoding: keys of `images.CHANGES`
 
 
 def find_collection(name: str, config: CollectionConfig, seed: int, portion: int) -> Collection:
@@ -473,10 +474,7 @@ def _check(
         if item.image is None:
             reason = "image is null"
         else:
-            decode_image(item.image)
-            return item
-    except UnidentifiedImageError:  # its text has a memory address
-        reason = "broken image: no image format that Pillow knows"
-    except BROKEN_IMAGE as error:
+            return replace(item, changes=decode_image(item.image).changes)
+    except ImageError as error:
         reason = f"broken image: {error}"
     return BadRow(piece.path, row, None, where + reason)

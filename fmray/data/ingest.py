@@ -20,6 +20,7 @@ import functools
 import hashlib
 import json
 import math
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
@@ -28,18 +29,16 @@ from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-from PIL import UnidentifiedImageError
 
 from fmray.config import AdaLlavaRecipe
 from fmray.data import shapes
+from fmray.data.images import DECODER_VERSION, ImageError, decode_image
 from fmray.data.processor import fingerprint, load_processor, scratch_processor
 from fmray.data.ray_tasks import run_tasks
 from fmray.data.records import (
     BAD_ROWS,
-    BROKEN_IMAGE,
     IMAGE_MARK,
     BadRow,
-    decode_image,
     encode,
     find_bad_rows,
     image_tokens,
@@ -131,7 +130,9 @@ def prepare(recipe: AdaLlavaRecipe) -> Manifest:
     for split, count in counts.items():
         if not count["rows"]:
             raise ValueError(f"{store / BAD_ROWS}: all {split} rows are bad")
-    made = Manifest(settings, processor_hash, counts, len(bad), _content(tasks, results))
+    changes = sum((Counter(result.image_changes) for result in results.values()), Counter[str]())
+    content = _content(tasks, results)
+    made = Manifest(settings, processor_hash, counts, len(bad), content, dict(changes))
     if manifest is not None and not missing and _without_sizes(made) == _without_sizes(manifest):
         say(f"store {recipe.data.store}: up to date, {manifest.summary()}")
         return manifest
@@ -174,6 +175,7 @@ def _settings(recipe: AdaLlavaRecipe, files: dict[str, Path], image_folder: Path
     scratch_settings = scratch.model_dump(include={"image_size", "patch_size", "max_vocabulary"})
     return {
         "version": VERSION,
+        "decoder": DECODER_VERSION,
         "files": {name: str(file) for name, file in files.items()},
         "sha256": {name: sha256(file) for name, file in files.items()},
         "image_folder": str(image_folder),
@@ -370,6 +372,7 @@ class ShardTask:
         """Return a hash of everything that decides the part's content, except the image files."""
         parts = [
             PART_VERSION,
+            str(DECODER_VERSION),
             self.file,
             self.image_folder,
             self.processor_hash,
@@ -388,6 +391,7 @@ class ShardResult:
     bad_rows: list[dict[str, Any]]  # fields of `BadRow`
     records: list[str]  # SHA-256 of the texts of each row group
     images: list[str]  # SHA-256 of the images of each row group
+    image_changes: dict[str, int]  # of decoding -> images, by the names of `images.CHANGES`
 
 
 def finished_part(task: ShardTask) -> ShardResult | None:
@@ -430,9 +434,9 @@ def write_shard(task: ShardTask) -> ShardResult:
     rows = json.loads(task.rows)
     names = list(_image_names(rows))
     stamps = _stamps(Path(task.image_folder), set(names), "stat")  # before the images are read
-    good, bad = [], []
+    good, bad, changes = [], [], Counter[str]()
     for row, record in rows:
-        checked = _check(row, record, task, processor)
+        checked = _check(row, record, task, processor, changes)
         if isinstance(checked, str):
             bad.append(asdict(BadRow(task.file, row, record_id(record), checked)))
         else:
@@ -447,6 +451,7 @@ def write_shard(task: ShardTask) -> ShardResult:
         bad_rows=bad,
         records=[_digest(group) for group in _row_groups(texts)],
         images=[_digest(group) for group in _row_groups(hashes)],
+        image_changes=changes,
     )
     if bad and not task.write_bad:
         return result
@@ -485,9 +490,16 @@ def _digest(value: Any) -> str:
 
 
 def _check(
-    row: int, record: dict[str, Any], task: ShardTask, processor: ProcessorMixin
+    row: int,
+    record: dict[str, Any],
+    task: ShardTask,
+    processor: ProcessorMixin,
+    changes: Counter[str],
 ) -> dict[str, Any] | str:
-    """Return the row to store, or why it is bad; `check_record` has accepted the record."""
+    """Return the row to store, or why it is bad; `check_record` has accepted the record.
+
+    Counts what decoding changed in its image.
+    """
     token = getattr(processor, "image_token", IMAGE_MARK)
     if token != IMAGE_MARK and any(token in turn["value"] for turn in record["conversations"]):
         return f"the text contains {token!r}, which the processor reserves for images"
@@ -499,11 +511,11 @@ def _check(
         except OSError as error:  # missing, not readable, a folder, a name that is too long
             return f"missing image: {path} ({error.strerror})"
         try:
-            size = decode_image(image).size
-        except UnidentifiedImageError:  # its text has a memory address; parts must be reproducible
-            return f"broken image: {path} (no image format that Pillow knows)"
-        except BROKEN_IMAGE as error:
+            decoded = decode_image(image)
+        except ImageError as error:
             return f"broken image: {path} ({error})"
+        size = decoded.image.size
+        changes.update(decoded.changes)
     try:
         encoded = encode(processor, record["conversations"])
     except ValueError as error:

@@ -21,7 +21,8 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 import torch
 
-from fmray.data.records import Encoded, decode_image, encode
+from fmray.data.images import decode_image
+from fmray.data.records import Encoded, encode
 from fmray.data.store import CACHE_BYTES, StoreSplit
 
 if TYPE_CHECKING:
@@ -186,7 +187,7 @@ class Collator:
         # images, each with the tokens that stand for it; then texts
         encoded_images = [self.split.image(int(row)) for row in rows]
         features = self._image_features(
-            [decode_image(image) for image in encoded_images if image is not None]
+            [decode_image(image).image for image in encoded_images if image is not None]
         )
         expansions = iter(features.pop("expansions", []))
         samples = [

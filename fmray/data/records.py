@@ -12,19 +12,15 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import io
 import json
 import re
-import struct
 import weakref
-import zlib
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from PIL import Image
 
 from fmray.runtime.files import write_atomic
 
@@ -35,17 +31,6 @@ BAD_ROWS = "bad_rows.jsonl"
 ROLES = {"human": "user", "gpt": "assistant"}
 IMAGE_MARK = "<image>"  # LLaVA's, in the first human turn, whatever the processor's own token is
 LONE_SURROGATE = re.compile("[\ud800-\udfff]")  # valid in JSON, cannot be encoded as UTF-8
-
-# What Pillow raises for a file that is not the image it claims to be.
-BROKEN_IMAGE = (
-    OSError,
-    SyntaxError,
-    ValueError,
-    EOFError,
-    struct.error,
-    zlib.error,
-    Image.DecompressionBombError,
-)
 
 # --- Bad rows ---
 
@@ -276,16 +261,6 @@ class Encoded:
         """Return the length up to the end of each answer if the image takes `image_tokens`."""
         extra = image_tokens - 1 if self.image_at is not None else 0
         return [end + extra for end in self.ends]
-
-
-def decode_image(encoded: bytes) -> Image.Image:
-    """Decode an image to RGB.
-
-    Raises:
-        One of `BROKEN_IMAGE`: the bytes are not a complete image.
-    """
-    with Image.open(io.BytesIO(encoded)) as image:
-        return image.convert("RGB")
 
 
 @functools.lru_cache(maxsize=4096)  # photographs share their sizes

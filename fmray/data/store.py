@@ -19,6 +19,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from fmray.data.images import describe_changes
 from fmray.runtime.files import sha256, write_json
 
 CACHE_BYTES = 3 * 2**30  # of row groups kept in memory
@@ -76,6 +77,8 @@ class Manifest(StoreManifest):
     # SHA-256 of `records` (ids, conversations, tags) and of `images` (bytes), in the order in which
     # training reads them; the same wherever and however the store was made. {}: an old store
     content: dict[str, str] = field(default_factory=dict)
+    #: of decoding -> images, by the names of `images.CHANGES`; empty before decoder version 2
+    image_changes: dict[str, int] = field(default_factory=dict)
 
     def fingerprint(self, store: Path) -> str:
         """Return a hash of the content; of an old store, of its manifest file."""
@@ -90,7 +93,9 @@ class Manifest(StoreManifest):
             f"{count['rows']} {split} rows with {count['answers']} answers"
             for split, count in self.counts.items()
         ]
-        return ", ".join([*parts, f"{self.bad_rows} bad rows skipped"])
+        text = ", ".join([*parts, f"{self.bad_rows} bad rows skipped"])
+        changes = describe_changes(self.image_changes)
+        return f"{text}; {changes}" if changes else text
 
 
 @dataclass(frozen=True)

@@ -13,18 +13,17 @@ from __future__ import annotations
 
 import difflib
 import inspect
-import io
 import json
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -50,9 +49,9 @@ _logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Preprocess:
-    """Turns encoded images into the pixels that one encoder takes.
+    """Turns images into the pixels that one encoder takes.
 
-    Decoding and normalising are separate, so that pixels can be stored as bytes, augmented, and
+    Resizing and normalising are separate, so that pixels can be stored as bytes, augmented, and
     moved to a device at a quarter of the size.
     """
 
@@ -63,21 +62,10 @@ class Preprocess:
     squash: bool = False  #: resize to the square without a crop, whatever the aspect ratio
     interpolation: Literal["bicubic", "bilinear"] = "bicubic"
 
-    def decode(self, images: Sequence[bytes]) -> Tensor:
-        """Return uint8 [n, 3, size, size] of n encoded images of any mode and aspect ratio.
-
-        Raises:
-            ValueError: bytes that are not a readable image; the message has the image's position.
-        """
-        pixels = np.empty((len(images), self.size, self.size, 3), dtype=np.uint8)
-        for position, encoded in enumerate(images):
-            try:
-                with Image.open(io.BytesIO(encoded)) as image:
-                    pixels[position] = self._square(image.convert("RGB"))
-            except (UnidentifiedImageError, OSError, Image.DecompressionBombError) as error:
-                raise ValueError(
-                    f"image {position} of {len(images)} is not readable: {error}"
-                ) from error
+    def pixels(self, images: Iterable[Image.Image]) -> Tensor:
+        """Return uint8 [n, 3, size, size] of n RGB images of any size and aspect ratio."""
+        square = np.dtype((np.uint8, (self.size, self.size, 3)))
+        pixels = np.fromiter((np.asarray(self._square(image)) for image in images), dtype=square)
         return torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous()
 
     def normalise(self, pixels: Tensor) -> Tensor:

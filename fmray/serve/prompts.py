@@ -12,7 +12,6 @@ import base64
 import binascii
 import contextlib
 import hashlib
-import io
 import re
 import secrets
 import threading
@@ -26,8 +25,8 @@ from PIL import Image
 from torch import Tensor
 
 from fmray.config.serve import ServeConfig
+from fmray.data.images import BrokenImageError, ImageError, decode_image
 from fmray.data.processor import fingerprint
-from fmray.data.records import BROKEN_IMAGE
 from fmray.engine.policy import Ask
 from fmray.engine.requests import Sampling
 from fmray.serve.openai import ApiError, ChatRequest, ImagePart, TextPart
@@ -46,20 +45,6 @@ _SIGNATURE = re.compile(
 _URL_SAFE = str.maketrans("-_", "+/")
 # A processor that scales the shorter side up would make an image of 1 x 10^6 pixels enormous.
 _MAX_ASPECT = 20
-_ORIENTATION = 0x0112  # EXIF tag
-_UPRIGHT = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
-
-
-class _RejectedImageError(ValueError):
-    """A valid image that is not accepted, as opposed to the errors that Pillow raises."""
 
 
 @dataclass(frozen=True)
@@ -107,33 +92,23 @@ def read_data_url(url: str) -> tuple[str, bytes]:
 
 
 def decode(kind: str, encoded: bytes, max_pixels: int) -> DecodedImage:
-    """Decode an image of format `kind` with at most `max_pixels` pixels and turn it upright.
-
-    Only the first image of a JPEG is read: phones append others (MPO). Animations are rejected.
+    """Decode an image of format `kind` with at most `max_pixels` pixels, as `decode_image` does.
 
     Raises:
         ValueError: If the bytes are not such an image.
     """
     try:
-        with Image.open(io.BytesIO(encoded), formats=(kind,)) as image:
-            width, height = image.size
-            if min(width, height) < 1 or width * height > max_pixels:
-                raise _RejectedImageError(f"the image has more than {max_pixels} pixels")
-            if max(width, height) > _MAX_ASPECT * min(width, height):
-                raise _RejectedImageError(
-                    f"the image's longer side is more than {_MAX_ASPECT} times the shorter one"
-                )
-            if kind != "JPEG" and getattr(image, "n_frames", 1) != 1:
-                raise _RejectedImageError("the image is animated; send a single frame")
-            transpose = _UPRIGHT.get(image.getexif().get(_ORIENTATION))
-            pixels = image.convert("RGB")
-    except _RejectedImageError:
-        raise
-    except BROKEN_IMAGE:
+        image = decode_image(encoded, max_pixels, (kind,)).image
+    except BrokenImageError:  # its text may quote the file
         raise ValueError(f"the image is not a complete {kind} file") from None
-    if transpose is not None:
-        pixels = pixels.transpose(transpose)
-    return DecodedImage(pixels, hashlib.sha256(encoded).hexdigest(), width * height)
+    except ImageError as error:
+        raise ValueError(f"the image is not accepted: {error}") from None
+    width, height = image.size
+    if max(width, height) > _MAX_ASPECT * min(width, height):
+        raise ValueError(
+            f"the image's longer side is more than {_MAX_ASPECT} times the shorter one"
+        )
+    return DecodedImage(image, hashlib.sha256(encoded).hexdigest(), width * height)
 
 
 def read_images(urls: list[str], max_pixels: int) -> list[DecodedImage]:

@@ -44,13 +44,6 @@ def zeros_png(side: int) -> bytes:
     return buffer.getvalue()
 
 
-def animated(kind: str) -> bytes:
-    buffer = io.BytesIO()
-    frames = [Image.new("RGB", (8, 8), color) for color in ("red", "blue", "green")]
-    frames[0].save(buffer, format=kind, save_all=True, append_images=frames[1:])
-    return buffer.getvalue()
-
-
 def gif() -> bytes:
     return encoded_image(kind="GIF", mode="P", color=1)
 
@@ -87,8 +80,6 @@ URLS = {
     "tiff": data_url(encoded_image(kind="TIFF"), "image/tiff"),
     "bmp as jpeg": data_url(encoded_image(kind="BMP"), "image/jpeg"),
     "eps": data_url(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "image/png"),
-    "animated png": data_url(animated("PNG")),
-    "animated webp": data_url(animated("WEBP"), "image/webp"),
     "claims 65535 x 65535": data_url(png_header(65535, 65535)),
     "claims 2^31 pixels wide": data_url(png_header(2**31 - 1, 1)),
     "no pixels": data_url(png_header(0, 0)),

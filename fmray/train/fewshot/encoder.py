@@ -17,11 +17,13 @@ from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 
 from fmray.config import ClusterConfig
 from fmray.config.fewshot import EncoderConfig
 from fmray.data.image_store import ImageStore
+from fmray.data.images import ImageError, decode_image
 from fmray.fewshot import Encoder, Preprocess, create_encoder
 from fmray.runtime.console import say
 from fmray.runtime.files import atomic_folder
@@ -67,7 +69,7 @@ class ImageReader:
         """Return uint8 [*rows.shape, 3, size, size]; `rows` are int64 global row ids."""
         flat = rows.reshape(-1)
         if self._decoded is None:
-            pixels = self.preprocess.decode(self._store.views(flat))
+            pixels = self.preprocess.pixels(_decoded(self._store, flat))
         else:
             pixels = torch.from_numpy(self._decoded[flat])
         return pixels.reshape(*rows.shape, *pixels.shape[1:])
@@ -81,8 +83,21 @@ def decode_all(store: ImageStore, preprocess: Preprocess) -> np.ndarray | None:
     pixels = np.empty(shape, dtype=np.uint8)
     for start in range(0, store.num_rows, DECODE_CHUNK):
         rows = np.arange(start, min(start + DECODE_CHUNK, store.num_rows))
-        pixels[rows] = preprocess.decode(store.views(rows)).numpy()
+        pixels[rows] = preprocess.pixels(_decoded(store, rows)).numpy()
     return pixels
+
+
+def _decoded(store: ImageStore, rows: np.ndarray) -> Iterator[Image.Image]:
+    """Yield the images of rows [n] one by one.
+
+    Raises:
+        ValueError: an image cannot be decoded.
+    """
+    for row, encoded in zip(rows.tolist(), store.views(rows), strict=True):
+        try:
+            yield decode_image(encoded).image
+        except ImageError as error:
+            raise ValueError(f"{store.path}: image {row} is not readable: {error}") from error
 
 
 @torch.no_grad()

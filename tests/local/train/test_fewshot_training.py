@@ -18,6 +18,7 @@ from support.training import forget_after, losses
 
 from fmray.config.arguments import job_path
 from fmray.data.image_store import ImageStore
+from fmray.data.images import decode_image
 from fmray.fewshot import MetaDatasetSampler, confidence_interval, create_encoder
 from fmray.runtime.files import MANIFEST, describe_files, write_manifest
 from fmray.train.fewshot import compare
@@ -304,7 +305,8 @@ def test_evaluation_with_the_sampler_of_meta_dataset_matches_its_definition(
     rows = store.select("target", "all")
     sampler = MetaDatasetSampler(rows.labels, loaded.recipe.seed, "all")
     encoder = create_encoder("small/conv", start)
-    pixels = encoder.preprocess.normalise(encoder.preprocess.decode(store.images(rows.rows)))
+    images = [decode_image(encoded).image for encoded in store.images(rows.rows)]
+    pixels = encoder.preprocess.normalise(encoder.preprocess.pixels(images))
     with torch.no_grad():
         features = encoder(pixels)
     wanted = []
