@@ -39,8 +39,12 @@ from fmray.config import (
 )
 from fmray.config.arguments import add_overrides
 from fmray.config.yaml_file import dump_value
+from fmray.data.base_model import check_base, local_folder
+from fmray.data.processor import load_processor
 from fmray.fewshot import create_encoder
+from fmray.fewshot.encoders import check_files
 from fmray.runtime.cluster import check_answers
+from fmray.runtime.files import check_weights
 from fmray.runtime.gpu_memory import CPU_RESERVE, GIB, GPU_RESERVE, Sizes, estimate, saved_bytes
 from fmray.runtime.nodes import check_nodes
 from fmray.runtime.placement import (
@@ -235,7 +239,11 @@ def _plans(loaded: LoadedRecipe[PlansRecipe], machines: list[Machine]) -> Iterat
     yield Finding("ok", "a search for plans runs in one process; there is nothing to place")
     yield from _folders(recipe, {}, several_nodes=False)
     if is_adaptive(recipe.model):
-        yield Finding("ok", f"model: {recipe.model} is an adaptive model")
+        try:
+            check_weights(recipe.model)
+            yield Finding("ok", f"model: {recipe.model} is an adaptive model")
+        except ValueError as error:
+            yield Finding("FAIL", f"model: {error}")
     elif recipe.model.is_dir():
         yield Finding(
             "FAIL", f"model: {recipe.model} is no adaptive model (it has no adaptive.json)"
@@ -320,7 +328,26 @@ def _adallava_inputs(recipe: AdaLlavaRecipe, several_nodes: bool) -> Iterator[Fi
             "FAIL",
             "model.attention: flash_attention_2 needs the package flash-attn (or use sdpa)",
         )
+    yield from _base_model(recipe)
     yield from _adallava_memory(recipe, several_nodes)
+
+
+def _base_model(recipe: AdaLlavaRecipe) -> Iterator[Finding]:
+    """Check that the parts of the base model agree, and that it fits a prepared store."""
+    source, revision = recipe.model.source, recipe.model.revision
+    if source == "scratch":
+        return
+    if local_folder(source, revision) is None:
+        yield Finding("note", f"model.source: {source} is not on this machine; not checked")
+        return
+    try:
+        store = recipe.data.store
+        processor = load_processor(store / "processor") if _is_prepared(store) else None
+        check_base(source, revision, processor)
+    except ValueError as error:
+        yield Finding("FAIL", f"model.source: {error}")
+    else:
+        yield Finding("ok", f"model.source: config, processor and weights of {source} agree")
 
 
 def _fewshot_inputs(recipe: FewshotRecipe, several_nodes: bool) -> Iterator[Finding]:
@@ -333,6 +360,11 @@ def _fewshot_inputs(recipe: FewshotRecipe, several_nodes: bool) -> Iterator[Find
         yield from _data("images.store", images.store, sources)
     if checkpoint is not None and not checkpoint.exists():
         yield Finding("FAIL", f"encoder.checkpoint: {checkpoint} is missing")
+    else:
+        try:
+            check_files(recipe.encoder.name, checkpoint)
+        except ValueError as error:
+            yield Finding("FAIL", f"encoder: {error}")
     yield from _fewshot_memory(recipe, several_nodes)
 
 

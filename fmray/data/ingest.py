@@ -32,6 +32,7 @@ import pyarrow.parquet as pq
 
 from fmray.config import AdaLlavaRecipe
 from fmray.data import shapes
+from fmray.data.base_model import check_base
 from fmray.data.images import DECODER_VERSION, ImageError, decode_image
 from fmray.data.processor import fingerprint, load_processor, scratch_processor
 from fmray.data.ray_tasks import run_tasks
@@ -201,7 +202,7 @@ def _without_sizes(manifest: Manifest) -> Manifest:
 
 def _base_processor(recipe: AdaLlavaRecipe) -> ProcessorMixin:
     try:
-        return load_processor(recipe.model.source, recipe.model.revision)
+        return check_base(recipe.model.source, recipe.model.revision)
     except ValueError as error:
         raise ValueError(f"model.source: {error}") from error
 

@@ -196,10 +196,9 @@ class Collator:
         ]
         tokenizer = self.processor.tokenizer
 
-        # pad to the longest; without a padding token any other will do, since it is masked
-        pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+        # pad to the longest
         shape = (len(samples), max(len(ids) for ids, _ in samples))
-        batch_ids = np.full(shape, pad, dtype=np.int64)
+        batch_ids = np.full(shape, tokenizer.pad_token_id, dtype=np.int64)
         labels = np.full(shape, IGNORED, dtype=np.int64)
         mask = np.zeros(shape, dtype=np.int64)
         for index, (ids, targets) in enumerate(samples):

@@ -95,8 +95,12 @@ def scratch_processor(texts: Iterable[str], model: ScratchConfig) -> LlavaProces
 def load_processor(source: str | Path, revision: str | None = None) -> ProcessorMixin:
     """Load the processor of a model from a directory or the hub.
 
+    A tokenizer without padding token, such as Llama 3's, pads with its end-of-sequence token:
+    padding is masked and has no loss, so any token will do.
+
     Raises:
-        ValueError: there is none, or it lacks a tokenizer, an image processor or a chat template.
+        ValueError: there is none, or it lacks a tokenizer, an image processor, a chat template or
+            an end-of-sequence token.
     """
     try:
         processor = AutoProcessor.from_pretrained(str(source), revision=revision)
@@ -109,6 +113,14 @@ def load_processor(source: str | Path, revision: str | None = None) -> Processor
             raise ValueError(
                 f"{source}: its processor has no {needed}; a vision-language chat model is needed"
             )
+    tokenizer = processor.tokenizer
+    if tokenizer.eos_token is None:
+        raise ValueError(
+            f"{source}: its tokenizer has no end-of-sequence token, which ends every answer; set"
+            " eos_token in tokenizer_config.json"
+        )
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
     return processor
 
 
