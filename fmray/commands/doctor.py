@@ -40,12 +40,22 @@ from fmray.config import (
 from fmray.config.arguments import add_overrides
 from fmray.config.yaml_file import dump_value
 from fmray.data.base_model import check_base, local_folder
+from fmray.data.loader import evaluation_samples
 from fmray.data.processor import load_processor
+from fmray.data.store import StoreSplit
 from fmray.fewshot import create_encoder
 from fmray.fewshot.encoders import check_files
 from fmray.runtime.cluster import check_answers
 from fmray.runtime.files import check_weights
-from fmray.runtime.gpu_memory import CPU_RESERVE, GIB, GPU_RESERVE, Sizes, estimate, saved_bytes
+from fmray.runtime.gpu_memory import (
+    CPU_RESERVE,
+    GIB,
+    GPU_RESERVE,
+    Sizes,
+    estimate,
+    estimate_evaluation,
+    saved_bytes,
+)
 from fmray.runtime.nodes import check_nodes
 from fmray.runtime.placement import (
     Finding,
@@ -323,6 +333,8 @@ def _adallava_inputs(recipe: AdaLlavaRecipe, several_nodes: bool) -> Iterator[Fi
         )
     else:
         yield from _data("data.store", data.store, sources)
+    if _is_prepared(data.store):
+        yield _samples(recipe)
     if recipe.model.attention == "flash_attention_2" and find_spec("flash_attn") is None:
         yield Finding(
             "FAIL",
@@ -380,6 +392,18 @@ def _data(key: str, store: Path, sources: dict[str, Path | None]) -> Iterator[Fi
         yield Finding("note", f"{key}: {store} is empty; run jobs/prepare_data.py first")
 
 
+def _samples(recipe: AdaLlavaRecipe) -> Finding:
+    """Count the samples of a prepared store as training and evaluation do."""
+    data = recipe.data
+    try:
+        train, held_out = (StoreSplit(data.store, split) for split in ("train", "validation"))
+        training = train.samples(data.samples, data.max_length)
+        evaluation = evaluation_samples(held_out, recipe.train.eval_rows, data.max_length)
+    except (ValueError, OSError) as error:
+        return Finding("FAIL", f"data.store: {error}")
+    return Finding("ok", f"training on {training}; evaluation on {evaluation}")
+
+
 class _NeedsTasks(Exception):
     """The space varies tasks, and they are embedded only when the search starts."""
 
@@ -432,6 +456,7 @@ def _adallava_memory(recipe: AdaLlavaRecipe, several_nodes: bool) -> Iterator[Fi
         several_nodes,
         lambda limit: _remedy(sizes, recipe, limit),
     )
+    yield _evaluation_memory(sizes, recipe)
     if memory.host:
         yield Finding("note", f"offloading takes {memory.host / GIB:.3g} GiB of the nodes' memory")
     # A new checkpoint is written before the oldest one is deleted.
@@ -443,6 +468,22 @@ def _adallava_memory(recipe: AdaLlavaRecipe, several_nodes: bool) -> Iterator[Fi
         f"checkpoints: {count} of {checkpoint / GIB:.3g} GiB, {free / GIB:.0f} GiB free"
         " in cluster.storage" + ("" if fits else "; lower train.keep_checkpoints"),
     )
+
+
+def _evaluation_memory(sizes: Sizes, recipe: AdaLlavaRecipe) -> Finding:
+    """Compare the memory of `jobs/evaluate.py` with that of its GPU or of the host."""
+    source, batch = Path(recipe.model.source), recipe.evaluate.batch
+    models = 2 if recipe.adaptive and source.is_dir() and not is_adaptive(source) else 1
+    memory = estimate_evaluation(sizes, recipe, models, batch)
+    text = f"memory of jobs/evaluate.py: {memory}"
+    limit = _gpu_memory(recipe.cluster) if recipe.cluster.gpus_per_worker else _host_memory()
+    if limit is None or memory.total <= limit:
+        return Finding("ok", text)
+    smaller = (batch >> shift for shift in range(1, batch.bit_length()))
+    fitting = (n for n in smaller if estimate_evaluation(sizes, recipe, models, n).total <= limit)
+    best = next(fitting, None)
+    hint = "a shorter data.max_length uses less" if best is None else f"evaluate.batch: {best} fits"
+    return Finding("note", f"{text} of {limit / GIB:.3g}; {hint}")
 
 
 def _fewshot_memory(recipe: FewshotRecipe, several_nodes: bool) -> Iterator[Finding]:

@@ -92,6 +92,16 @@ def scratch_processor(texts: Iterable[str], model: ScratchConfig) -> LlavaProces
     )
 
 
+def unknown_token(processor: ProcessorMixin) -> int | None:
+    """Return the id of the token that words outside the vocabulary become.
+
+    None if there is none, or if it also ends answers, as GPT-2's does: byte-level tokenizers, which
+    know every text, name some token.
+    """
+    tokenizer = processor.tokenizer
+    return None if tokenizer.unk_token_id == tokenizer.eos_token_id else tokenizer.unk_token_id
+
+
 def load_processor(source: str | Path, revision: str | None = None) -> ProcessorMixin:
     """Load the processor of a model from a directory or the hub.
 

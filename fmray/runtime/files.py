@@ -8,6 +8,8 @@ A manifest (`manifest.json`) lists the size and SHA-256 of every file in a folde
 last: a folder without one is incomplete.
 
 `check_weights` finds files with weights that are cut, missing or something else, in milliseconds.
+`find_file` finds a file whatever Unicode form its name has on disk; `kind_of` says what a file is
+that is not the text it should be.
 
 Imports only the standard library, so that every package may use it.
 """
@@ -18,10 +20,11 @@ import hashlib
 import json
 import os
 import shutil
+import unicodedata
 import zipfile
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any, TypedDict
 
 MANIFEST = "manifest.json"
@@ -310,3 +313,48 @@ def check_content(file: Path) -> None:
         )
     if start.lstrip().lower().startswith((b"<!doctype html", b"<html")):
         raise ValueError(f"{file}: a web page instead of the content; download it again")
+
+
+# --- Names and kinds of files ---
+
+
+def find_file(folder: Path, name: str) -> Path:
+    """Return the path of `name` (with or without folders) in `folder`.
+
+    An accented letter is one code point (Unicode's NFC, as most text has it) or two (NFD, as macOS
+    writes names), so each part of the name is looked up in both forms. A file that is missing in
+    every form has its plain path.
+    """
+    plain = folder / name
+    if name.isascii() or os.path.exists(plain):
+        return plain
+    path = folder
+    for part in PurePath(name).parts:
+        forms = (part, *(unicodedata.normalize(form, part) for form in ("NFC", "NFD")))
+        path = next((path / form for form in forms if os.path.exists(path / form)), path / part)
+    return path
+
+
+# first bytes of a file -> what it is and what to do
+_KINDS = {
+    b"\x1f\x8b": "gzip-compressed; unpack it with gunzip",
+    b"\x28\xb5\x2f\xfd": "compressed with Zstandard; unpack it with unzstd",
+    b"BZh": "compressed with bzip2; unpack it with bunzip2",
+    b"\xfd7zXZ": "compressed with xz; unpack it with unxz",
+    b"PK\x03\x04": "a ZIP archive; unpack it with unzip",
+    b"PAR1": "a Parquet file; export it, with pandas: read_parquet(FILE).to_json(orient='records')",
+    b"ARROW1": "an Arrow file; export it as JSON",
+    b"SQLite format 3": "an SQLite database; export it as JSON",
+}
+
+
+def kind_of(head: bytes) -> str | None:
+    """Return what a file is and what to do, by its first bytes; None if it may be UTF-8 text."""
+    for start, kind in _KINDS.items():
+        if head.startswith(start):
+            return kind
+    encoding = json.detect_encoding(head)  # by the byte order mark and the place of zero bytes
+    if not encoding.startswith("utf-8"):
+        name = encoding.upper().replace("-LE", "LE").replace("-BE", "BE")  # as iconv spells it
+        return f"{name} text; convert it with iconv -f {name} -t UTF-8"
+    return None
