@@ -19,12 +19,13 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import shutil
 import unicodedata
 import zipfile
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from pathlib import Path, PurePath
+from pathlib import Path, PurePath, PurePosixPath
 from typing import Any, TypedDict
 
 MANIFEST = "manifest.json"
@@ -133,13 +134,24 @@ def files_of(text: str) -> dict[str, Entry]:
     """Return the files that the content of a `manifest.json` lists.
 
     Raises:
-        ValueError: the content is not a manifest.
+        ValueError: the content is not a manifest, or it names a file outside of its folder.
     """
     try:
         files = json.loads(text)["files"]
-        return {k: {"bytes": v["bytes"], "sha256": v["sha256"]} for k, v in files.items()}
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        entries = {k: {"bytes": v["bytes"], "sha256": v["sha256"]} for k, v in files.items()}
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"{MANIFEST} is damaged ({type(error).__name__}: {error})") from error
+    for name, entry in entries.items():
+        path, size = PurePosixPath(name), entry["bytes"]
+        if path.is_absolute() or ".." in path.parts or not path.name or "\0" in name:
+            raise ValueError(f"{MANIFEST} is damaged: {name!r} is not a file in its folder")
+        if type(size) is not int or size < 0 or not _is_sha256(entry["sha256"]):
+            raise ValueError(f"{MANIFEST} is damaged: size or SHA-256 of {name!r}")
+    return entries
+
+
+def _is_sha256(value: Any) -> bool:
+    return isinstance(value, str) and re.fullmatch("[0-9a-f]{64}", value) is not None
 
 
 def sync(path: Path) -> None:

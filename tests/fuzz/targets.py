@@ -76,7 +76,7 @@ def _as_file(data: bytes) -> Path:
 
 def _read_request(data: bytes) -> None:
     request = parse_request(data)
-    assert request.messages and all(message.parts() is not None for message in request.messages)
+    assert request.messages and all(message.parts is not None for message in request.messages)
 
 
 def _request_seeds() -> list[bytes]:
@@ -198,7 +198,7 @@ def _read_recipe(data: bytes) -> None:
 def _recipe_seeds() -> list[bytes]:
     """The recipes that extend no other: `extends` names a file."""
     texts = [path.read_bytes() for path in sorted(job_path("recipes").glob("*.yaml"))]
-    own = b"kind: adallava\ntrain: {lr: 1e-5, betas: [0.9, 0.98], steps: 010}\nseed: 3\n"
+    own = b"name: own\nkind: adallava\ntrain: {lr: 1e-5, betas: [0.9, 0.98], steps: 010}\nseed: 3\n"
     return [own, *(text for text in texts if b"extends" not in text and len(text) < 2000)]
 
 
