@@ -11,6 +11,7 @@ import argparse
 import base64
 import random
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -28,25 +29,32 @@ def with_atheris(name: str, seconds: float) -> None:
     import atheris
 
     with atheris.instrument_imports(include=["fmray", "yaml"]):
+        from fuzz.mutations import mutate
         from fuzz.targets import TARGETS
     target = TARGETS[name]
-    seeds = iter(target.seeds())
+    seeds = target.seeds()
 
     def one(data: bytes) -> None:
         try:
-            target(next(seeds, data))  # libFuzzer wants seeds as files; the first runs take them
+            target(data)
         except Exception:
             report(name, data)
             raise
 
-    options = [
-        "-close_fd_mask=0",
-        f"-max_total_time={seconds:.0f}",
-        "-timeout=20",
-        "-max_len=65536",
-    ]
-    atheris.Setup([sys.argv[0], *options], one)
-    atheris.Fuzz()
+    def change(data: bytes, max_size: int, seed: int) -> bytes:
+        rng = random.Random(seed)
+        if rng.random() < 0.5:
+            return atheris.Mutate(data, max_size)
+        return mutate([data, *seeds] if rng.random() < 0.2 else [data], target.tokens, rng)[
+            :max_size
+        ]
+
+    with tempfile.TemporaryDirectory() as corpus:
+        for number, seed in enumerate(seeds):
+            (Path(corpus) / str(number)).write_bytes(seed)
+        limits = [f"-max_total_time={seconds:.0f}", "-timeout=20", "-max_len=65536"]
+        atheris.Setup([sys.argv[0], *limits, corpus], one, custom_mutator=change)
+        atheris.Fuzz()
 
 
 def without(name: str, seconds: float) -> None:
