@@ -39,7 +39,7 @@ class DatasetSpecification:
             values = json.loads(path.read_text())
         except OSError as error:
             raise ValueError(f"{path}: {error.strerror}; name a dataset_spec.json") from error
-        except ValueError as error:  # not JSON, not UTF-8
+        except (ValueError, RecursionError) as error:  # not JSON, not UTF-8
             raise ValueError(f"{path}: not JSON: {error}") from error
         readers = {
             "DatasetSpecification": _flat,
@@ -47,7 +47,7 @@ class DatasetSpecification:
             "HierarchicalDatasetSpecification": _graph,
         }
         kind = values.get("__class__") if isinstance(values, dict) else None
-        if kind not in readers:
+        if not isinstance(kind, str) or kind not in readers:
             raise ValueError(f"{path}: __class__ is {kind!r}; should be {' or '.join(readers)}")
         try:
             names = _by_id(values["class_names"])
@@ -63,8 +63,10 @@ class DatasetSpecification:
                     f"the splits have {count} classes, class_names {len(names)},"
                     f" images_per_class {len(images)}"
                 )
-            pattern = values["file_pattern"]
-            return cls(values["name"], names, images, pattern, classes, groups)
+            name, pattern = values["name"], values["file_pattern"]
+            if not isinstance(name, str) or not isinstance(pattern, str):
+                raise ValueError(f"name {name!r} and file_pattern {pattern!r} should be texts")
+            return cls(name, names, images, pattern, classes, groups)
         except KeyError as error:
             raise ValueError(f"{path}: {error} is missing") from error
         except (ValueError, TypeError, AttributeError) as error:  # such as a list for a mapping

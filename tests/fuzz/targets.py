@@ -171,6 +171,8 @@ def _example_seeds() -> list[bytes]:
 
 def _read_specification(data: bytes) -> None:
     specification = DatasetSpecification.read(_as_file(data))
+    assert isinstance(specification.name, str) and isinstance(specification.file_pattern, str)
+    assert all(isinstance(name, str) for name in specification.class_names)
     for split in ("train", "val", "test"):
         classes = specification.classes(split)
         assert all(0 <= number < len(specification.class_names) for number in classes)
