@@ -145,6 +145,21 @@ class ServeConfig(Section):
     max_characters: int = Field(65_536, ge=1, description="text of all messages together")
     max_images: int = Field(8, ge=0)
     max_pixels: int = Field(16_000_000, ge=1, description="all images of a request together")
+    image_processes: int = Field(
+        3, ge=1, description="that decode images; one caller uses all but one of them"
+    )
+    image_timeout_s: float | None = Field(
+        None,
+        gt=0,
+        description="for decoding the images of a request; default: 10, at most half of "
+        "health_timeout_s",
+    )
+    image_memory_mib: int | None = Field(
+        None,
+        ge=256,
+        description="address space of each of these processes; default: 512 and 64 bytes for each "
+        "of max_pixels",
+    )
 
     # --- Life cycle ---
     drain_s: float = Field(30.0, ge=0, description="time for running answers to finish at shutdown")
@@ -181,6 +196,22 @@ class ServeConfig(Section):
             limit, value = getattr(self, larger), getattr(self, smaller)
             if limit is not None and limit < value:
                 yield larger, f"{limit} is smaller than {smaller} ({value})"
+        if self.image_seconds >= self.health_timeout_s:
+            yield (
+                "image_timeout_s",
+                f"{self.image_seconds:g} is not smaller than health_timeout_s "
+                f"({self.health_timeout_s:g}), and health checks send an image",
+            )
+
+    @property
+    def image_seconds(self) -> float:
+        """`image_timeout_s` or its default."""
+        return self.image_timeout_s or min(10.0, self.health_timeout_s / 2)
+
+    @property
+    def image_memory(self) -> int:
+        """`image_memory_mib` or its default."""
+        return self.image_memory_mib or 512 + 64 * self.max_pixels // 2**20
 
     @property
     def caller_bodies_mib(self) -> int:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Hashable, Mapping
+from collections.abc import Container, Hashable, Mapping
 from dataclasses import dataclass, field
 from typing import Generic, TypeVar
 
@@ -62,23 +62,26 @@ class FairQueue(Generic[Item]):
         flow.items.append(item)
         self._caller[item] = caller
 
-    def next(self) -> Item | None:
-        """Return the due item; None if the queue is empty.
+    def next(self, skip: Container[str] = ()) -> Item | None:
+        """Return the due item; None if there is none.
 
         It belongs to the caller with the smallest start, at a tie to the earlier arrival.
+
+        Args:
+            skip: Callers whose turn it is not.
         """
-        flow = self._due()
+        flow = self._due(skip)
         return flow.items[0] if flow else None
 
-    def serve(self, cost: float) -> Item:
+    def serve(self, cost: float, skip: Container[str] = ()) -> Item:
         """Remove and return the due item, and charge `cost` predicted seconds for it."""
         if not 0 <= cost < math.inf:
             raise ValueError(f"cost must be a number of seconds, not {cost!r}")
-        flow = self._due()
+        flow = self._due(skip)
         assert flow is not None, "the queue is empty"
         item = flow.items.popleft()
         del self._caller[item]
-        self._now = flow.start
+        self._now = max(self._now, flow.start)
         flow.finish = flow.start + cost / flow.weight
         flow.start = flow.finish
         self._forget_idle()
@@ -121,8 +124,8 @@ class FairQueue(Generic[Item]):
                 del heads[caller]
         return order
 
-    def _due(self) -> _Flow[Item] | None:
-        waiting = [flow for flow in self._flows.values() if flow.items]
+    def _due(self, skip: Container[str]) -> _Flow[Item] | None:
+        waiting = [flow for name, flow in self._flows.items() if flow.items and name not in skip]
         return min(waiting, key=lambda flow: (flow.start, flow.arrival)) if waiting else None
 
     def _forget_idle(self) -> None:

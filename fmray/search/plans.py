@@ -30,7 +30,7 @@ from fmray.adallava.store import WEIGHTS
 from fmray.config import LoadedRecipe
 from fmray.config.search import PlansRecipe
 from fmray.data.loader import Batch, evaluation_batches
-from fmray.data.processor import load_processor, unknown_token
+from fmray.data.processor import load_processor
 from fmray.data.store import Manifest
 from fmray.runtime import tracking
 from fmray.runtime.console import changed_settings, say
@@ -84,24 +84,18 @@ class PlanAnswers:
     """
 
     def __init__(
-        self,
-        path: Path,
-        model: AdaptiveVLM,
-        batches: Sequence[Batch],
-        origin: Mapping[str, Any],
-        unknown: int | None = None,
+        self, path: Path, model: AdaptiveVLM, batches: Sequence[Batch], origin: Mapping[str, Any]
     ) -> None:
         """Read the answers that the file `path` already has.
 
         Args:
             path: JSON lines: `origin`, then one line per batch and plan.
             origin: what the answers depend on (model, questions).
-            unknown: see `score_answers`.
 
         Raises:
             ValueError: the file has another origin.
         """
-        self._path, self._model, self._batches, self._unknown = path, model, batches, unknown
+        self._path, self._model, self._batches = path, model, batches
         self._starts = list(accumulate((len(batch.rows) for batch in batches[:-1]), initial=0))
         self.tags = np.array([tag for batch in batches for tag in batch.tags], dtype=object)
         # by `plan_digits`, [Q]
@@ -142,7 +136,7 @@ class PlanAnswers:
             parameter = next(self._model.parameters())
             inputs = model_inputs(batch, parameter.dtype, parameter.device)
             for index, logits in self._model.logits_under(plans[missing], **inputs):
-                _, correct, _, loss = score_answers(logits, inputs["labels"], self._unknown)
+                _, correct, _, loss = score_answers(logits, inputs["labels"])
                 line = {"plan": keys[missing[index]], "first": start}
                 line |= {"correct": correct.int().tolist(), "loss": loss.tolist()}
                 append_line(self._path, line)
@@ -194,8 +188,7 @@ def search_plans(loaded: LoadedRecipe[PlansRecipe], run_id: str) -> PlansResult:
     )
     held_out = evaluation_batches(recipe.store, "validation", processor, recipe.batch, recipe.rows)
     run_dir.mkdir(parents=True, exist_ok=True)
-    unknown = unknown_token(processor)
-    answers = PlanAnswers(run_dir / "answers.jsonl", model, calibration, origin, unknown)
+    answers = PlanAnswers(run_dir / "answers.jsonl", model, calibration, origin)
     write_atomic(run_dir / "recipe.yaml", loaded.dump())
     say(changed_settings(loaded, run_dir / "recipe.yaml"))
 
@@ -214,7 +207,7 @@ def search_plans(loaded: LoadedRecipe[PlansRecipe], run_id: str) -> PlansResult:
         sources = _plan_sources(plans, importance.mean(1))
         out = run_dir / "evaluation"
         names = row_ids(recipe.store)
-        report = measure(model, model, sources, recipe.budgets, held_out, names, out, unknown)
+        report = measure(model, model, sources, recipe.budgets, held_out, names, out)
         run.log(0, **{f"evaluate/{p.plans}/{p.budget:g}": p.accuracy for p in report.points})
         for path in (out, run_dir / "plans.json"):
             run.artifact(path)

@@ -513,6 +513,7 @@ class ModelCard(BaseModel):
     object: Literal["model"] = "model"
     created: int
     owned_by: Literal["fmray"] = "fmray"
+    min_budget: float  # accepted for prompts of any length
 
 
 class ModelList(BaseModel):

@@ -1,134 +1,32 @@
 """From a chat request to the engine's `Ask`: images, chat template, token ids.
 
-Images are read from `data:` URLs only; nothing is ever fetched. Format, number of frames and number
-of pixels are read from the header, and only an acceptable image is decoded. Decoding and processing
-take milliseconds to seconds, so they run in a thread, off the event loop. Errors never repeat what
-the client sent.
+This takes milliseconds to seconds, so it runs in a thread, off the event loop; images are decoded
+in the processes of an `ImagePool`. Errors never repeat what the client sent.
 """
 
 from __future__ import annotations
 
-import base64
-import binascii
 import contextlib
 import hashlib
-import re
 import secrets
 import threading
 from collections import Counter
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
-from urllib.parse import unquote
 
 import jinja2
-from PIL import Image
 from torch import Tensor
 
 from fmray.config.serve import ServeConfig
-from fmray.data.images import BrokenImageError, ImageError, decode_image
 from fmray.data.processor import fingerprint
 from fmray.engine.policy import Ask
 from fmray.engine.requests import Sampling
+from fmray.serve.images import Decode, RequestImage, read_images
 from fmray.serve.openai import ApiError, ChatRequest, ImagePart, TextPart
 
 if TYPE_CHECKING:
     from transformers import ProcessorMixin
 
     from fmray.engine.forecast import Moment
-
-# --- Images ---
-
-ACCEPTED = "JPEG, PNG or WebP"
-_SIGNATURE = re.compile(
-    rb"(?P<JPEG>\xff\xd8\xff)|(?P<PNG>\x89PNG\r\n)|(?P<WEBP>RIFF.{4}WEBP)", re.S
-)
-_URL_SAFE = str.maketrans("-_", "+/")
-# A processor that scales the shorter side up would make an image of 1 x 10^6 pixels enormous.
-_MAX_ASPECT = 20
-
-
-@dataclass(frozen=True)
-class DecodedImage:
-    """An image of a request."""
-
-    image: Image.Image  # RGB, upright
-    digest: str  # sha256 of the encoded bytes
-    pixels: int  # width x height
-
-
-def read_data_url(url: str) -> tuple[str, bytes]:
-    """Return the format and the bytes of a base64 `data:` URL.
-
-    The bytes tell the format: many clients declare a wrong one. The base64 may be broken into
-    lines, percent-encoded, without padding, or in the URL-safe alphabet.
-
-    Raises:
-        ValueError: If it is any other URL, or its content is not base64.
-    """
-    url = url.strip()
-    if url[:5].lower() != "data:":
-        scheme = url.partition(":")[0].lower() if ":" in url[:16] else ""
-        kind = scheme if scheme in ("http", "https", "file", "ftp", "blob") else "other"
-        raise ValueError(
-            f"this server does not fetch {kind} URLs; send the image itself as "
-            f"data:image/png;base64,... ({ACCEPTED})"
-        )
-    head, comma, payload = url[5:].partition(",")
-    parameters = [part.strip().lower() for part in head[:256].split(";")[1:]]
-    if not comma or len(head) > 256 or "base64" not in parameters:
-        raise ValueError("an image must be data:image/...;base64,...")
-    payload = "".join(payload.split())
-    if "%" in payload:
-        payload = unquote(payload)
-    payload = payload.translate(_URL_SAFE).rstrip("=")
-    try:
-        encoded = base64.b64decode(payload + "=" * (-len(payload) % 4), validate=True)
-    except (binascii.Error, ValueError):  # ValueError: characters outside ASCII
-        raise ValueError("the image's base64 is invalid or truncated") from None
-    signature = _SIGNATURE.match(encoded)
-    if signature is None:
-        raise ValueError(f"the image is empty or not a {ACCEPTED} file")
-    return str(signature.lastgroup), encoded
-
-
-def decode(kind: str, encoded: bytes, max_pixels: int) -> DecodedImage:
-    """Decode an image of format `kind` with at most `max_pixels` pixels, as `decode_image` does.
-
-    Raises:
-        ValueError: If the bytes are not such an image.
-    """
-    try:
-        image = decode_image(encoded, max_pixels, (kind,)).image
-    except BrokenImageError:  # its text may quote the file
-        raise ValueError(f"the image is not a complete {kind} file") from None
-    except ImageError as error:
-        raise ValueError(f"the image is not accepted: {error}") from None
-    width, height = image.size
-    if max(width, height) > _MAX_ASPECT * min(width, height):
-        raise ValueError(
-            f"the image's longer side is more than {_MAX_ASPECT} times the shorter one"
-        )
-    return DecodedImage(image, hashlib.sha256(encoded).hexdigest(), width * height)
-
-
-def read_images(urls: list[str], max_pixels: int) -> list[DecodedImage]:
-    """Decode all images of a request, with at most `max_pixels` pixels in total.
-
-    Raises:
-        ValueError: If one of them is not accepted; the message gives its number, from 1.
-    """
-    images, pixels_left = [], max_pixels
-    for number, url in enumerate(urls, start=1):
-        try:
-            image = decode(*read_data_url(url), pixels_left)
-        except ValueError as error:
-            raise ValueError(f"image {number}: {error}") from None
-        pixels_left -= image.pixels
-        images.append(image)
-    return images
-
-
-# --- Prompts ---
 
 _MIN_CONTROL_TOKEN = 3  # characters; a shorter control token cannot be told from ordinary text
 
@@ -143,8 +41,11 @@ class PromptBuilder:
         self._control_tokens = control_tokens(processor)
         self._lock = threading.Lock()  # tokenizers change state while they encode
 
-    def build(self, request: ChatRequest, caller: str) -> Ask:
+    def build(self, request: ChatRequest, caller: str, decode: Decode = read_images) -> Ask:
         """Return the engine's form of a request, under a new id.
+
+        Args:
+            decode: Takes the URLs of the images and their largest number of pixels.
 
         Raises:
             ApiError: 400 if the request exceeds a limit or its images or texts are not accepted.
@@ -170,7 +71,7 @@ class PromptBuilder:
 
         # Images and token ids
         try:
-            images = read_images(urls, settings.max_pixels)
+            images = decode(urls, settings.max_pixels)
         except ValueError as error:
             raise ApiError(400, str(error), code="invalid_image", param="messages") from None
         inputs = self._process(request, images)
@@ -201,7 +102,7 @@ class PromptBuilder:
         except ValueError as error:
             raise ApiError(400, str(error), code="invalid_value") from None
 
-    def _process(self, request: ChatRequest, images: list[DecodedImage]) -> dict[str, Tensor]:
+    def _process(self, request: ChatRequest, images: list[RequestImage]) -> dict[str, Tensor]:
         """Return one unpadded row, as the processor makes it."""
         processor = self._processor
         messages = chat_messages(request)
@@ -259,7 +160,7 @@ class PromptBuilder:
             if number != tokenizer.unk_token_id and ids[number] != neutral_ids[number]:
                 raise _control_token_error(token)
 
-    def _image_key(self, images: list[DecodedImage]) -> str | None:
+    def _image_key(self, images: list[RequestImage]) -> str | None:
         """Return a hash of the images and their preprocessing, None without images."""
         if not images:
             return None

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import copy
+import functools
 import io
 import logging
 import secrets
@@ -28,8 +30,9 @@ from fmray.config.serve import ServeConfig
 from fmray.data.processor import load_processor
 from fmray.engine.policy import Ask, DeadlineImpossible, Decision, Refused, Unavailable
 from fmray.engine.requests import Event, Result
+from fmray.serve.image_pool import ImagePool
 from fmray.serve.keys import KeyRing, load_keys
-from fmray.serve.openai import ApiError, ChatRequest, Fmray, Message
+from fmray.serve.openai import ApiError, ChatRequest, Fmray, ImagePart, Message
 from fmray.serve.prompts import PromptBuilder
 
 if TYPE_CHECKING:
@@ -39,7 +42,7 @@ if TYPE_CHECKING:
     from fmray.serve.guards import RequestContext
 
 _logger = logging.getLogger("fmray.serve")
-_PREPARE_THREADS = 2  # decode images and build prompts
+_TEXT_THREADS = 2  # build prompts without images
 # A retry has a new deadline: the official clients would ask three times what cannot be answered.
 _DO_NOT_RETRY = {"x-should-retry": "false"}
 HEALTH_CALLER = "-health"  # not a valid name of a key
@@ -186,9 +189,19 @@ class ChatModel:
     ) -> None:
         self.settings, self.model, self.worker, self.keys = settings, model, worker, keys
         self.created = int(time.time())
+        # Texts and images have threads and processors of their own: none waits for the other.
         self.prompts = PromptBuilder(processor, settings, context_length(model))
-        self._threads = ThreadPoolExecutor(_PREPARE_THREADS, thread_name_prefix="fmray-prepare")
-        self._health_ask = self.prompts.build(_health_request(settings), HEALTH_CALLER)
+        self._threads = ThreadPoolExecutor(_TEXT_THREADS, thread_name_prefix="fmray-prepare")
+        self._image_prompts = PromptBuilder(
+            copy.deepcopy(processor), settings, context_length(model)
+        )
+        self.images = ImagePool(
+            settings.image_processes,
+            settings.image_seconds,
+            settings.image_memory,
+            max_waiting=max(1, settings.max_queue // 2),
+        )
+        self._question = _health_request(settings)
         self._health_lock = asyncio.Lock()
         self._last_health_answer: float | None = None  # time.monotonic()
 
@@ -203,12 +216,11 @@ class ChatModel:
         Raises:
             ApiError: If the request is refused.
         """
-        loop = asyncio.get_running_loop()
         limit = self.settings.request_timeout_s
         try:
             async with asyncio.timeout(max(0.0, context.arrival_time + limit - time.monotonic())):
-                ask = await loop.run_in_executor(
-                    self._threads, self.prompts.build, request, context.caller.name
+                ask = await self._prepare(
+                    request, context.caller.name, context.owner, context.caller.limits.weight
                 )
         except TimeoutError:
             raise _request_timeout(limit) from None
@@ -220,8 +232,28 @@ class ChatModel:
         finally:
             generation.close()
 
+    async def _prepare(
+        self, request: ChatRequest, caller: str, owner: str, weight: float = 1.0
+    ) -> Ask:
+        """Return the engine's form of a request.
+
+        Args:
+            owner: Whose share of the image processes is used.
+
+        Raises:
+            ApiError: If the request is refused.
+        """
+        parts = (part for message in request.messages for part in message.parts)
+        if any(isinstance(part, ImagePart) for part in parts):
+            build = functools.partial(self._image_prompts.build, request, caller)
+            return await self.images.run(build, owner, weight)
+        loop = asyncio.get_running_loop()
+        return await loop.run_in_executor(self._threads, self.prompts.build, request, caller)
+
     async def check_health(self) -> None:
         """Check that the model answers, by a real question or by the steps of other requests.
+
+        The question has an image, which is prepared like those of other requests.
 
         Raises:
             RuntimeError: If it does not; Ray Serve then replaces the replica.
@@ -233,14 +265,16 @@ class ChatModel:
                 raise RuntimeError("the engine's thread has ended")
             if health.draining:
                 return
-            # A busy engine is healthy while it makes steps: a question would only wait in line.
-            if health.busy and self._last_health_answer is not None:
-                if health.idle_seconds > limit:
-                    raise RuntimeError(f"the engine made no step for {limit:g} s")
-                return
             try:
                 async with asyncio.timeout(0.9 * limit):
-                    await self._ask_health_question()
+                    ask = await self._prepare(self._question, HEALTH_CALLER, HEALTH_CALLER)
+                    # A busy engine is healthy while it makes steps: the question would only wait.
+                    health = self.worker.health()
+                    if health.busy and self._last_health_answer is not None:
+                        if health.idle_seconds > limit:
+                            raise RuntimeError(f"the engine made no step for {limit:g} s")
+                        return
+                    await self._ask_health_question(ask)
             except (ApiError, TimeoutError) as error:
                 overloaded = isinstance(error, ApiError) and error.status == 429
                 if overloaded and self.worker.health().idle_seconds <= limit:
@@ -248,9 +282,9 @@ class ChatModel:
                 reason = str(error) or f"no answer within {0.9 * limit:g} s"
                 raise RuntimeError(f"the model does not answer: {reason}") from None
 
-    async def _ask_health_question(self) -> None:
+    async def _ask_health_question(self, ask: Ask) -> None:
         # Without an image key the features are computed, not read from the cache.
-        ask = replace(self._health_ask, id=f"health-{secrets.token_hex(8)}", image_key=None)
+        ask = replace(ask, id=f"health-{secrets.token_hex(8)}", image_key=None)
         generation = Generation(self, ask, time.monotonic())
         try:
             while generation.ended is None:
@@ -282,6 +316,7 @@ class ChatModel:
         self.worker.drain(self.settings.drain_s)
         self.worker.close()
         self._threads.shutdown(wait=False, cancel_futures=True)
+        self.images.close()
 
 
 def load_chat_model(settings: ServeConfig, directory: Path) -> ChatModel:
@@ -339,7 +374,9 @@ def load_chat_model(settings: ServeConfig, directory: Path) -> ChatModel:
         ),
         limits={caller.name: caller.limits for caller in keys.callers},
     )
-    return ChatModel(settings, model, processor, worker, keys)
+    chat_model = ChatModel(settings, model, processor, worker, keys)
+    chat_model.images.start()
+    return chat_model
 
 
 def context_length(model: AdaptiveVLM) -> int:

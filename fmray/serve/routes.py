@@ -111,7 +111,9 @@ def _add_status_routes(
 
 
 def _add_model_routes(app: FastAPI, model: ChatModel) -> None:
-    card = ModelCard(id=model.settings.public_name, created=model.created)
+    # The share of the layers that always run changes little with the length.
+    min_budget = max(model.model.cost.min_budget(tokens) for tokens in (1, 1024))
+    card = ModelCard(id=model.settings.public_name, created=model.created, min_budget=min_budget)
 
     @app.get("/v1/models", responses=_errors(401, 403))
     async def list_models() -> ModelList:
@@ -149,17 +151,15 @@ def _add_chat_route(app: FastAPI, model: ChatModel, metrics: Metrics) -> None:
             chat_request = await asyncio.to_thread(parse_request, context.body)
         _check_name(chat_request.model, model)
         response = _ChatResponse(model, metrics, chat_request, context)
-        if chat_request.stream:
-            return await response.stream()
 
-        # Wait for the answer or the disconnect, whichever comes first.
-        answer = asyncio.ensure_future(response.complete())
+        # Wait for the response or the disconnect, whichever comes first. A stream watches for the
+        # disconnect itself once it has started.
+        respond = response.stream if chat_request.stream else response.complete
+        answer = asyncio.ensure_future(respond())
         disconnect = asyncio.ensure_future(wait_for_disconnect(request.receive))
         try:
             await asyncio.wait({answer, disconnect}, return_when=asyncio.FIRST_COMPLETED)
-            if not answer.done():
-                return Response(status_code=_CLIENT_DISCONNECTED)
-            return JSONResponse(answer.result().model_dump(exclude_none=False))
+            return answer.result() if answer.done() else Response(status_code=_CLIENT_DISCONNECTED)
         finally:
             answer.cancel()
             disconnect.cancel()
@@ -203,7 +203,7 @@ class _ChatResponse:
     def _generate(self) -> AbstractAsyncContextManager[Generation]:
         return self._model.generate(self._request, self._context)
 
-    async def complete(self) -> ChatCompletion:
+    async def complete(self) -> JSONResponse:
         """Return the complete answer."""
         text: list[str] = []
         async with self._generate() as generation:
@@ -217,7 +217,7 @@ class _ChatResponse:
             assert item.result is not None, "the last event has the result"
             usage, cost = self._account(generation, item.result)
             message = AnswerMessage(content="".join(text))
-            return ChatCompletion(
+            completion = ChatCompletion(
                 id=generation.ask.id,
                 created=self._created,
                 model=self._model.settings.public_name,
@@ -225,6 +225,7 @@ class _ChatResponse:
                 usage=usage,
                 fmray=cost,
             )
+            return JSONResponse(completion.model_dump(exclude_none=False))
 
     async def stream(self) -> StreamingResponse:
         """Return the answer as server-sent events.

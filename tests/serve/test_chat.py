@@ -11,7 +11,14 @@ from typing import Any
 
 import httpx
 import pytest
-from support.serving import ScriptedWorker, chat, client_of, data_url, encoded_image
+from support.serving import (
+    ScriptedWorker,
+    chat,
+    client_of,
+    data_url,
+    encoded_image,
+    post_in_memory,
+)
 
 from fmray.engine.policy import DeadlineImpossible, RateLimited, Shed, Unavailable
 from fmray.serve.replica import ChatModel
@@ -264,38 +271,11 @@ def test_missed_deadline_is_reported(app: Any, worker: ScriptedWorker) -> None:
 
 @pytest.mark.parametrize("stream", [False, True])
 def test_disconnected_client_frees_its_row(app: Any, worker: ScriptedWorker, stream: bool) -> None:
-    """By raw ASGI messages: httpx's transport cannot disconnect."""
     worker.hold = threading.Event()
-    disconnect = asyncio.Event()
-    body = json.dumps(chat(stream=stream)).encode()
-    scope = {
-        "type": "http",
-        "asgi": {"version": "3.0", "spec_version": "2.3"},
-        "http_version": "1.1",
-        "method": "POST",
-        "path": "/v1/chat/completions",
-        "raw_path": b"/v1/chat/completions",
-        "query_string": b"",
-        "root_path": "",
-        "scheme": "http",
-        "headers": [(b"content-type", b"application/json")],
-        "client": ("127.0.0.1", 1),
-        "server": ("127.0.0.1", 8000),
-    }
 
     async def run() -> float:
-        sent = iter([{"type": "http.request", "body": body, "more_body": False}])
-
-        async def receive() -> dict[str, Any]:
-            for message in sent:
-                return message
-            await disconnect.wait()
-            return {"type": "http.disconnect"}
-
-        async def send(message: dict[str, Any]) -> None:
-            pass
-
-        task = asyncio.create_task(app(scope, receive, send))
+        disconnect = asyncio.Event()
+        task = asyncio.create_task(post_in_memory(app, chat(stream=stream), disconnect))
         async with asyncio.timeout(10):
             while not worker.asks:
                 await asyncio.sleep(0.01)

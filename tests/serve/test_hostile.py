@@ -19,8 +19,9 @@ from hypothesis import strategies as st
 from PIL import Image
 from support.serving import ScriptedWorker, chat, client_of, data_url, encoded_image
 
+from fmray.serve.images import decode, read_data_url
 from fmray.serve.openai import ApiError, check_json, parse_request
-from fmray.serve.prompts import control_tokens, decode, read_data_url
+from fmray.serve.prompts import control_tokens
 from fmray.serve.replica import ChatModel
 
 

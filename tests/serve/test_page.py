@@ -58,6 +58,9 @@ def test_ask_about_an_image(url: str, browser: Any, worker: ScriptedWorker, tmp_
     page.on("request", lambda request: requested.append(request.url))
 
     page.goto(url)
+    assert page.is_hidden("#shown"), "an empty page shows a broken image"
+    # the slider starts at the model's smallest budget: one of its four layers always runs
+    until(lambda: page.get_attribute("#budget", "min") == "0.25")
     path = tmp_path / "red.png"
     path.write_bytes(encoded_image((40, 30)))
     page.set_input_files("#image", path)

@@ -44,8 +44,7 @@ def make_store(
         assert not result.bad_rows
         counts["rows"] += result.rows
         counts["answers"] += result.answers
-    settings = {"max_length": max_length}
-    Manifest(settings, fingerprint(processor), {"train": counts}, bad_rows=0).write(store)
+    Manifest({}, fingerprint(processor), {"train": counts}, bad_rows=0).write(store)
     return store
 
 

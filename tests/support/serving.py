@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import contextlib
 import io
+import json
 import socket
 import threading
 import time
@@ -29,6 +31,7 @@ from fmray.engine.policy import Ask, Decision, Refused
 from fmray.engine.requests import Event, Result
 from fmray.engine.stats import Histogram, WorkerStats
 from fmray.serve.connections import LimitedProtocol
+from fmray.serve.image_pool import ImagePool
 from fmray.serve.keys import KeyRing
 from fmray.serve.metrics import Metrics
 from fmray.serve.replica import ChatModel
@@ -242,12 +245,18 @@ class ScriptedWorker:
 
 
 def make_chat_model(
-    directory: Path, worker: Any, keys: KeyRing | None = None, **settings: Any
+    directory: Path,
+    worker: Any,
+    keys: KeyRing | None = None,
+    images: ImagePool | None = None,
+    **settings: Any,
 ) -> ChatModel:
-    """Return a directory's model with the given worker."""
+    """Return a directory's model with the given worker; `images` replaces its pool."""
     config = ServeConfig(model=str(directory), name="tiny", **settings)
     model = AdaptiveVLM.from_pretrained(directory).eval()
-    return ChatModel(config, model, load_processor(directory), worker, keys or KeyRing())
+    made = ChatModel(config, model, load_processor(directory), worker, keys or KeyRing())
+    made.images = images or made.images
+    return made
 
 
 def make_app(chat_model: ChatModel) -> Any:
@@ -264,6 +273,36 @@ def client_of(app: Any, **options: Any) -> httpx.AsyncClient:
     """Return a client that calls the application in this process."""
     transport = httpx.ASGITransport(app, raise_app_exceptions=True)
     return httpx.AsyncClient(transport=transport, base_url="http://127.0.0.1:8000", **options)
+
+
+async def post_in_memory(app: Any, body: dict[str, Any], disconnect: asyncio.Event) -> None:
+    """Send a chat request by raw ASGI messages, which can disconnect: httpx's transport cannot."""
+    scope = {
+        "type": "http",
+        "asgi": {"version": "3.0", "spec_version": "2.3"},
+        "http_version": "1.1",
+        "method": "POST",
+        "path": "/v1/chat/completions",
+        "raw_path": b"/v1/chat/completions",
+        "query_string": b"",
+        "root_path": "",
+        "scheme": "http",
+        "headers": [(b"content-type", b"application/json")],
+        "client": ("127.0.0.1", 1),
+        "server": ("127.0.0.1", 8000),
+    }
+    sent = iter([{"type": "http.request", "body": json.dumps(body).encode(), "more_body": False}])
+
+    async def receive() -> dict[str, Any]:
+        for message in sent:
+            return message
+        await disconnect.wait()
+        return {"type": "http.disconnect"}
+
+    async def send(message: dict[str, Any]) -> None:
+        pass
+
+    await app(scope, receive, send)
 
 
 @contextlib.contextmanager

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import (
     AutoConfig,
@@ -233,7 +232,7 @@ def _load_base(config: ModelConfig, processor: ProcessorMixin) -> nn.Module:
             dtype=dtype,
             attn_implementation=config.attention,
         )
-    except (OSError, ImportError, SafetensorError) as error:
+    except (OSError, ImportError) as error:
         reason = str(error).strip().splitlines()[0]
         raise ValueError(
             f"model.source {config.source} (attention {config.attention}) does not load: {reason}"

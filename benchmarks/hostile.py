@@ -1,0 +1,167 @@
+"""An endpoint under attack: what another caller notices, and whether memory comes back.
+
+    PYTHONPATH=tests python benchmarks/hostile.py [--seconds 20] [--model DIRECTORY]
+
+Starts `fmray serve --local` with a tiny model (or the one given) and two keys. One caller asks with
+and without images, first in quiet, then while the other sends all hostile inputs of
+`tests/support/hostile.py` and `tests/serve/test_hostile.py`, one after the other, again and again.
+Prints the wrong outcomes, the first caller's latencies in both phases and their ratio, the
+failures, and the memory of the server and of its processes before and after.
+
+Then compares the latency of a JPEG of 1000 x 800 pixels decoded in a process of the pool with that
+in this process.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+import socket
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import httpx
+import numpy as np
+import psutil
+from PIL import Image
+from serve.test_hostile import ALL
+from support.hostile import IMAGES, RAW, attack, bodies
+from support.serving import Load, chat, data_url, encoded_image, make_model_directory, wait_until
+
+from fmray.serve.image_pool import ImageProcess
+from fmray.serve.images import read_images
+
+ALICE, MALLORY = "sk-alice-0123456789", "sk-mallory-0123456789"
+
+
+@contextlib.contextmanager
+def server(model: Path, name: str) -> Iterator[tuple[str, psutil.Process]]:
+    """Run `fmray serve --local` in a process of its own."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [
+        sys.executable, "-c", "import sys; from fmray.cli import main; sys.exit(main())",
+        "serve", str(model), "--local", "--port", str(port),
+        "--set", f"name={name}", "--set", "allowed_hosts=fmray.test", "--set", "calibration_s=3",
+    ]  # fmt: skip
+    keys = {"FMRAY_API_KEYS": f"{ALICE},{MALLORY}"}
+    process = subprocess.Popen(command, env=os.environ | keys)
+    url = f"http://127.0.0.1:{port}"
+
+    def ready() -> bool:
+        assert process.poll() is None, "the server has ended"
+        with contextlib.suppress(httpx.TransportError):
+            return httpx.get(f"{url}/readyz", timeout=30).status_code == 200
+        return False
+
+    try:
+        wait_until(ready, 120, "the server")
+        yield url, psutil.Process(process.pid)
+    finally:
+        process.terminate()
+        process.wait(60)
+
+
+def memory(process: psutil.Process) -> tuple[float, float]:
+    """Return the MiB of the server and of all its children."""
+    children = [child.memory_info().rss for child in process.children(recursive=True)]
+    return process.memory_info().rss / 2**20, sum(children) / 2**20
+
+
+def quantiles(seconds: list[float]) -> tuple[float, float]:
+    """Return p50 and p95 in milliseconds."""
+    parts = statistics.quantiles(seconds, n=20)
+    return 1e3 * parts[9], 1e3 * parts[18]
+
+
+def measure(url: str, name: str, process: psutil.Process, seconds: float) -> None:
+    """Print the table of both phases."""
+    image = data_url(encoded_image((640, 480), "green", "JPEG"), "image/jpeg")
+    headers = {"authorization": f"Bearer {ALICE}"}
+    with httpx.Client(base_url=url, headers=headers, timeout=120) as client:
+
+        def ask(_: int, number: int) -> httpx.Response:
+            body = chat(*([image] if number % 2 else []), max_tokens=8, budget="1")
+            return client.post("/v1/chat/completions", json=body | {"model": name})
+
+        def phase(work: Callable[[], object]) -> tuple[list[float], list[float], int]:
+            with Load(1, ask, pause=0.05) as load:
+                work()
+            times = [[], []]
+            for answer in load.answers:
+                times[answer.number % 2].append(answer.end - answer.start)
+            return *times, len(load.failures)
+
+        phase(lambda: time.sleep(5))  # warms the caches
+        attack(url, MALLORY, {})
+        inputs = ALL | bodies()
+        before = memory(process)
+        quiet = phase(lambda: time.sleep(seconds))
+        wrong: dict[str, str] = {}
+        rounds = 0
+
+        def attacks() -> None:
+            nonlocal rounds
+            end = time.monotonic() + seconds
+            while time.monotonic() < end:
+                wrong.update(attack(url, MALLORY, inputs, threads=1))
+                rounds += 1
+
+        hostile = phase(attacks)
+        after = memory(process)
+        ready = client.get("/readyz").status_code
+    print(f"{len(RAW) + len(IMAGES) + len(inputs)} hostile inputs, {rounds} times; wrong: {wrong}")
+    for number, kind in enumerate(("text", "image")):
+        calm, busy = quantiles(quiet[number]), quantiles(hostile[number])
+        print(
+            f"{kind:6s} quiet p50 {calm[0]:6.0f} p95 {calm[1]:6.0f} ms ({len(quiet[number])}); "
+            f"attacked p50 {busy[0]:6.0f} p95 {busy[1]:6.0f} ms ({len(hostile[number])}); "
+            f"ratio p50 {busy[0] / calm[0]:.2f} p95 {busy[1] / calm[1]:.2f}"
+        )
+    print(f"failures of the other caller: {quiet[2]} quiet, {hostile[2]} attacked; readyz {ready}")
+    print("MiB before: server {:.0f}, children {:.0f}".format(*before))
+    print("MiB after:  server {:.0f}, children {:.0f}".format(*after))
+
+
+def decode_cost(repeats: int = 100) -> None:
+    """Print the latency of an ordinary image in a process and in this one, in turns."""
+    noise = np.random.default_rng(0).integers(0, 255, (50, 40, 3), dtype=np.uint8)
+    photograph = Image.fromarray(noise).resize((1000, 800), Image.Resampling.BICUBIC)
+    with tempfile.TemporaryFile() as file:
+        photograph.save(file, "JPEG", quality=88)
+        file.seek(0)
+        url = data_url(file.read(), "image/jpeg")
+    process = ImageProcess(seconds=20, memory_mib=1536)
+    times: tuple[list[float], list[float]] = ([], [])
+    for _ in range(repeats):
+        for taken, decode in zip(times, (read_images, process.decode), strict=True):
+            start = time.perf_counter()
+            decode([url], 16_000_000)
+            taken.append(time.perf_counter() - start)
+    process.close()
+    direct, pooled = (1e3 * statistics.median(taken[5:]) for taken in times)
+    print(f"JPEG of 1000 x 800: {direct:.1f} ms here, {pooled:.1f} ms in a process")
+
+
+def main() -> None:
+    """Run the benchmark."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--seconds", type=float, default=20.0, help="least duration of a phase")
+    parser.add_argument("--model", type=Path, default=None, help="model directory; default: tiny")
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        model = options.model or make_model_directory(Path(folder) / "tiny")
+        with server(model, "tiny") as (url, process):
+            measure(url, "tiny", process, options.seconds)
+    decode_cost()
+
+
+if __name__ == "__main__":
+    main()
