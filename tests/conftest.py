@@ -17,7 +17,7 @@ from xdist.scheduler import LoadScopeScheduling
 if TYPE_CHECKING:
     from support.s3 import S3
 
-COST_CLASSES = {"unit", "local", "cluster", "serve", "chaos", "gpu"}
+COST_CLASSES = {"unit", "fuzz", "local", "cluster", "serve", "chaos", "gpu"}
 TESTS = Path(__file__).parent
 
 

@@ -8,7 +8,7 @@ decoder block is one entry in `BLOCKS`.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -52,6 +52,16 @@ FAMILIES: dict[str, Family] = {
     "llava_onevision": Family(image_inputs=("image_sizes",)),
     "qwen2_vl": Family(image_inputs=("image_grid_thw",), positions=_multimodal_rope),
     "qwen2_5_vl": Family(image_inputs=("image_grid_thw",), positions=_multimodal_rope),
+}
+
+# inputs of every family; the last three describe tokens and images, and add nothing
+_COMMON_INPUTS = {
+    "input_ids",
+    "attention_mask",
+    "pixel_values",
+    "mm_token_type_ids",
+    "token_type_ids",
+    "batch_num_images",
 }
 
 
@@ -123,6 +133,21 @@ class Backbone:
     def attention(self) -> str:
         """The attention implementation: sdpa, eager, flash_attention_2, ..."""
         return self.config._attn_implementation
+
+    def check_inputs(self, inputs: Mapping[str, object]) -> None:
+        """Check that the adaptive model uses each of the inputs.
+
+        Raises:
+            ValueError: there is a video, a sound or another tensor that it would ignore.
+        """
+        used = {*self.family.image_inputs, *_COMMON_INPUTS}
+        for name, value in inputs.items():
+            if name not in used and not isinstance(value, (bool, int, float, str, type(None))):
+                kind = self.base.config.model_type
+                raise ValueError(
+                    f"{name}: a {kind} model under a budget takes text and images, no videos, "
+                    "sound or other inputs; leave it out, or run the base model (budget=None)"
+                )
 
     def image_features(self, pixel_values: Tensor, extras: dict[str, Tensor]) -> Tensor:
         """Return the projected features of all images, concatenated: [image tokens, d]."""

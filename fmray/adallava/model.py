@@ -420,7 +420,11 @@ class AdaptiveVLM(nn.Module):
 
         Args:
             count: positions count attended tokens only, as the stock `generate` does.
+
+        Raises:
+            ValueError: `extras` holds a video, a sound or another input that would be ignored.
         """
+        self.backbone.check_inputs(extras)
         end = prompt_ends(input_ids, attention_mask, labels)
         units_on = self._units(budget, plan, units_on, input_ids, attention_mask, end)
         return Prompt(

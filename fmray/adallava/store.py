@@ -24,7 +24,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from fmray.adallava.layout import SwitchLayout
-from fmray.runtime.files import sync, write_json
+from fmray.runtime.files import check_weights, sync, write_json
 
 DESCRIPTION = "adaptive.json"
 WEIGHTS = "adaptive.safetensors"
@@ -95,6 +95,9 @@ def read(path: Path) -> tuple[Description, dict[str, Tensor]]:
     weights = path / WEIGHTS
     if not weights.is_file():
         raise ValueError(f"{path}: {WEIGHTS} is missing; {DESCRIPTION} is there")
+    base = Path(description.base or path)
+    if base.is_dir():  # else a hub name
+        check_weights(base)
     try:
         return description, load_file(weights)
     except SafetensorError as error:

@@ -39,9 +39,23 @@ from fmray.config import (
 )
 from fmray.config.arguments import add_overrides
 from fmray.config.yaml_file import dump_value
+from fmray.data.base_model import check_base, local_folder
+from fmray.data.loader import evaluation_samples
+from fmray.data.processor import load_processor
+from fmray.data.store import StoreSplit
 from fmray.fewshot import create_encoder
+from fmray.fewshot.encoders import check_files
 from fmray.runtime.cluster import check_answers
-from fmray.runtime.gpu_memory import CPU_RESERVE, GIB, GPU_RESERVE, Sizes, estimate, saved_bytes
+from fmray.runtime.files import check_weights
+from fmray.runtime.gpu_memory import (
+    CPU_RESERVE,
+    GIB,
+    GPU_RESERVE,
+    Sizes,
+    estimate,
+    estimate_evaluation,
+    saved_bytes,
+)
 from fmray.runtime.nodes import check_nodes
 from fmray.runtime.placement import (
     Finding,
@@ -235,7 +249,11 @@ def _plans(loaded: LoadedRecipe[PlansRecipe], machines: list[Machine]) -> Iterat
     yield Finding("ok", "a search for plans runs in one process; there is nothing to place")
     yield from _folders(recipe, {}, several_nodes=False)
     if is_adaptive(recipe.model):
-        yield Finding("ok", f"model: {recipe.model} is an adaptive model")
+        try:
+            check_weights(recipe.model)
+            yield Finding("ok", f"model: {recipe.model} is an adaptive model")
+        except ValueError as error:
+            yield Finding("FAIL", f"model: {error}")
     elif recipe.model.is_dir():
         yield Finding(
             "FAIL", f"model: {recipe.model} is no adaptive model (it has no adaptive.json)"
@@ -315,12 +333,33 @@ def _adallava_inputs(recipe: AdaLlavaRecipe, several_nodes: bool) -> Iterator[Fi
         )
     else:
         yield from _data("data.store", data.store, sources)
+    if _is_prepared(data.store):
+        yield _samples(recipe)
     if recipe.model.attention == "flash_attention_2" and find_spec("flash_attn") is None:
         yield Finding(
             "FAIL",
             "model.attention: flash_attention_2 needs the package flash-attn (or use sdpa)",
         )
+    yield from _base_model(recipe)
     yield from _adallava_memory(recipe, several_nodes)
+
+
+def _base_model(recipe: AdaLlavaRecipe) -> Iterator[Finding]:
+    """Check that the parts of the base model agree, and that it fits a prepared store."""
+    source, revision = recipe.model.source, recipe.model.revision
+    if source == "scratch":
+        return
+    if local_folder(source, revision) is None:
+        yield Finding("note", f"model.source: {source} is not on this machine; not checked")
+        return
+    try:
+        store = recipe.data.store
+        processor = load_processor(store / "processor") if _is_prepared(store) else None
+        check_base(source, revision, processor)
+    except ValueError as error:
+        yield Finding("FAIL", f"model.source: {error}")
+    else:
+        yield Finding("ok", f"model.source: config, processor and weights of {source} agree")
 
 
 def _fewshot_inputs(recipe: FewshotRecipe, several_nodes: bool) -> Iterator[Finding]:
@@ -333,6 +372,11 @@ def _fewshot_inputs(recipe: FewshotRecipe, several_nodes: bool) -> Iterator[Find
         yield from _data("images.store", images.store, sources)
     if checkpoint is not None and not checkpoint.exists():
         yield Finding("FAIL", f"encoder.checkpoint: {checkpoint} is missing")
+    else:
+        try:
+            check_files(recipe.encoder.name, checkpoint)
+        except ValueError as error:
+            yield Finding("FAIL", f"encoder: {error}")
     yield from _fewshot_memory(recipe, several_nodes)
 
 
@@ -346,6 +390,18 @@ def _data(key: str, store: Path, sources: dict[str, Path | None]) -> Iterator[Fi
         yield Finding("FAIL", f"{name}: {path} is missing")
     if not missing:
         yield Finding("note", f"{key}: {store} is empty; run jobs/prepare_data.py first")
+
+
+def _samples(recipe: AdaLlavaRecipe) -> Finding:
+    """Count the samples of a prepared store as training and evaluation do."""
+    data = recipe.data
+    try:
+        train, held_out = (StoreSplit(data.store, split) for split in ("train", "validation"))
+        training = train.samples(data.samples, data.max_length)
+        evaluation = evaluation_samples(held_out, recipe.train.eval_rows, data.max_length)
+    except (ValueError, OSError) as error:
+        return Finding("FAIL", f"data.store: {error}")
+    return Finding("ok", f"training on {training}; evaluation on {evaluation}")
 
 
 class _NeedsTasks(Exception):
@@ -400,6 +456,7 @@ def _adallava_memory(recipe: AdaLlavaRecipe, several_nodes: bool) -> Iterator[Fi
         several_nodes,
         lambda limit: _remedy(sizes, recipe, limit),
     )
+    yield _evaluation_memory(sizes, recipe)
     if memory.host:
         yield Finding("note", f"offloading takes {memory.host / GIB:.3g} GiB of the nodes' memory")
     # A new checkpoint is written before the oldest one is deleted.
@@ -411,6 +468,22 @@ def _adallava_memory(recipe: AdaLlavaRecipe, several_nodes: bool) -> Iterator[Fi
         f"checkpoints: {count} of {checkpoint / GIB:.3g} GiB, {free / GIB:.0f} GiB free"
         " in cluster.storage" + ("" if fits else "; lower train.keep_checkpoints"),
     )
+
+
+def _evaluation_memory(sizes: Sizes, recipe: AdaLlavaRecipe) -> Finding:
+    """Compare the memory of `jobs/evaluate.py` with that of its GPU or of the host."""
+    source, batch = Path(recipe.model.source), recipe.evaluate.batch
+    models = 2 if recipe.adaptive and source.is_dir() and not is_adaptive(source) else 1
+    memory = estimate_evaluation(sizes, recipe, models, batch)
+    text = f"memory of jobs/evaluate.py: {memory}"
+    limit = _gpu_memory(recipe.cluster) if recipe.cluster.gpus_per_worker else _host_memory()
+    if limit is None or memory.total <= limit:
+        return Finding("ok", text)
+    smaller = (batch >> shift for shift in range(1, batch.bit_length()))
+    fitting = (n for n in smaller if estimate_evaluation(sizes, recipe, models, n).total <= limit)
+    best = next(fitting, None)
+    hint = "a shorter data.max_length uses less" if best is None else f"evaluate.batch: {best} fits"
+    return Finding("note", f"{text} of {limit / GIB:.3g}; {hint}")
 
 
 def _fewshot_memory(recipe: FewshotRecipe, several_nodes: bool) -> Iterator[Finding]:

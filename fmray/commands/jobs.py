@@ -12,6 +12,7 @@ import importlib
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from fmray.config import AdaLlavaRecipe, BaseRecipe, LoadedRecipe, load
@@ -22,6 +23,7 @@ from fmray.errors import exit_code
 from fmray.runtime.console import open_log, say
 
 LOG = "log.txt"  # in the run's folder
+RAY_COPIES = "working_dir_files"  # Ray's folder for the working directories of submitted jobs
 
 #: action -> `--help` of its script
 ACTIONS = {
@@ -109,11 +111,22 @@ def _run(action: str, old_name: str | None) -> None:
     with open_log(log, verbose):
         # the imports, too, are not silent
         function = KINDS[loaded.recipe.kind].function(action)
+        _say_where(storage)
         if prepares:
             function(loaded)
         else:
             function(loaded, run_id)
         say(f"full log: {log}")
+
+
+def _say_where(storage: Path) -> None:
+    """Tell where the outputs are if they are in the copy of a working directory that Ray made."""
+    if not storage.is_absolute() and RAY_COPIES in Path.cwd().parts:
+        say(
+            f"cluster.storage: {storage} is relative, so the outputs of this Ray job are in"
+            f" {storage.absolute()} on this node, where another submission may not find them; use"
+            " the absolute path of a folder that all nodes see"
+        )
 
 
 def script_of(action: str) -> str:

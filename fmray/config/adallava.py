@@ -130,7 +130,10 @@ class DataConfig(Section):
     )
     rows_per_shard: int = Field(1024, ge=1)
     max_length: int = Field(
-        2048, ge=8, description="tokens; longer samples are cut at a turn, or count as bad rows"
+        2048,
+        ge=8,
+        description="tokens, in training and evaluation; answers that end later are left out, and"
+        " a row whose first answer does is a bad row",
     )
     samples: Literal["turn", "conversation"] = Field(
         "turn", description="one training sample per supervised turn, or per conversation"
@@ -167,7 +170,9 @@ class TrainConfig(Section):
     gradient_clip: float = Field(1.0, ge=0, description="0: off")
     gradient_checkpointing: bool = False
     eval_every: int | None = Field(None, ge=1, description="steps; default: at the end only")
-    eval_rows: int = Field(512, ge=1)
+    eval_rows: int = Field(
+        512, ge=1, description="first rows (conversations) of the validation split"
+    )
     eval_budgets: tuple[Share, ...] = Field((0.5, 0.75, 1.0), min_length=1)
     checkpoint_every: int | None = Field(None, ge=1, description="steps; default: at the end only")
     keep_checkpoints: int = Field(2, ge=1)
@@ -180,8 +185,10 @@ class EvaluateConfig(Section):
     plans: tuple[Literal["learned", "random", "static", "importance"], ...] = Field(
         ("learned", "random", "static"), min_length=1
     )
-    rows: int | None = Field(None, ge=1, description="default: all")
-    batch: int = Field(64, ge=1)
+    rows: int | None = Field(
+        None, ge=1, description="first rows (conversations) of the validation split; default: all"
+    )
+    batch: int = Field(64, ge=1, description="samples")
     calibration_rows: int = Field(
         512, ge=1, description="training rows that static plans are fitted on"
     )

@@ -57,6 +57,11 @@ class ImagesConfig(Section):
         {}, description="name -> source of its images"
     )
     on_bad_row: Literal["error", "skip"] = "error"
+    check_images: Literal["stat", "hash"] = Field(
+        "stat",
+        description="how prepare_data notices replaced files: by size and time, or by content, "
+        "which reads all of them",
+    )
     rows_per_group: int = Field(256, ge=1, description="images in a Parquet row group, at most")
     cache: Location | None = Field(
         None, description="node-local folder for the memory map; default: a folder in the store"

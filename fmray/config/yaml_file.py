@@ -372,6 +372,8 @@ def reason_of(mistake: ErrorDetails, secret: bool = False) -> str:
             return f"should be a mapping of keys{quoted}"
         case "string_pattern_mismatch":
             return f"should match {context['pattern']}{quoted}"
+        case "string_type" if isinstance(mistake.get("input"), (int, float)):
+            return f"should be text{quoted}; write it in quotes"
     expected = message.removeprefix("Input ")
     return f"{expected[0].lower()}{expected[1:]}{quoted}"
 

@@ -40,7 +40,7 @@ from fmray.data.image_shuffle import (
     sorted_runs,
     write_part,
 )
-from fmray.data.image_sources import Collection, Piece, find_collection, splits_table
+from fmray.data.image_sources import Collection, Piece, by_content, find_collection, splits_table
 from fmray.data.image_store import INDEX_SCHEMA, SPECIFICATION, SPLITS, ImageManifest
 from fmray.data.images import DECODER_VERSION, describe_changes
 from fmray.data.ray_tasks import run_tasks
@@ -85,6 +85,8 @@ def prepare_images(recipe: FewshotRecipe) -> ImageManifest:
         find_collection(name, config, recipe.seed, PORTION)
         for name, config in sorted(images.collections.items())
     ]
+    if images.check_images == "hash":
+        collections = [replace(c, pieces=by_content(c.pieces)) for c in collections]
     say(splits_table({c.name: (c.split_source, c.splits) for c in collections}))
     bad = [row for collection in collections for row in collection.bad]
     stop_at_bad_rows(store, bad, "images.on_bad_row", images.on_bad_row)
@@ -116,7 +118,7 @@ def prepare_images(recipe: FewshotRecipe) -> ImageManifest:
 def _key(collection: Collection, recipe: FewshotRecipe) -> str:
     """Return a hash of everything that decides the content of a collection.
 
-    Source files count by size and modification time.
+    Source files count by size and modification time, or by their content (`images.check_images`).
     """
     specification = collection.specification
     values = {

@@ -10,7 +10,8 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ from fmray.data.images import ImageError, decode_image
 from fmray.data.records import BadRow
 from fmray.data.tfrecord import parse_example, read_records
 from fmray.fewshot.specification import SPLIT_NAMES, DatasetSpecification
+from fmray.runtime.files import sha256
 
 HELD_OUT = 0.15  # share of the classes in val, and in test
 SPLIT_WORDS = {
@@ -36,6 +38,7 @@ SPLIT_WORDS = {
 }
 SUFFIXES = {".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp"}
 ROWS_AT_ONCE = 64  # rows of Parquet in memory
+HASH_THREADS = 16
 
 
 @dataclass(frozen=True)
@@ -45,7 +48,7 @@ class Piece:
     root: str  # the collection's path
     path: str
     bytes: int  # size of the images, about
-    changed: int  # modification time, ns
+    changed: int | str  # modification time, ns; or a hash, see `by_content`
     class_name: str | None = None  # of all its images; None if a column has it
     row_groups: tuple[int, int] | None = None  # of a Parquet file: begin, end
     class_id: int | None = None  # of a TFRecord file, by its specification
@@ -284,6 +287,14 @@ def _stamp(file: Path) -> tuple[str, int, int]:
     except OSError as error:
         raise ValueError(f"{file}: {error.strerror}") from error
     return str(file), stat.st_size, stat.st_mtime_ns
+
+
+def by_content(pieces: Sequence[Piece]) -> list[Piece]:
+    """Return the pieces with hashes of their files instead of modification times; reads them."""
+    files = sorted({piece.path for piece in pieces})
+    with ThreadPoolExecutor(HASH_THREADS) as pool:
+        hashes = dict(zip(files, pool.map(lambda file: sha256(Path(file)), files), strict=True))
+    return [replace(piece, changed=hashes[piece.path]) for piece in pieces]
 
 
 # --- Splits ---

@@ -32,15 +32,16 @@ import pyarrow.parquet as pq
 
 from fmray.config import AdaLlavaRecipe
 from fmray.data import shapes
+from fmray.data.base_model import check_base
 from fmray.data.images import DECODER_VERSION, ImageError, decode_image
 from fmray.data.processor import fingerprint, load_processor, scratch_processor
 from fmray.data.ray_tasks import run_tasks
 from fmray.data.records import (
     BAD_ROWS,
-    IMAGE_MARK,
     BadRow,
     encode,
     find_bad_rows,
+    find_control_token,
     image_tokens,
     read_records,
     record_id,
@@ -48,7 +49,7 @@ from fmray.data.records import (
 )
 from fmray.data.store import Manifest
 from fmray.runtime.console import say, track
-from fmray.runtime.files import atomic_folder, atomic_path, sha256
+from fmray.runtime.files import atomic_folder, atomic_path, find_file, sha256
 
 if TYPE_CHECKING:
     from transformers import ProcessorMixin
@@ -201,7 +202,7 @@ def _without_sizes(manifest: Manifest) -> Manifest:
 
 def _base_processor(recipe: AdaLlavaRecipe) -> ProcessorMixin:
     try:
-        return load_processor(recipe.model.source, recipe.model.revision)
+        return check_base(recipe.model.source, recipe.model.revision)
     except ValueError as error:
         raise ValueError(f"model.source: {error}") from error
 
@@ -233,7 +234,7 @@ def _plan_shards(
         for row, record in enumerate(source.records):
             split = name
             if "validation" not in sources and _is_held_out(
-                record_id(record), recipe.data.validation_share
+                row, record, recipe.data.validation_share
             ):
                 split = "validation"
             splits[split].append((row, None if row in bad else record))
@@ -269,10 +270,13 @@ def _plan_shards(
     return tasks
 
 
-def _is_held_out(name: str | None, share: float) -> bool:
-    """Decide by a hash of the id, so that all conversations about one image are in one split."""
-    if name is None:
-        return False
+def _is_held_out(row: int, record: Any, share: float) -> bool:
+    """Decide by a hash of the id, so that all conversations about one image are in one split.
+
+    Without an id, the image's name stands for it, and without an image the row number.
+    """
+    image = record.get("image") if isinstance(record, dict) else None
+    name = record_id(record) or (image if isinstance(image, str) else str(row))
     digest = hashlib.blake2b(name.encode("utf-8", "surrogatepass"), digest_size=4).digest()
     return int.from_bytes(digest, "big") < share * 2**32
 
@@ -333,9 +337,8 @@ def _stamps(folder: Path, names: Iterable[str], check: str) -> dict[str, str]:
     """
     names = list(names)
     with ThreadPoolExecutor(STAMP_THREADS) as pool:
-        return dict(
-            zip(names, pool.map(lambda name: _stamp(folder / name, check), names), strict=True)
-        )
+        stamps = pool.map(lambda name: _stamp(find_file(folder, name), check), names)
+        return dict(zip(names, stamps, strict=True))
 
 
 def _stamp(path: Path, check: str) -> str:
@@ -500,12 +503,12 @@ def _check(
 
     Counts what decoding changed in its image.
     """
-    token = getattr(processor, "image_token", IMAGE_MARK)
-    if token != IMAGE_MARK and any(token in turn["value"] for turn in record["conversations"]):
-        return f"the text contains {token!r}, which the processor reserves for images"
+    control = find_control_token(processor, record["conversations"])
+    if control is not None:
+        return control
     image, size = None, None
     if record.get("image") is not None:
-        path = Path(task.image_folder, record["image"])
+        path = find_file(Path(task.image_folder), record["image"])
         try:
             image = path.read_bytes()
         except OSError as error:  # missing, not readable, a folder, a name that is too long
@@ -527,7 +530,7 @@ def _check(
             f"data.max_length is {task.max_length}"
         )
     return {
-        "id": record_id(record),
+        "id": record_id(record) or str(row),
         "image": image,
         "conversations": [
             {"from": turn["from"], "value": turn["value"]} for turn in record["conversations"]

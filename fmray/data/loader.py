@@ -23,7 +23,7 @@ import torch
 
 from fmray.data.images import decode_image
 from fmray.data.records import Encoded, encode
-from fmray.data.store import CACHE_BYTES, StoreSplit
+from fmray.data.store import CACHE_BYTES, Samples, StoreSplit
 
 if TYPE_CHECKING:
     from transformers import ProcessorMixin
@@ -196,10 +196,9 @@ class Collator:
         ]
         tokenizer = self.processor.tokenizer
 
-        # pad to the longest; without a padding token any other will do, since it is masked
-        pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+        # pad to the longest
         shape = (len(samples), max(len(ids) for ids, _ in samples))
-        batch_ids = np.full(shape, pad, dtype=np.int64)
+        batch_ids = np.full(shape, tokenizer.pad_token_id, dtype=np.int64)
         labels = np.full(shape, IGNORED, dtype=np.int64)
         mask = np.zeros(shape, dtype=np.int64)
         for index, (ids, targets) in enumerate(samples):
@@ -275,6 +274,8 @@ class Collator:
 class InstructionLoader:
     """Training batches of one rank."""
 
+    #: what it trains on
+    samples: Samples
     #: micro batches in a step
     passes: int
     #: how long the consumer has waited for batches so far
@@ -318,18 +319,18 @@ class InstructionLoader:
         self.rank, self.world_size = rank, world_size
         self.micro_batch, self.threads, self.prefetch = micro_batch, threads, prefetch
         self._split = StoreSplit(store, split, CACHE_BYTES // world_size)
-        self._samples = self._split.samples(samples, max_length)
-        if len(self._samples.row) < global_batch:
+        self.samples = self._split.samples(samples, max_length)
+        if len(self.samples.row) < global_batch:
             raise ValueError(
-                f"{store}: {len(self._samples.row)} {split} samples of at most {max_length} tokens "
+                f"{store}: {len(self.samples.row)} {split} samples of at most {max_length} tokens "
                 f"are less than one train.global_batch of {global_batch}"
             )
         self._schedule = Schedule(
-            self._samples.length,
-            self._samples.group,
+            self.samples.length,
+            self.samples.group,
             global_batch,
             seed,
-            sample_bytes=self._split.bytes / len(self._samples.row),
+            sample_bytes=self._split.bytes / len(self.samples.row),
         )
         self.passes = passes_of(global_batch, micro_batch, world_size)
         self._collate = Collator(self._split, processor, samples)
@@ -363,7 +364,7 @@ class InstructionLoader:
 
     def _step(self, samples: np.ndarray) -> list[Batch]:
         pieces = np.split(samples, range(self.micro_batch, len(samples), self.micro_batch))
-        batches = [self._collate(self._samples.row[p], self._samples.turn[p]) for p in pieces]
+        batches = [self._collate(self.samples.row[p], self.samples.turn[p]) for p in pieces]
         return batches + [replace(batches[0], filler=True)] * (self.passes - len(batches))
 
     def _wait(self, future: Future[list[Batch]]) -> list[Batch]:
@@ -374,6 +375,27 @@ class InstructionLoader:
             self.wait_seconds += time.perf_counter() - start
 
 
+def evaluation_samples(
+    split: StoreSplit, rows: int | None = None, max_length: int | None = None
+) -> Samples:
+    """Return what an evaluation scores: each answer that training could learn from.
+
+    Args:
+        rows: of the first so many rows; default: of all.
+        max_length: `data.max_length`; default: that of the store.
+
+    Raises:
+        ValueError: no answer is short enough.
+    """
+    samples = split.samples("turn", max_length, rows)
+    if not len(samples.row):
+        raise ValueError(
+            f"{split.files[0].parent}: all {samples.left_out} answers to evaluate are longer than "
+            f"data.max_length ({samples.max_length} tokens); raise it, or evaluate more rows"
+        )
+    return samples
+
+
 def evaluation_batches(
     store: Path,
     split: str,
@@ -382,15 +404,16 @@ def evaluation_batches(
     rows: int | None = None,
     rank: int = 0,
     world_size: int = 1,
+    max_length: int | None = None,
 ) -> Iterator[Batch]:
-    """Yield a rank's batches, in store order, with one sample per answer of the first `rows` rows.
+    """Yield a rank's batches of `evaluation_samples`, in store order.
 
     Batch i goes to rank i modulo world size. Every rank gets the same number of batches, so that
     collectives stay in step: the last ones may be `filler`.
     """
     source = StoreSplit(store, split)
-    samples = source.samples("turn", max_length=2**31)
-    count = len(samples.row) if rows is None else int(np.searchsorted(samples.row, rows))
+    samples = evaluation_samples(source, rows, max_length)
+    count = len(samples.row)
     collate = Collator(source, processor, "turn")
     starts = range(0, count, batch)
     for round_start in range(0, len(starts), world_size):

@@ -92,11 +92,25 @@ def scratch_processor(texts: Iterable[str], model: ScratchConfig) -> LlavaProces
     )
 
 
+def unknown_token(processor: ProcessorMixin) -> int | None:
+    """Return the id of the token that words outside the vocabulary become.
+
+    None if there is none, or if it also ends answers, as GPT-2's does: byte-level tokenizers, which
+    know every text, name some token.
+    """
+    tokenizer = processor.tokenizer
+    return None if tokenizer.unk_token_id == tokenizer.eos_token_id else tokenizer.unk_token_id
+
+
 def load_processor(source: str | Path, revision: str | None = None) -> ProcessorMixin:
     """Load the processor of a model from a directory or the hub.
 
+    A tokenizer without padding token, such as Llama 3's, pads with its end-of-sequence token:
+    padding is masked and has no loss, so any token will do.
+
     Raises:
-        ValueError: there is none, or it lacks a tokenizer, an image processor or a chat template.
+        ValueError: there is none, or it lacks a tokenizer, an image processor, a chat template or
+            an end-of-sequence token.
     """
     try:
         processor = AutoProcessor.from_pretrained(str(source), revision=revision)
@@ -109,6 +123,14 @@ def load_processor(source: str | Path, revision: str | None = None) -> Processor
             raise ValueError(
                 f"{source}: its processor has no {needed}; a vision-language chat model is needed"
             )
+    tokenizer = processor.tokenizer
+    if tokenizer.eos_token is None:
+        raise ValueError(
+            f"{source}: its tokenizer has no end-of-sequence token, which ends every answer; set"
+            " eos_token in tokenizer_config.json"
+        )
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
     return processor
 
 

@@ -1,6 +1,7 @@
 """LLaVA records: read them, check them, and encode their conversations as tokens.
 
-A record is a JSON object `{id, image, conversations, tags}` from a file that somebody else wrote.
+A record is a JSON object `{id, image, conversations, tags}` from a file that somebody else wrote;
+only `conversations` must be there. Keys that nothing reads are counted (`unused_keys`).
 Only a file that cannot be read at all is an error; a bad record becomes a `BadRow` with a reason
 that a person can act on, and no record makes the reader crash.
 
@@ -15,20 +16,25 @@ import hashlib
 import json
 import re
 import weakref
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from fmray.runtime.files import write_atomic
+from fmray.runtime.files import check_content, kind_of, write_atomic
 
 if TYPE_CHECKING:
     from transformers import ProcessorMixin
 
 BAD_ROWS = "bad_rows.jsonl"
 ROLES = {"human": "user", "gpt": "assistant"}
+KEYS, TURN_KEYS = {"id", "image", "conversations", "tags"}, {"from", "value"}
+# media that other tools' formats have; a record that holds one cannot be learned without it
+MEDIA_KEYS = ("images", "video", "videos", "audio", "audios", "speech", "sound")
+EMPTY: tuple[Any, ...] = (None, "", [], {})
 IMAGE_MARK = "<image>"  # LLaVA's, in the first human turn, whatever the processor's own token is
 LONE_SURROGATE = re.compile("[\ud800-\udfff]")  # valid in JSON, cannot be encoded as UTF-8
 
@@ -93,11 +99,17 @@ def read_records(path: Path) -> list[Any]:
     A JSONL line that is not valid JSON becomes an `Unreadable`, so that it can be skipped.
 
     Raises:
-        ValueError: the file is missing, empty, not UTF-8, or an array that is not valid JSON (with
-            line, column and character).
+        ValueError: the file is missing, empty, of another kind (compressed, Parquet, UTF-16, an
+            object that holds the list), or an array that is not valid JSON (with line, column and
+            character).
     """
     if not path.is_file():
         raise ValueError(f"{path}: no such file; name a LLaVA JSON or JSONL file")
+    check_content(path)
+    with path.open("rb") as file:
+        kind = kind_of(file.read(512))
+    if kind is not None:
+        raise ValueError(f"{path}: should be JSON or JSONL, is {kind}")
     try:
         text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
@@ -112,11 +124,32 @@ def read_records(path: Path) -> list[Any]:
     else:
         lines = enumerate(text.split("\n"), start=1)
         records = [_read_line(line, number) for number, line in lines if line.strip()]
+        fault = _fault_of_lines(text, records)
+        if fault is not None:
+            raise ValueError(f"{path}: {fault}")
     if not records:
         raise ValueError(
             f"{path}: contains no records; should be objects with id, image and conversations"
         )
     return records
+
+
+def _fault_of_lines(text: str, records: list[Any]) -> str | None:
+    """Return why a file with one JSON value per line cannot be JSONL; None if it can."""
+    if len(records) != 1 and not (records and isinstance(records[0], Unreadable)):
+        return None
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError):
+        unreadable = [record.reason for record in records if isinstance(record, Unreadable)]
+        return unreadable[0] if len(unreadable) == len(records) else None
+    if not isinstance(value, dict):
+        return None
+    for key, inner in value.items():
+        records_in = isinstance(inner, list) and inner and isinstance(inner[0], dict)
+        if records_in and "conversations" not in value:
+            return f"an object that holds its {len(inner)} records in {key!r}; should be that list"
+    return None if len(records) == 1 else "an object over several lines; should be a list"
 
 
 def _read_line(line: str, number: int) -> Any:
@@ -151,6 +184,24 @@ def find_bad_rows(file: Path, records: list[Any]) -> list[BadRow]:
     return bad
 
 
+def unused_keys(records: Iterable[dict[str, Any]]) -> dict[str, int]:
+    """Return keys of good records that nothing reads, with the number of records that have them.
+
+    A key of a turn is written `conversations.KEY`; a key without content does not count.
+    """
+    counts: Counter[str] = Counter()
+    for record in records:
+        keys = {key for key, value in record.items() if key not in KEYS and value not in EMPTY}
+        for turn in record["conversations"]:
+            keys |= {
+                f"conversations.{key}"
+                for key, value in turn.items()
+                if key not in TURN_KEYS and value not in EMPTY
+            }
+        counts.update(keys)
+    return dict(sorted(counts.items()))
+
+
 def record_id(record: Any) -> str | None:
     """Return the id of a record as text, or None if it has no valid id."""
     value = record.get("id") if isinstance(record, dict) else None
@@ -165,8 +216,14 @@ def check_record(record: Any) -> str | None:
         return record.reason
     if not isinstance(record, dict):
         return f"not an object but {_kind(record)}; should be {{id, image, conversations}}"
-    if record_id(record) is None:
-        return "no id; should be a string or an integer"
+    if record.get("id") is not None and record_id(record) is None:
+        return f"id is {_kind(record['id'])}; should be text or an integer, or left out"
+    conversation = record.get("conversations")
+    if not isinstance(conversation, list) or not conversation:
+        return "conversations is empty or missing; should be a list of human and gpt turns"
+    for key in MEDIA_KEYS:
+        if record.get(key) not in EMPTY:
+            return f"{key} is not supported; a record may have one image, in `image`"
     image = record.get("image")
     if image is not None:
         if not isinstance(image, str) or not image:
@@ -175,9 +232,6 @@ def check_record(record: Any) -> str | None:
             return f"image {image!r} is not a file name"
         if PurePosixPath(image).is_absolute() or ".." in PurePosixPath(image).parts:
             return f"image {image!r} is not a path inside the image folder"
-    conversation = record.get("conversations")
-    if not isinstance(conversation, list) or not conversation:
-        return "conversations is empty or missing; should be a list of human and gpt turns"
     return _check_turns(conversation, image) or _check_tags(
         record.get("tags"), len(conversation) // 2
     )
@@ -194,6 +248,8 @@ def _check_turns(conversation: list[Any], image: str | None) -> str | None:
         if not isinstance(value, str):
             return f"turn {index}: value is {_kind(value)}; should be text"
         expected = ("human", "gpt")[index % 2]
+        if sender != expected and index == 0:
+            return "the first turn is from gpt; should be a question from human (delete that turn)"
         if sender != expected:
             return f"wrong turn order: turn {index} is from {sender}, should be {expected}"
         if sender == "gpt" and not value.strip():
@@ -272,6 +328,31 @@ def image_tokens(processor: ProcessorMixin, size: tuple[int, int]) -> int:
     )
 
 
+@functools.lru_cache(maxsize=8)
+def control_tokens(processor: ProcessorMixin) -> list[str]:
+    """Return the tokens that a text must not contain, since they stand for more than their letters.
+
+    Shorter ones than three characters cannot be told from ordinary text.
+    """
+    tokenizer = processor.tokenizer
+    added = tokenizer.added_tokens_decoder.values()
+    tokens = {*tokenizer.all_special_tokens, *(str(token) for token in added if token.special)}
+    tokens |= {getattr(processor, name, None) or "" for name in ("image_token", "video_token")}
+    return sorted(token for token in tokens if len(token.strip()) >= 3)
+
+
+def find_control_token(
+    processor: ProcessorMixin, conversation: Sequence[dict[str, str]]
+) -> str | None:
+    """Return why the texts of a conversation cannot be learned: a control token; None if none."""
+    for turn, message in enumerate(chat_messages(conversation)):
+        text = message["content"][-1]["text"]
+        for token in control_tokens(processor):
+            if token in text:
+                return f"turn {turn} contains {token!r}, a control token of the model"
+    return None
+
+
 def chat_messages(conversation: Sequence[dict[str, str]]) -> list[dict[str, Any]]:
     """Convert a checked LLaVA conversation to transformers chat messages.
 
@@ -334,11 +415,14 @@ def _render(
     """Return the text of a conversation, and the characters [start, end) of each answer in it."""
     tokenizer = processor.tokenizer
     text, spans = "", []
-    for prompt, answer in _pieces(processor, messages):
+    texts = [m["content"][-1]["text"] for m in messages if m["role"] == "assistant"]
+    for (prompt, answer), said in zip(_pieces(processor, messages), texts, strict=True):
         text += prompt
         start = len(text) + len(answer) - len(answer.lstrip())
         stripped = answer.rstrip()
-        if any(stripped.endswith(token) for token in tokenizer.all_special_tokens):
+        # what the template wrote after the answer's text, which may itself end in a special token
+        end = stripped[stripped.find(said) + len(said) :] if said in stripped else stripped
+        if any(end.endswith(token) for token in tokenizer.all_special_tokens):
             spans.append((start, len(text) + len(stripped)))
             text += answer
         else:

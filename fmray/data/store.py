@@ -23,6 +23,7 @@ from fmray.data.images import describe_changes
 from fmray.runtime.files import sha256, write_json
 
 CACHE_BYTES = 3 * 2**30  # of row groups kept in memory
+NO_LIMIT = 2**31 - 1  # tokens of a sample
 
 
 @dataclass(frozen=True)
@@ -106,6 +107,15 @@ class Samples:
     turn: np.ndarray  # [n] last answer of the row that belongs to the sample
     length: np.ndarray  # [n] tokens
     group: np.ndarray  # [n] row group, counted over all parts
+    max_length: int  # tokens
+    left_out: int  # answers that end after so many tokens
+
+    def __str__(self) -> str:
+        text = f"{_number(len(self.row), 'sample')} of {_number(len(np.unique(self.row)), 'row')}"
+        if self.left_out:
+            answers = _number(self.left_out, "answer")
+            text += f" ({answers} of more than {self.max_length} tokens left out)"
+        return text
 
 
 class StoreSplit:
@@ -117,7 +127,8 @@ class StoreSplit:
         Raises:
             ValueError: the store is incomplete or has no such split.
         """
-        counts = Manifest.read(store).counts
+        manifest = Manifest.read(store)
+        counts, self.max_length = manifest.counts, manifest.settings.get("max_length", NO_LIMIT)
         if split not in counts:
             raise ValueError(f"{store}: no split {split!r}, only {', '.join(counts)}")
         shards = range(counts[split]["shards"])
@@ -155,23 +166,29 @@ class StoreSplit:
         code = int(self._tag_codes[self.first_answer[row] + turn])
         return None if code < 0 else self.tags[code]
 
-    def samples(self, kind: str, max_length: int) -> Samples:
-        """Return all samples of at most `max_length` tokens.
+    def samples(self, kind: str, max_length: int | None = None, rows: int | None = None) -> Samples:
+        """Return the samples of at most `max_length` tokens, for training and for evaluation.
 
         Args:
             kind: "turn" for one sample per answer, "conversation" for one per row. A conversation
                 that is too long ends with the last answer that fits.
+            max_length: default: that of the store.
+            rows: of the first so many rows; default: of all.
         """
-        row = np.repeat(np.arange(len(self)), self.turns)
+        max_length = self.max_length if max_length is None else max_length
+        count = len(self) if rows is None else min(rows, len(self))
+        row = np.repeat(np.arange(count), self.turns[:count])
         turn = np.arange(len(row)) - self.first_answer[row]
-        fits = self.turn_tokens <= max_length
+        tokens = self.turn_tokens[: len(row)]
+        fits = tokens <= max_length
+        left_out = int((~fits).sum())
         if kind == "conversation":
             # lengths grow along a row: the last answer that fits is followed by one that does not
             next_fits = np.append(fits[1:], False) & (np.append(row[1:], -1) == row)
             fits &= ~next_fits
-        row, turn, length = row[fits], turn[fits], self.turn_tokens[fits]
+        row, turn, length = row[fits], turn[fits], tokens[fits]
         group = np.searchsorted(self.group_start, row, side="right") - 1
-        return Samples(row, turn, length, group)
+        return Samples(row, turn, length, group, max_length, left_out)
 
     def image(self, row: int) -> bytes | None:
         """Return the encoded image of a row; None if it is text only."""
@@ -204,6 +221,10 @@ class StoreSplit:
                 _, dropped = self._cache.popitem(last=False)
                 self._cached_bytes -= dropped.nbytes
             return table
+
+
+def _number(count: int, noun: str) -> str:
+    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
 
 
 def _tag_codes(rows: list[list[str] | None], turns: np.ndarray) -> tuple[list[str], np.ndarray]:

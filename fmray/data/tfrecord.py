@@ -178,8 +178,10 @@ def _varint(data: bytes | memoryview, at: int) -> tuple[int, int]:
         byte = data[at + position]
         value |= (byte & 0x7F) << 7 * position
         if byte < 0x80:
+            if value >> 64:
+                break
             return value, at + position + 1
-    raise ValueError("not a protobuf message: a number does not end")
+    raise ValueError("not a protobuf message: a number does not end within 64 bits")
 
 
 def _encoded(value: int) -> bytes:

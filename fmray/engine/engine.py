@@ -126,10 +126,11 @@ class Engine:
         """Add a request; a later step runs its prefill.
 
         Raises:
-            ValueError: the request cannot start now (see `can_start`), its id is in use, or its
-                plan or number of units does not fit the model.
+            ValueError: the request cannot start now (see `can_start`), its id is in use, its plan
+                or number of units does not fit the model, or it holds a video.
         """
         units = self.model.layout.num_units
+        self.model.backbone.check_inputs(request.inputs)
         if request.id in self._rows:
             raise ValueError(f"request {request.id!r} is running already")
         if request.units_on > units:

@@ -6,11 +6,14 @@ the last bits of the logits, which a matrix product of another size may change).
 
 from __future__ import annotations
 
+import functools
+import re
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from fmray.adallava.token_sampling import sample_rows
 from fmray.engine.requests import Sampling
@@ -94,8 +97,13 @@ class TextStream:
         if self._tokenizer is None or self.stopped:
             return ""
         before = self._decode(self._ids[self._start : self._read])
-        after = self._decode(self._ids[self._start :])
-        return self._release(after[len(before) :].rstrip(_INCOMPLETE), last=True)
+        rest = self._decode(self._ids[self._start :])[len(before) :]
+        if rest.endswith(_INCOMPLETE):
+            # what the model itself wrote as U+FFFD stays
+            complete = _bytes_of(self._tokenizer, self._ids[self._read :]).decode(errors="ignore")
+            written = len(complete) - len(complete.rstrip(_INCOMPLETE))
+            rest = rest.rstrip(_INCOMPLETE) + written * _INCOMPLETE
+        return self._release(rest, last=True)
 
     def _decode(self, ids: list[int]) -> str:
         if not ids:
@@ -114,6 +122,26 @@ class TextStream:
         keep = 0 if last else max((_overlap(text, stop) for stop in self._stop), default=0)
         self._held = text[len(text) - keep :]
         return text[: len(text) - keep]
+
+
+def _bytes_of(tokenizer: Any, ids: list[int]) -> bytes:
+    """Return the bytes that tokens stand for, special ones left out."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    letters = _byte_letters() if "ByteLevel" in str(getattr(backend, "decoder", "")) else {}
+    parts = []
+    for token in tokenizer.convert_ids_to_tokens(ids, skip_special_tokens=True):
+        fallback = re.fullmatch("<0x([0-9A-F]{2})>", token)  # SentencePiece's form of a byte
+        if fallback:
+            parts.append(bytes.fromhex(fallback[1]))
+        else:
+            parts.append(b"".join(letters.get(letter, letter.encode()) for letter in token))
+    return b"".join(parts)
+
+
+@functools.cache
+def _byte_letters() -> dict[str, bytes]:
+    """Return the letter -> byte table of byte-level BPE (GPT-2's)."""
+    return {letter: bytes([byte]) for byte, letter in bytes_to_unicode().items()}
 
 
 def _overlap(text: str, stop: str) -> int:

@@ -29,7 +29,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional
 
-from fmray.runtime.files import atomic_path, write_json
+from fmray.runtime.files import atomic_path, check_weights, write_json
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 DESCRIPTION, WEIGHTS, FORMAT = "encoder.json", "model.safetensors", 1
@@ -206,12 +206,11 @@ def create_encoder(
         raise ValueError(
             f"encoder {name!r}: write timm/NAME, clip/NAME, hf/NAME, small/vit or small/conv"
         )
+    check_files(name, checkpoint)
     if checkpoint is not None and Path(checkpoint).is_dir():
         encoder = _load_saved(name, Path(checkpoint))
     else:
         file = None if checkpoint is None else Path(checkpoint)
-        if file is not None and not file.is_file():
-            raise ValueError(f"checkpoint {file}: no such file or folder")
         if file is not None and kind != "timm":
             raise ValueError(
                 f"checkpoint {file}: {name} needs a folder that fmray saved, not a file"
@@ -228,6 +227,19 @@ def create_encoder(
     if image_size is not None and image_size != encoder.preprocess.size:
         encoder.resize(encoder.preprocess.resized(image_size))
     return encoder.eval()
+
+
+def check_files(name: str, checkpoint: str | Path | None) -> None:
+    """Check the files that `create_encoder` would load, without reading weights.
+
+    Raises:
+        ValueError: a file is missing, cut, or something else than weights.
+    """
+    if checkpoint is not None and not Path(checkpoint).exists():
+        raise ValueError(f"checkpoint {checkpoint}: no such file or folder")
+    folder = checkpoint or name.partition("/")[2]
+    if folder and Path(folder).exists():
+        check_weights(Path(folder))
 
 
 # --- Builders, one per library ---

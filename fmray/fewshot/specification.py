@@ -15,6 +15,7 @@ import numpy as np
 
 SPLIT_NAMES = {"train": "TRAIN", "val": "VALID", "test": "TEST"}
 MIN_LEAVES, MAX_LEAVES = 5, 392  # classes below a WordNet node that episodes are drawn from
+MAX_COUNT = 10**8  # classes of a data set, images of a class
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,7 @@ class DatasetSpecification:
             values = json.loads(path.read_text())
         except OSError as error:
             raise ValueError(f"{path}: {error.strerror}; name a dataset_spec.json") from error
-        except ValueError as error:  # not JSON, not UTF-8
+        except (ValueError, RecursionError) as error:  # not JSON, not UTF-8
             raise ValueError(f"{path}: not JSON: {error}") from error
         readers = {
             "DatasetSpecification": _flat,
@@ -47,10 +48,12 @@ class DatasetSpecification:
             "HierarchicalDatasetSpecification": _graph,
         }
         kind = values.get("__class__") if isinstance(values, dict) else None
-        if kind not in readers:
+        if not isinstance(kind, str) or kind not in readers:
             raise ValueError(f"{path}: __class__ is {kind!r}; should be {' or '.join(readers)}")
         try:
             names = _by_id(values["class_names"])
+            if not all(isinstance(name, str) for name in names):
+                raise ValueError("class_names should be texts")
             for number, name in enumerate(names):
                 if names.index(name) < number:
                     raise ValueError(
@@ -63,8 +66,10 @@ class DatasetSpecification:
                     f"the splits have {count} classes, class_names {len(names)},"
                     f" images_per_class {len(images)}"
                 )
-            pattern = values["file_pattern"]
-            return cls(values["name"], names, images, pattern, classes, groups)
+            name, pattern = values["name"], values["file_pattern"]
+            if not isinstance(name, str) or not isinstance(pattern, str):
+                raise ValueError(f"name {name!r} and file_pattern {pattern!r} should be texts")
+            return cls(name, names, images, pattern, classes, groups)
         except KeyError as error:
             raise ValueError(f"{path}: {error} is missing") from error
         except (ValueError, TypeError, AttributeError) as error:  # such as a list for a mapping
@@ -92,7 +97,7 @@ def _by_id(values: dict[str, Any]) -> tuple[Any, ...]:
 
 def _consecutive(counts: dict[str, int]) -> dict[str, np.ndarray]:
     """Number ids through train, val and test."""
-    sizes = [counts[name] for name in SPLIT_NAMES.values()]
+    sizes = [_count(counts[name]) for name in SPLIT_NAMES.values()]
     ends = np.cumsum(sizes)
     return {
         split: np.arange(end - size, end)
@@ -100,17 +105,24 @@ def _consecutive(counts: dict[str, int]) -> dict[str, np.ndarray]:
     }
 
 
+def _count(value: Any) -> int:
+    if type(value) is not int or not 0 <= value <= MAX_COUNT:
+        raise ValueError(f"{value!r} is not a number of classes or images")
+    return value
+
+
 # Each reader returns (class ids by split, groups by split or None, images by class id).
 
 
 def _flat(values: dict[str, Any], names: tuple[str, ...]) -> tuple[Any, None, tuple[int, ...]]:
     """Read a specification without groups."""
-    return _consecutive(values["classes_per_split"]), None, _by_id(values["images_per_class"])
+    images = tuple(map(_count, _by_id(values["images_per_class"])))
+    return _consecutive(values["classes_per_split"]), None, images
 
 
 def _two_levels(values: dict[str, Any], names: tuple[str, ...]) -> tuple[Any, Any, tuple[int, ...]]:
     """Read Omniglot's: superclasses are split, and classes are numbered through them."""
-    sizes = _by_id(values["classes_per_superclass"])
+    sizes = [_count(size) for size in _by_id(values["classes_per_superclass"])]
     ends = np.cumsum(sizes)
     members = [np.arange(end - size, end) for size, end in zip(sizes, ends, strict=True)]
     groups = {
@@ -119,7 +131,7 @@ def _two_levels(values: dict[str, Any], names: tuple[str, ...]) -> tuple[Any, An
     }
     empty = np.empty(0, dtype=np.int64)
     classes = {split: np.concatenate([empty, *parts]) for split, parts in groups.items()}
-    return classes, groups, _by_id(values["images_per_class"])
+    return classes, groups, tuple(map(_count, _by_id(values["images_per_class"])))
 
 
 def _graph(values: dict[str, Any], names: tuple[str, ...]) -> tuple[Any, Any, tuple[int, ...]]:
@@ -140,7 +152,7 @@ def _graph(values: dict[str, Any], names: tuple[str, ...]) -> tuple[Any, Any, tu
             if MIN_LEAVES <= len(leaves[node]) <= MAX_LEAVES
         ]
         counts = values["images_per_class"][key]
-        images |= {int(number): counts[names[number]] for number in classes[split]}
+        images |= {int(number): _count(counts[names[number]]) for number in classes[split]}
     return classes, groups, tuple(images[number] for number in sorted(images))
 
 

@@ -116,6 +116,26 @@ def estimate(sizes: Sizes, recipe: AdaLlavaRecipe) -> Memory:
     return Memory(parameters, gradients, optimizer, tokens * saved, logits, reserve, host)
 
 
+def estimate_evaluation(sizes: Sizes, recipe: AdaLlavaRecipe, models: int, batch: int) -> Memory:
+    """Return the memory of `jobs/evaluate.py`: one process, no gradients.
+
+    The batch has samples of `data.max_length` tokens. An evaluation during training has no more
+    tokens than a step, so it needs less than that.
+
+    Args:
+        models: in memory; 2 with the base model that it compares with.
+        batch: samples, `evaluate.batch`.
+    """
+    width, length = 2 if recipe.model.dtype == "bfloat16" else 4, recipe.data.max_length
+    # One layer at a time; logits, their float32 copy and the log-softmax.
+    layer = layer_activations(sizes, width, length, recipe.model.attention == "eager")
+    activations = batch * length * (layer + width * sizes.hidden)
+    logits = batch * length * sizes.vocabulary * (width + 8)
+    reserve = GPU_RESERVE if recipe.cluster.gpus_per_worker else CPU_RESERVE
+    parameters = float(models * width * sizes.parameters)
+    return Memory(parameters, 0.0, 0.0, activations, logits, reserve)
+
+
 def layer_activations(sizes: Sizes, width: int, length: int, eager: bool) -> int:
     """Return the bytes that a decoder layer saves per token for its backward pass.
 

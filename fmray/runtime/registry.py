@@ -228,9 +228,11 @@ def production(config: TrackingConfig, storage: Path, name: str) -> Path:
         if source.startswith("file:"):
             directory = Path(url2pathname(urlsplit(source).path))
             if not directory.is_dir():
+                run = version.tags.get(RUN_ID_TAG, "RUN")
                 raise ValueError(
                     f"model {name!r} version {version.version}: its directory {directory} is"
-                    " missing; register it again"
+                    f" missing; if the run was moved, `fmray models register {run} {name} --storage"
+                    f" {storage}`, with the folder that has the run, registers it where it is"
                 )
             return directory
         # the creation time distinguishes equal versions of different servers

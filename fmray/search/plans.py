@@ -30,7 +30,7 @@ from fmray.adallava.store import WEIGHTS
 from fmray.config import LoadedRecipe
 from fmray.config.search import PlansRecipe
 from fmray.data.loader import Batch, evaluation_batches
-from fmray.data.processor import load_processor
+from fmray.data.processor import load_processor, unknown_token
 from fmray.data.store import Manifest
 from fmray.runtime import tracking
 from fmray.runtime.console import changed_settings, say
@@ -84,18 +84,24 @@ class PlanAnswers:
     """
 
     def __init__(
-        self, path: Path, model: AdaptiveVLM, batches: Sequence[Batch], origin: Mapping[str, Any]
+        self,
+        path: Path,
+        model: AdaptiveVLM,
+        batches: Sequence[Batch],
+        origin: Mapping[str, Any],
+        unknown: int | None = None,
     ) -> None:
         """Read the answers that the file `path` already has.
 
         Args:
             path: JSON lines: `origin`, then one line per batch and plan.
             origin: what the answers depend on (model, questions).
+            unknown: see `score_answers`.
 
         Raises:
             ValueError: the file has another origin.
         """
-        self._path, self._model, self._batches = path, model, batches
+        self._path, self._model, self._batches, self._unknown = path, model, batches, unknown
         self._starts = list(accumulate((len(batch.rows) for batch in batches[:-1]), initial=0))
         self.tags = np.array([tag for batch in batches for tag in batch.tags], dtype=object)
         # by `plan_digits`, [Q]
@@ -136,7 +142,7 @@ class PlanAnswers:
             parameter = next(self._model.parameters())
             inputs = model_inputs(batch, parameter.dtype, parameter.device)
             for index, logits in self._model.logits_under(plans[missing], **inputs):
-                _, correct, _, loss = score_answers(logits, inputs["labels"])
+                _, correct, _, loss = score_answers(logits, inputs["labels"], self._unknown)
                 line = {"plan": keys[missing[index]], "first": start}
                 line |= {"correct": correct.int().tolist(), "loss": loss.tolist()}
                 append_line(self._path, line)
@@ -188,7 +194,8 @@ def search_plans(loaded: LoadedRecipe[PlansRecipe], run_id: str) -> PlansResult:
     )
     held_out = evaluation_batches(recipe.store, "validation", processor, recipe.batch, recipe.rows)
     run_dir.mkdir(parents=True, exist_ok=True)
-    answers = PlanAnswers(run_dir / "answers.jsonl", model, calibration, origin)
+    unknown = unknown_token(processor)
+    answers = PlanAnswers(run_dir / "answers.jsonl", model, calibration, origin, unknown)
     write_atomic(run_dir / "recipe.yaml", loaded.dump())
     say(changed_settings(loaded, run_dir / "recipe.yaml"))
 
@@ -207,7 +214,7 @@ def search_plans(loaded: LoadedRecipe[PlansRecipe], run_id: str) -> PlansResult:
         sources = _plan_sources(plans, importance.mean(1))
         out = run_dir / "evaluation"
         names = row_ids(recipe.store)
-        report = measure(model, model, sources, recipe.budgets, held_out, names, out)
+        report = measure(model, model, sources, recipe.budgets, held_out, names, out, unknown)
         run.log(0, **{f"evaluate/{p.plans}/{p.budget:g}": p.accuracy for p in report.points})
         for path in (out, run_dir / "plans.json"):
             run.artifact(path)

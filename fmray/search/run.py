@@ -56,6 +56,7 @@ from fmray.train import resume
 from fmray.train.checkpoint import flatten_settings
 from fmray.train.fewshot.encoder import load_encoder
 from fmray.train.fewshot.select import EmbeddedTasks, embed_tasks
+from fmray.train.launch import check_model
 
 #: settings that may change when a search resumes; all others decide which trials there are
 FREE_SETTINGS = {"name", "cluster", "tracking", "trials", "recommend"}
@@ -91,6 +92,7 @@ def search(loaded: LoadedRecipe[SearchRecipe], run_id: str) -> SearchResult:
 
     # before Ray starts: check the recipe, and that an earlier run was the same search
     base = load_trial(()).recipe
+    check_model(base)
     _check_objectives(recipe, base)
     run_dir.mkdir(parents=True, exist_ok=True)
     _check_same_search(recipe, base, run_dir / "search.json")

@@ -26,6 +26,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from pydantic import TypeAdapter, ValidationError
 from torch import Tensor, nn
 
 from fmray.runtime import files, ray_private
@@ -88,11 +89,19 @@ def read_state(checkpoint: Path) -> TrainState:
 
 def parse_state(text: str, where: str) -> TrainState:
     """Parse the content of a `state.json`; see `read_state`."""
-    values = json.loads(text)
+    try:
+        values = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{where}: not valid JSON: {error}") from error
     names = {field.name for field in fields(TrainState)}
-    if set(values) != names:
-        raise ValueError(f"{where}: should contain {sorted(names)}, contains {sorted(values)}")
-    return TrainState(**values)
+    if not isinstance(values, dict) or set(values) != names:
+        contents = sorted(values) if isinstance(values, dict) else type(values).__name__
+        raise ValueError(f"{where}: should contain {sorted(names)}, contains {contents}")
+    try:
+        return TypeAdapter(TrainState).validate_python(values)
+    except ValidationError as error:
+        mistake = error.errors()[0]
+        raise ValueError(f"{where}: {mistake['loc'][0]}: {mistake['msg']}") from error
 
 
 # --- The checkpoints of a run ---

@@ -64,6 +64,7 @@ def train(
     """
     recipe = loaded.recipe.with_absolute_paths()
     check_trainable(recipe)
+    check_model(recipe)
     cluster, run_dir = recipe.cluster, recipe.cluster.storage / run_id
     mirror = open_mirror(cluster, run_dir)
     tasks = _earlier_tasks(run_dir, mirror) if isinstance(recipe, FewshotRecipe) else []
@@ -128,6 +129,28 @@ def check_trainable(recipe: BaseRecipe) -> None:
             f"select.method: {recipe.select.method} chooses tasks for a target: set"
             " target.collection, or select.method: all"
         )
+
+
+def check_model(recipe: AdaLlavaRecipe | FewshotRecipe) -> None:
+    """Raise ValueError, before any worker starts, for files or a model that cannot be right."""
+    if isinstance(recipe, FewshotRecipe):
+        from fmray.fewshot.encoders import check_files
+
+        check_files(recipe.encoder.name, recipe.encoder.checkpoint)
+        return
+    if recipe.model.source == "scratch":
+        return
+    from fmray.data.base_model import check_base, local_folder
+    from fmray.data.processor import load_processor
+
+    source, revision = recipe.model.source, recipe.model.revision
+    if local_folder(source, revision) is None:  # the workers load it from the hub
+        return
+    processor = load_processor(recipe.data.store / "processor")
+    try:
+        check_base(source, revision, processor)
+    except ValueError as error:
+        raise ValueError(f"model.source: {error}") from error
 
 
 def _check_resume(

@@ -399,7 +399,9 @@ def test_the_registry_rejects_unusable_names_and_models(tmp_path):
     (model / "model.safetensors").unlink()
     (model / "config.json").unlink()
     model.rmdir()
-    with pytest.raises(ValueError, match="is missing; register it again"):
+    with pytest.raises(
+        ValueError, match=r"is missing; .*`fmray models register job shapes --storage "
+    ):
         production(SQLITE, tmp_path, "shapes")
 
 

@@ -44,7 +44,8 @@ def make_store(
         assert not result.bad_rows
         counts["rows"] += result.rows
         counts["answers"] += result.answers
-    Manifest({}, fingerprint(processor), {"train": counts}, bad_rows=0).write(store)
+    settings = {"max_length": max_length}
+    Manifest(settings, fingerprint(processor), {"train": counts}, bad_rows=0).write(store)
     return store
 
 

@@ -254,6 +254,8 @@ def test_unreadable_recipe_files_are_errors(tmp_path: Path) -> None:
         ("train.lr=x", "--set: train.lr: should be a valid number, not x"),
         ("train.lrr=1", "--set: train.lrr: there is no such key; did you mean train.lr?"),
         ("name.first=a", "--set: name: should be a valid string, not {first: a}"),
+        ("model.revision=4481e27", "model.revision: should be text, not 4.481e+30; write it in"),
+        ("model.revision=0123456", "should be text, not 123456; write it in quotes"),
         ("train.micro_batch=7", "train.global_batch: 128 is not a multiple"),
         ("cluster.workers=[2, 129]", "128 leaves nothing for some of 129 workers; use 129 or more"),
         ("extends=a.yaml", "--set: extends: there is no such key"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import socket
@@ -10,10 +11,13 @@ from typing import Any
 
 import pytest
 import yaml
+from support.data_store import make_store
 
 from fmray.cli import main
 from fmray.commands import doctor
+from fmray.config import ScratchConfig
 from fmray.config.arguments import job_path
+from fmray.data.processor import scratch_processor
 
 
 @pytest.fixture
@@ -49,7 +53,40 @@ def test_a_small_job_fits(
     assert not (tmp_path / "runs").exists(), "doctor creates nothing"
     (tmp_path / "store").mkdir()
     (tmp_path / "store" / "manifest.json").write_text("{}")
-    assert "contains prepared data" in check(job, tmp_path, capsys)[1]
+    output = check(job, tmp_path, capsys)[1]
+    assert "contains prepared data" in output
+    assert f"FAIL data.store: {tmp_path}/store/manifest.json: no data store manifest" in output
+
+
+def test_samples_of_a_store_are_counted_as_the_job_counts_them(
+    job: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    turns = [{"from": "human", "value": "say one"}, {"from": "gpt", "value": "one"}]
+    records = [{"id": "a", "conversations": turns * 10}, {"id": "b", "conversations": turns}]
+    processor = scratch_processor(["say one"], ScratchConfig())
+    store = make_store(tmp_path / "store", records, tmp_path, processor)
+    shutil.copytree(store / "train", store / "validation")
+    manifest = json.loads((store / "manifest.json").read_text())
+    manifest["counts"]["validation"] = manifest["counts"]["train"]
+    (store / "manifest.json").write_text(json.dumps(manifest))
+    code, output = check(job, tmp_path, capsys, "data.max_length=16", "train.eval_rows=1")
+    assert code == 0, output
+    wanted = "ok   training on 4 samples of 2 rows (7 answers of more than 16 tokens left out); "
+    wanted += "evaluation on 3 samples of 1 row (7 answers of more than 16 tokens left out)"
+    assert wanted in output
+    output = check(job, tmp_path, capsys, "data.max_length=8", "data.samples=conversation")[1]
+    assert "training on 2 samples of 2 rows" in output
+
+
+def test_the_memory_of_an_evaluation_is_estimated(
+    job: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert "ok   memory of jobs/evaluate.py: " in check(job, tmp_path, capsys)[1]
+    large = ["model={source: llava-hf/llava-1.5-7b-hf, dtype: bfloat16}", "data.max_length=2048",
+             "cluster.gpus_per_worker=1", "cluster.gpu_memory_gib=40"]  # fmt: skip
+    output = check(job, tmp_path, capsys, *large)[1]
+    line = next(line for line in output.splitlines() if "jobs/evaluate.py" in line)
+    assert line.startswith("note ") and "of 40; evaluate.batch: 16 fits" in line, line
 
 
 @pytest.mark.parametrize(

@@ -70,3 +70,25 @@ def test_a_plan_search_needs_a_prepared_store(tmp_path: Path) -> None:
         jobs.KINDS["plans"].function("prepare")(loaded)
     (tmp_path / "manifest.json").write_text("{}")
     jobs.KINDS["plans"].function("prepare")(loaded)
+
+
+def test_a_ray_job_with_a_relative_storage_tells_where_its_outputs_are(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    copy = tmp_path / "runtime_resources" / "working_dir_files" / "_ray_pkg_0123"
+    copy.mkdir(parents=True)
+    monkeypatch.setattr("fmray.train.launch.train", lambda loaded, run_id: None)
+    recipe = str(job_path("recipes") / "shapes_tiny.yaml")
+
+    def out(folder: Path, *overrides: str) -> str:
+        monkeypatch.chdir(folder)
+        monkeypatch.setattr(
+            "sys.argv", ["train.py", "--config", recipe, "--run-id", "r", *overrides]
+        )
+        assert jobs.run_job("train") == 0
+        return capsys.readouterr().out
+
+    line = f"the outputs of this Ray job are in {copy / 'runs'} on this node"
+    assert line in out(copy)
+    assert line not in out(copy, "--set", f"cluster.storage={tmp_path}")
+    assert "outputs" not in out(tmp_path)

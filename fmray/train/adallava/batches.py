@@ -100,12 +100,16 @@ def answer_tokens(batch: Batch) -> int:
     return 0 if batch.filler else int((batch.labels[:, 1:] != IGNORED).sum())
 
 
-def score_answers(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def score_answers(
+    logits: Tensor, labels: Tensor, unknown: int | None = None
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Score teacher-forced answers, row by row.
 
     Args:
         logits: [B, n, V]; logits[:, i] predicts token i + 1.
         labels: [B, n], -100 outside answers.
+        unknown: the token of words outside the vocabulary (`unknown_token`), which is never right:
+            the model did not read the answer.
 
     Returns:
         Four float64 tensors [B]: 1 for a row with an answer; 1 if every answer token is the most
@@ -114,7 +118,10 @@ def score_answers(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tenso
     predicted, wanted = logits[:, :-1], labels[:, 1:]
     supervised = wanted != IGNORED
     answered = supervised.any(1).double()
-    right = ((predicted.argmax(-1) == wanted) | ~supervised).all(1).double() * answered
+    hit = predicted.argmax(-1) == wanted
+    if unknown is not None:
+        hit &= wanted != unknown
+    right = (hit | ~supervised).all(1).double() * answered
     loss = functional.cross_entropy(
         predicted.flatten(0, 1).float(), wanted.flatten(), ignore_index=IGNORED, reduction="none"
     )

@@ -26,8 +26,8 @@ from fmray.adallava.passes import prompt_ends
 from fmray.adallava.static_plans import best_static_plan, importance_scores
 from fmray.adallava.store import is_adaptive
 from fmray.config import EvaluateConfig, LoadedRecipe
-from fmray.data.loader import Batch, evaluation_batches
-from fmray.data.processor import load_processor
+from fmray.data.loader import Batch, evaluation_batches, evaluation_samples
+from fmray.data.processor import load_processor, unknown_token
 from fmray.data.store import StoreSplit
 from fmray.plots import budget as plots
 from fmray.runtime import tracking
@@ -249,8 +249,8 @@ class BudgetReport:
                 [f"{budget:g}", f"{share:.3f}", *(_cell(points[kind]) for kind in self._kinds())]
             )
         text = _columns(rows) if self.points else []
-        questions = f"{self.base.questions} questions"
-        return "\n".join([*text, f"base model, no budget: {_cell(self.base)} over {questions}"])
+        samples = f"{self.base.questions} samples"
+        return "\n".join([*text, f"base model, no budget: {_cell(self.base)} over {samples}"])
 
     def _paired_table(self) -> str:
         kinds = [kind for kind in self._kinds() if any(kind == other for other, _ in self.paired)]
@@ -290,10 +290,12 @@ def evaluate(
     config: EvaluateConfig,
     out: Path,
     base_dir: Path | None = None,
+    max_length: int | None = None,
 ) -> BudgetReport:
     """Evaluate a model on the validation split of a store.
 
     Args:
+        max_length: `data.max_length`; default: that of the store.
         base_dir: the stock model it was made from, evaluated on the same questions. None: the base
             point is the model itself without a budget.
 
@@ -309,7 +311,9 @@ def evaluate(
     dtype = next(model.parameters()).dtype
 
     def batches(split: str, rows: int | None) -> Iterator[Batch]:
-        return evaluation_batches(store, split, processor, config.batch, rows=rows)
+        return evaluation_batches(
+            store, split, processor, config.batch, rows, max_length=max_length
+        )
 
     base = model
     if base_dir is not None:
@@ -324,7 +328,11 @@ def evaluate(
         ]
         kinds = {kind: _plans(kind, model, calibration) for kind in config.plans}
     budgets = config.budgets if adaptive else ()
-    return measure(model, base, kinds, budgets, batches("validation", config.rows), names, out)
+    evaluated = evaluation_samples(StoreSplit(store, "validation"), config.rows, max_length)
+    say(f"evaluation on {evaluated}")
+    held_out = batches("validation", config.rows)
+    unknown = unknown_token(processor)
+    return measure(model, base, kinds, budgets, held_out, names, out, unknown)
 
 
 def measure(
@@ -335,6 +343,7 @@ def measure(
     batches: Iterable[Batch],
     names: Mapping[int, str],
     out: Path,
+    unknown: int | None = None,
 ) -> BudgetReport:
     """Answer every question at each budget under each kind of plans; write the results to `out`.
 
@@ -342,6 +351,7 @@ def measure(
         base: the model to answer without a budget.
         budgets: empty for a stock model.
         names: source row -> id.
+        unknown: see `score_answers`.
 
     Raises:
         ValueError: a budget is below the cost of the layers that always run.
@@ -353,13 +363,13 @@ def measure(
     for batch in batches:
         inputs = model_inputs(batch, dtype, device)
         questions = _questions(batch, names, answered)
-        records += _records(questions, BASE, None, None, _score(base, inputs, {}))
+        records += _records(questions, BASE, None, None, _score(base, inputs, {}, unknown))
         for budget in budgets:
             ends = prompt_ends(inputs["input_ids"], inputs["attention_mask"], inputs["labels"])
             units_on = model.units_for(budget, ends)
             for kind, plan in kinds.items():
                 given = {"budget": budget, "plan": plan(model, batch, units_on)}
-                scored = _score(model, inputs, given)
+                scored = _score(model, inputs, given, unknown)
                 shares = [
                     model.cost.share(tokens, used.count("1"))
                     for tokens, used in zip(ends.tolist(), scored[2], strict=True)
@@ -403,7 +413,8 @@ def measure_run(loaded: LoadedRecipe, run_id: str) -> BudgetReport:
     source = Path(recipe.model.source)
     base_dir = source if adaptive and source.is_dir() and not is_adaptive(source) else None
     with tracking.open_job_run(recipe, run_id) as run:
-        result = evaluate(model_dir, recipe.data.store, recipe.evaluate, out, base_dir)
+        data = recipe.data
+        result = evaluate(model_dir, data.store, recipe.evaluate, out, base_dir, data.max_length)
         if adaptive:
             budgets = sorted(recipe.evaluate.budgets)[:: max(1, len(recipe.evaluate.budgets) // 3)]
             draw_examples(model_dir, recipe.data.store, budgets, out / "plans.png")
@@ -443,7 +454,7 @@ def random_plans(model: AdaptiveVLM, batch: Batch, units_on: Tensor) -> Tensor:
 
 @torch.no_grad()
 def _score(
-    model: nn.Module, inputs: dict[str, Tensor], given: dict[str, Any]
+    model: nn.Module, inputs: dict[str, Tensor], given: dict[str, Any], unknown: int | None
 ) -> tuple[list[bool], list[float], list[str] | None]:
     """Return for each row whether the answer is right, its loss, and the plan it ran under."""
     if given:
@@ -452,7 +463,7 @@ def _score(
     else:
         output = model(**inputs)
         plans = None
-    _, right, _, loss = score_answers(output.logits, inputs["labels"])
+    _, right, _, loss = score_answers(output.logits, inputs["labels"], unknown)
     return right.bool().tolist(), loss.tolist(), plans
 
 

@@ -17,8 +17,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 from fmray.config import AdaLlavaRecipe
-from fmray.data.loader import Batch, InstructionLoader, evaluation_batches
-from fmray.data.processor import load_processor
+from fmray.data.loader import Batch, InstructionLoader, evaluation_batches, evaluation_samples
+from fmray.data.processor import load_processor, unknown_token
+from fmray.data.store import StoreSplit
+from fmray.runtime.run_log import event
 from fmray.train.adallava.batches import (
     answer_tokens,
     blank_row,
@@ -61,6 +63,10 @@ class AdaLlavaMethod:
             threads=recipe.data.loader_threads,
             prefetch=recipe.data.prefetch_batches,
         )
+        held_out = StoreSplit(recipe.data.store, "validation")
+        evaluated = evaluation_samples(held_out, recipe.train.eval_rows, recipe.data.max_length)
+        if worker.is_rank_zero:
+            event(job.run_dir, f"training on {self._loader.samples}; evaluation on {evaluated}")
         self._model = build_model(recipe, self._processor)
         self._levels = self._trained_levels() if recipe.adaptive is not None else None
         self._blank = blank_row(self._processor)
@@ -135,11 +141,12 @@ class AdaLlavaMethod:
     def evaluate(self, engine: DeepSpeedEngine) -> Evaluation:
         """Score the validation answers at each of `train.eval_budgets` (a base model: once).
 
-        Teacher-forced, over `train.eval_rows` answers: the share that is right in every token, and
-        the loss per answer token. Layers are masked, not skipped: every rank runs the same modules,
-        which ZeRO-3 needs.
+        Teacher-forced, over the answers of the first `train.eval_rows` rows (those of at most
+        `data.max_length` tokens): the share that is right in every token, and the loss per answer
+        token. Layers are masked, not skipped: every rank runs the same modules, which ZeRO-3 needs.
         """
         recipe, worker = self._recipe, self._worker
+        unknown = unknown_token(self._processor)
         batches = list(
             evaluation_batches(
                 recipe.data.store,
@@ -149,6 +156,7 @@ class AdaLlavaMethod:
                 rows=recipe.train.eval_rows,
                 rank=worker.rank,
                 world_size=worker.world_size,
+                max_length=recipe.data.max_length,
             )
         )
         engine.eval()
@@ -159,7 +167,7 @@ class AdaLlavaMethod:
             for batch in batches:
                 logits, labels = self._logits(engine, batch, budget)
                 if not batch.filler:
-                    totals += torch.stack(score_answers(logits, labels)).sum(1)
+                    totals += torch.stack(score_answers(logits, labels, unknown)).sum(1)
             dist.all_reduce(totals)
             answers, right, tokens, loss = totals.tolist()
             name = "base" if budget is None else f"{budget:g}"

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import (
     AutoConfig,
@@ -232,7 +233,7 @@ def _load_base(config: ModelConfig, processor: ProcessorMixin) -> nn.Module:
             dtype=dtype,
             attn_implementation=config.attention,
         )
-    except (OSError, ImportError) as error:
+    except (OSError, ImportError, SafetensorError) as error:
         reason = str(error).strip().splitlines()[0]
         raise ValueError(
             f"model.source {config.source} (attention {config.attention}) does not load: {reason}"

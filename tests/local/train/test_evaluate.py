@@ -112,7 +112,7 @@ def test_the_results_are_written_and_shown(
     assert [entry["budget"] for entry in written["dependence"]] == list(BUDGETS)
     assert len(written["paired"]) == 3 * len(BUDGETS)
     shown = result.table()
-    assert all(kind in shown for kind in KINDS) and "over 80 questions" in shown
+    assert all(kind in shown for kind in KINDS) and "over 80 samples" in shown
 
 
 def test_wrong_run_id_or_budget_is_an_error(trained: tuple[Path, LoadedRecipe]) -> None:

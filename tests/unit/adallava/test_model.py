@@ -467,3 +467,36 @@ def test_image_token_count_matches_the_vision_tower() -> None:
     base = tiny_llava()
     features = base.get_image_features(batch([9])["pixel_values"]).pooler_output
     assert features[0].shape[0] == IMAGE_TOKENS
+
+
+@pytest.mark.parametrize(
+    "name", ["pixel_values_videos", "video_grid_thw", "second_per_grid_ts", "input_features"]
+)
+def test_media_that_a_plan_would_ignore_are_an_error(name: str) -> None:
+    model = adaptive(tiny_qwen2_vl())
+    ids = torch.tensor([[7, 8, 9, 10]])
+    media = {name: torch.ones(1, 3)}
+    for call in (model, model.generate):
+        with pytest.raises(ValueError, match=f"{name}: a qwen2_vl model under a budget takes text"):
+            call(ids, budget=1.0, **media)
+    with pytest.raises(ValueError, match=name):
+        next(
+            model.logits_under(
+                torch.ones(1, model.layout.num_units, dtype=torch.bool), ids, **media
+            )
+        )
+    model(ids, budget=1.0, **{name: None}, use_cache=False)  # nothing that could be ignored
+
+
+def test_videos_reach_the_base_model_without_a_budget() -> None:
+    base = tiny_qwen2_vl()
+    model = adaptive(base)
+    ids = torch.tensor([[7, 4, 6, 6, 5, 8]])  # two video tokens
+    data = {
+        "input_ids": ids,
+        "mm_token_type_ids": 2 * (ids == 6).int(),
+        "pixel_values_videos": torch.randn(8, 3 * 2 * 4 * 4),
+        "video_grid_thw": torch.tensor([[1, 2, 4]]),
+    }
+    with torch.no_grad():
+        assert torch.equal(model(**data).logits, base(**data).logits)

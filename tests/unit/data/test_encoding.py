@@ -192,3 +192,16 @@ def test_image_goes_before_the_text_wherever_the_mark_was() -> None:
     assert messages == [
         {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "what is it?"}]}
     ]
+
+
+@pytest.mark.parametrize("answer", ["red", "it is <unk>", "write <s>x</s>", "</s>"])
+@pytest.mark.parametrize("make", [scratch, llava])
+def test_every_answer_has_its_end_token(make: Any, answer: str) -> None:
+    """Also one whose text ends in a special token; ingest refuses those."""
+    processor = make()
+    ask = {"from": "human", "value": "<image>\nwhat color ?"}
+    encoded = encode(processor, [ask, {"from": "gpt", "value": answer}])
+    tokens = processor.tokenizer
+    learned = encoded.ids[encoded.starts[0] : encoded.ends[0]].tolist()
+    said = tokens(answer, add_special_tokens=False)["input_ids"]
+    assert learned == [*said, tokens.eos_token_id]

@@ -28,7 +28,7 @@ from support.images import (
 
 from fmray.config.fewshot import FewshotRecipe
 from fmray.data import image_ingest, image_store
-from fmray.data.image_store import ImageStore
+from fmray.data.image_store import ImageManifest, ImageStore
 from fmray.data.tfrecord import example, write_records
 
 
@@ -175,6 +175,29 @@ def test_second_run_writes_nothing_and_a_change_only_its_collection(
     prepare_here(setting)
     assert "2 of 2 collections made" in capsys.readouterr().out
     assert not (tmp_path / "store/work/folders").exists()
+
+
+def test_replaced_images_are_noticed_and_touched_ones_have_the_same_content(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder, store = class_folders(tmp_path / "a", {"x": 3, "y": 3, "z": 3}), tmp_path / "store"
+
+    def made(check: str) -> ImageManifest:
+        return prepare_here(image_recipe(store, {"a": folder}, check_images=check))
+
+    before = made("hash")
+    image = folder / "x" / "0.png"
+    os.utime(image, (1, 1))
+    assert made("hash") == before
+    assert "0 of 1 collections made" in capsys.readouterr().out
+    assert made("stat").fingerprint == before.fingerprint
+
+    content = image.read_bytes()
+    image.write_bytes(noise_image(77))
+    assert made("stat").fingerprint != before.fingerprint
+    image.write_bytes(content)
+    os.utime(image, (1, 1))
+    assert made("hash").fingerprint == before.fingerprint
 
 
 @pytest.mark.parametrize("step", ["sort_images", "write_part"])

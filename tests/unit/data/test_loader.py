@@ -203,6 +203,32 @@ def test_long_samples_are_skipped_and_long_conversations_cut(store: Path) -> Non
         assert batch.attention_mask.sum(dim=1).max() <= limit
 
 
+def test_evaluation_leaves_out_what_training_leaves_out(tmp_path: Path) -> None:
+    turns = [{"from": "human", "value": "again please"}, {"from": "gpt", "value": "one two three"}]
+    records = [{"id": str(i), "conversations": turns * (100 if i < 2 else 1)} for i in range(4)]
+    processor = scratch_processor([turn["value"] for turn in turns], ScratchConfig())
+    store = make_store(tmp_path / "store", records, tmp_path, processor, max_length=128)
+    split = StoreSplit(store, "train")
+    longest = {row: split.samples("turn").turn[split.samples("turn").row == row].max()
+               for row in range(4)}  # fmt: skip
+
+    def batches(**options: Any) -> list[Batch]:
+        return list(evaluation_batches(store, "train", processor, 8, **options))
+
+    for batch in batches():  # the limit is the store's
+        assert batch.input_ids.shape[1] <= 128
+    rows = [row for batch in batches() for row in batch.rows]
+    assert [rows.count(row) for row in range(4)] == [longest[row] + 1 for row in range(4)]
+    assert str(split.samples("turn", rows=1)) == (
+        f"{longest[0] + 1} samples of 1 row ({99 - longest[0]} answers of more than 128 tokens"
+        " left out)"
+    )
+    trained = make_loader(store, max_length=30, global_batch=4).samples.row.tolist()
+    assert [row for batch in batches(max_length=30) for row in batch.rows] == trained
+    with pytest.raises(ValueError, match="all 202 answers to evaluate are longer than data"):
+        batches(max_length=3)
+
+
 def test_error_in_a_thread_is_raised_at_its_step(
     store: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gzip
 import json
+import unicodedata
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,16 @@ from hypothesis import strategies as st
 from fmray.config import ScratchConfig
 from fmray.data.ingest import SCHEMA
 from fmray.data.processor import scratch_processor
-from fmray.data.records import check_record, encode, find_bad_rows, read_records, record_id
+from fmray.data.records import (
+    check_record,
+    encode,
+    find_bad_rows,
+    find_control_token,
+    read_records,
+    record_id,
+    unused_keys,
+)
+from fmray.runtime.files import find_file
 
 ASK = {"from": "human", "value": "<image>\nwhat ?"}
 ANSWER = {"from": "gpt", "value": "red"}
@@ -29,8 +40,12 @@ BAD = {
     "not an object but text": "record",
     "not an object but a list": [],
     "not an object but null": None,
-    "no id; should be": {key: GOOD[key] for key in ("image", "conversations")},
-    "no id": {**GOOD, "id": True},
+    "id is true or false; should be text or an integer, or left out": {**GOOD, "id": True},
+    "id is a number": {**GOOD, "id": 17.0},
+    "id is empty text": {**GOOD, "id": ""},
+    "video is not supported; a record may have one image": {**GOOD, "video": "a.mp4"},
+    "audio is not supported": {**GOOD, "audio": ["a.wav"]},
+    "images is not supported": {**GOOD, "images": ["a.png", "b.png"]},
     "image is a list; should be one file name": {**GOOD, "image": ["a.png", "b.png"]},
     "image is empty text": {**GOOD, "image": ""},
     "image '../../secret.png' is not a path inside": {**GOOD, "image": "../../secret.png"},
@@ -45,7 +60,7 @@ BAD = {
     "turn 0: unknown from ['human']": turns({"from": ["human"], "value": "<image>"}, ANSWER),
     "turn 1: value is a number; should be text": turns(ASK, {"from": "gpt", "value": 3}),
     "turn 1: value is null": turns(ASK, {"from": "gpt"}),
-    "wrong turn order: turn 0 is from gpt, should be human": turns(ANSWER, ASK),
+    "the first turn is from gpt; should be a question from human": turns(ANSWER, ASK),
     "wrong turn order: turn 1 is from human, should be gpt": turns(ASK, ASK),
     "no answer: turn 1 is empty": turns(ASK, {"from": "gpt", "value": " \n"}),
     "no answer: the last turn is from human": turns(ASK),
@@ -73,13 +88,21 @@ def test_good_records_are_accepted() -> None:
     text_only = [{"from": "human", "value": "what ?"}, ANSWER]
     for good in (
         GOOD,
-        {**GOOD, "id": 17, "model": "extra keys are ignored"},
+        {**GOOD, "id": 17, "model": "extra keys are counted by unused_keys"},
+        {**GOOD, "video": None, "images": []},
+        {key: GOOD[key] for key in ("image", "conversations")},
         {**GOOD, "tags": ["color"]},
         {"id": "b", "conversations": text_only},
         {"id": "b", "image": None, "conversations": text_only},
         turns({"from": "human", "value": "what is it?\n<image>"}, ANSWER),
     ):
         assert check_record(good) is None
+
+
+def test_keys_that_nothing_reads_are_counted() -> None:
+    weighted = turns(ASK, {**ANSWER, "weight": 0}, ASK, {**ANSWER, "weight": 1})
+    rows = [{**GOOD, "system_prompt": "be brief", "model": ""}] * 8 + [weighted, GOOD]
+    assert unused_keys(rows) == {"conversations.weight": 1, "system_prompt": 8}
 
 
 def test_repeated_record_is_bad_but_a_repeated_id_is_not(tmp_path: Path) -> None:
@@ -90,6 +113,7 @@ def test_repeated_record_is_bad_but_a_repeated_id_is_not(tmp_path: Path) -> None
     assert str(bad[0]).startswith(f"{tmp_path}/x.json: row 2 (id 'a'): ")
 
 
+ROWS = json.dumps([GOOD]).encode()
 FILES = {
     "no such file": None,
     "contains no records": b"[]",
@@ -98,6 +122,18 @@ FILES = {
     "not valid JSON: Expecting ',' delimiter: line 3 column 1 (char 5)": b'[{}\n\n"',
     "not valid JSON: Exceeds the limit": b"[" + b"1" * 5000 + b"]",
     "nested too deeply": b"[" * 200_000,
+    "should be JSON or JSONL, is gzip-compressed; unpack it with gunzip": gzip.compress(ROWS),
+    "is compressed with Zstandard": b"\x28\xb5\x2f\xfd" + b"\0" * 9,
+    "is a Parquet file; export it": b"PAR1" + b"\0" * 9 + b"PAR1",
+    "is UTF-16 text; convert it with iconv -f UTF-16 -t UTF-8": ROWS.decode().encode("utf-16"),
+    "is UTF-16LE text": ROWS.decode().encode("utf-16-le"),
+    "a git-LFS pointer instead of the content": b"version https://git-lfs.github.com/spec/v1\n",
+    "a web page instead of the content": b"\n<!DOCTYPE html>",
+    "an object that holds its 1 records in 'data'; should be that list": b'{"data": %s}' % ROWS,
+    "an object that holds its 1 records in 'rows'": b'{\n "a": 1,\n "rows": %s\n}' % ROWS,
+    "an object over several lines; should be a list": json.dumps(GOOD, indent=1).encode(),
+    "not valid JSON: line 1, column 1": b"id,image\n1,a.png\n",
+    "not valid JSON: Extra data: line 2 column 1": ROWS + b"\n" + ROWS,
 }
 
 
@@ -110,6 +146,17 @@ def test_unreadable_file_is_an_error(message: str, tmp_path: Path) -> None:
         read_records(file)
     assert str(raised.value).startswith(f"{file}: ")
     assert message in str(raised.value)
+
+
+@pytest.mark.parametrize(("on_disk", "in_text"), [("NFD", "NFC"), ("NFC", "NFD")])
+def test_names_meet_in_either_unicode_form(tmp_path: Path, on_disk: str, in_text: str) -> None:
+    folder = tmp_path / unicodedata.normalize(in_text, "données")
+    folder.mkdir()
+    file = folder / unicodedata.normalize(on_disk, "café.png")
+    file.touch()
+    name = unicodedata.normalize(in_text, "données/café.png")
+    assert find_file(tmp_path, name) == file
+    assert find_file(tmp_path, name + "x") == tmp_path / (name + "x")  # missing
 
 
 def test_broken_jsonl_line_is_a_bad_row(tmp_path: Path) -> None:
@@ -174,3 +221,27 @@ def test_any_record_is_bad_or_can_be_stored(rows: list[Any]) -> None:
         encoded = encode(PROCESSOR, stored["conversations"])
         assert len(encoded.ends) == len(record["conversations"]) // 2
         assert all(start < end for start, end in zip(encoded.starts, encoded.ends, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("turn", "token", "question", "answer"),
+    [
+        (1, "</s>", "html ?", "use <s> and </s> around it"),
+        (0, "</s>", "what does </s> mean ?", "red"),
+        (1, "<unk>", "unknown ?", "it is <unk>"),
+        (1, "<pad>", "padding ?", "it is <pad> here"),
+        (0, "</s>", "<<image>/s> ?", "red"),  # the mark is taken out
+    ],
+)
+def test_control_token_in_a_text_is_found(
+    turn: int, token: str, question: str, answer: str
+) -> None:
+    mark = "" if "<image>" in question else "<image>\n"
+    turns = [{"from": "human", "value": mark + question}, {"from": "gpt", "value": answer}]
+    reason = f"turn {turn} contains {token!r}, a control token of the model"
+    assert find_control_token(PROCESSOR, turns) == reason
+
+
+def test_words_of_the_chat_template_are_no_control_tokens() -> None:
+    said = {"from": "gpt", "value": "USER: hi ASSISTANT: hello"}
+    assert find_control_token(PROCESSOR, [ASK, said]) is None

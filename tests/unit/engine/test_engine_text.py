@@ -74,7 +74,17 @@ def test_any_bytes_stream_as_the_complete_decoding(ids: list[int]) -> None:
     """Valid or not, the streamed text equals the complete decoding, without an unfinished end."""
     shown, _ = stream(BYTES, ids)
     complete = BYTES.decode(ids, skip_special_tokens=True)
-    assert "".join(shown) == complete.rstrip("\ufffd")
+    assert "".join(shown).rstrip("\ufffd") == complete.rstrip("\ufffd")
+
+
+@pytest.mark.parametrize("end", [b"", b"\xe7", b"\xe7\xba"])
+@pytest.mark.parametrize("text", ["end \ufffd", "\ufffd", "a\ufffd\ufffd", "a\ufffdb", "b"])
+def test_the_replacement_character_that_the_model_wrote_stays(text: str, end: bytes) -> None:
+    """Only the bytes of an unfinished character are left out, not a U+FFFD of the text."""
+    raw = text.encode() + end
+    assert "".join(stream(BYTES, list(raw))[0]) == text
+    if not end:  # with byte fallback, all bytes of a broken run decode to U+FFFD
+        assert "".join(stream(PIECES, list(raw))[0]) == text
 
 
 words = st.lists(

@@ -11,7 +11,7 @@ from support.training import ADAPTIVE, load_recipe
 
 from fmray.config import ScratchConfig
 from fmray.data.loader import Batch
-from fmray.data.processor import scratch_processor
+from fmray.data.processor import scratch_processor, unknown_token
 from fmray.train.adallava.batches import blank_row, draw, model_inputs, score_answers, with_image
 from fmray.train.adallava.model import build_model
 
@@ -89,3 +89,21 @@ def test_an_answer_is_right_when_every_token_is() -> None:
     assert tokens.tolist() == [2, 2, 0]
     hit, miss = (-torch.log_softmax(torch.tensor([2.0, 0, 0, 0, 0, 0]), 0))[:2].tolist()
     assert loss.tolist() == pytest.approx([2 * hit, hit + miss, 0], rel=1e-5)
+
+
+def test_an_answer_with_an_unknown_word_is_never_right() -> None:
+    """As in a set of one-word answers of which the vocabulary knows none."""
+    processor = scratch_processor(["say it"], ScratchConfig())
+    unknown = unknown_token(processor)
+    ids = processor.tokenizer(["answer17", "it"], add_special_tokens=False)["input_ids"]
+    assert ids[0] == [unknown] and ids[1] != [unknown]
+    labels = torch.tensor([[-100, *ids[0], 2], [-100, *ids[1], 2]])
+    logits = torch.nn.functional.one_hot(labels.roll(-1, 1).clamp(min=0), 16).float()
+    assert score_answers(logits, labels, unknown)[1].tolist() == [0, 1]
+
+
+def test_the_unknown_token_of_a_byte_level_tokenizer_ends_answers() -> None:
+    class Tokenizer:
+        unk_token_id = eos_token_id = 5
+
+    assert unknown_token(type("P", (), {"tokenizer": Tokenizer})) is None
