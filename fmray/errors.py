@@ -12,7 +12,14 @@ class ConfigError(ValueError):
 
 
 class GaveUp(RuntimeError):
-    """A job failed too often; the text gives the reason, and how to resume it."""
+    """A job that stopped and is not retried: it failed too often, or would fail again.
+
+    The text gives the reason, and how to resume it.
+    """
+
+
+class NotFinite(ValueError):
+    """Features or scores that should be finite are not."""
 
 
 def exit_code(function: Callable[..., int | None], *arguments: object) -> int:

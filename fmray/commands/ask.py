@@ -6,10 +6,11 @@ Prints the answer and its cost: which layers ran, and their share of the decoder
 from __future__ import annotations
 
 import argparse
-import json
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+from fmray.runtime.files import dumps
 
 if TYPE_CHECKING:
     from fmray.adallava import AdaptiveVLM
@@ -84,7 +85,7 @@ def run(options: argparse.Namespace) -> int:
     share = model.cost.share(prompt + (model.latency_token == "inline"), units_on)
     if options.json:
         print(
-            json.dumps(
+            dumps(
                 {
                     "answer": answer,
                     "budget": options.budget,

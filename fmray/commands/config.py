@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
 from typing import Any
 
 from fmray.config import KINDS, ConfigError, load
 from fmray.config.arguments import add_overrides
+from fmray.runtime.files import dumps
 
 
 def schema() -> dict[str, Any]:
@@ -48,7 +48,7 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.schema == (arguments.recipe is not None):
         raise ConfigError("config: name a recipe, or give --schema")
     if arguments.schema:
-        print(json.dumps(schema(), indent=2))
+        print(dumps(schema(), indent=2))
     else:
         print(load(arguments.recipe, arguments.overrides, tuple(KINDS.values())).dump(), end="")
     return 0

@@ -6,7 +6,6 @@ It prints a table, or JSON. No weights are loaded and nothing is timed.
 from __future__ import annotations
 
 import argparse
-import json
 from dataclasses import asdict
 from fractions import Fraction
 from typing import Any
@@ -22,6 +21,7 @@ from fmray.adallava.presets import (
     prefill_seconds,
     preset,
 )
+from fmray.runtime.files import dumps
 
 DEFAULT_BUDGETS = ("1.0", "0.95", "0.85", "0.75", "0.65", "0.6", "0.5")
 
@@ -111,7 +111,7 @@ def run(args: argparse.Namespace) -> int:
             }
         )
     if args.json:
-        print(json.dumps(rows[0] if len(rows) == 1 else rows, indent=2))
+        print(dumps(rows[0] if len(rows) == 1 else rows, indent=2))
     else:
         print(_table(rows, model, source))
     return 0

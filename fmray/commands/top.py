@@ -8,7 +8,6 @@ can be reached, whether the workers are alive.
 from __future__ import annotations
 
 import argparse
-import json
 import multiprocessing
 import os
 import socket
@@ -26,6 +25,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from fmray.runtime.files import dumps
 from fmray.runtime.run_log import EVENTS, STATUS_FILE, RunReader, View, read_status
 
 REFRESH_SECONDS = 1.0
@@ -62,7 +62,7 @@ def run(arguments: argparse.Namespace) -> None:
     with ray_workers(run_dir) as ray_answers:
         if arguments.json or arguments.once:
             view = reader.read(ray_answers.first())
-            print(json.dumps(asdict(view)) if arguments.json else "\n".join(lines(view)))
+            print(dumps(asdict(view)) if arguments.json else "\n".join(lines(view)))
         elif sys.stdout.isatty():
             with Live(render(reader.read()), auto_refresh=False) as live:
                 while not over(view := reader.read(ray_answers.latest())):
@@ -105,7 +105,7 @@ def facts(view: View) -> list[tuple[str, str]]:
     pairs.append(("step", f"{view.step}{total}"))
     if view.left is not None:
         pairs.append(("left", duration(view.left)))
-    pairs += [(name, f"{value:.4g}") for name, value in view.metrics.items()]
+    pairs += [(name, _number(value, ".4g")) for name, value in view.metrics.items()]
     if view.speed is not None:
         unit, value = view.speed
         pairs.append((f"{unit}/s", f"{value:.4g}"))
@@ -116,7 +116,7 @@ def facts(view: View) -> list[tuple[str, str]]:
         pairs.append(("checkpoint", f"step {step}, {duration(age)} ago"))
     if view.evaluation is not None:
         step, values = view.evaluation
-        text = ", ".join(f"{name} {value:.4f}" for name, value in values.items())
+        text = ", ".join(f"{name} {_number(value, '.4f')}" for name, value in values.items())
         pairs.append(("evaluation", f"step {step}: {text}"))
     pairs.append(("restarts", str(view.restarts)))
     if view.event is not None:
@@ -125,6 +125,10 @@ def facts(view: View) -> list[tuple[str, str]]:
     if view.quiet is not None and view.state not in OVER:
         pairs.append(("last write", f"{duration(view.quiet)} ago"))
     return pairs
+
+
+def _number(value: float | None, form: str) -> str:
+    return "not finite" if value is None else f"{value:{form}}"
 
 
 def worker_rows(view: View) -> list[tuple[str, ...]]:

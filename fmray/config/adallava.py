@@ -176,6 +176,12 @@ class TrainConfig(Section):
     eval_budgets: tuple[Share, ...] = Field((0.5, 0.75, 1.0), min_length=1)
     checkpoint_every: int | None = Field(None, ge=1, description="steps; default: at the end only")
     keep_checkpoints: int = Field(2, ge=1)
+    skip_nonfinite: int = Field(
+        0,
+        ge=0,
+        description="steps of the run that may have a loss or gradient that is not finite: they"
+        " change no weight; one more stops the run",
+    )
 
 
 class EvaluateConfig(Section):

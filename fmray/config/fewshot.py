@@ -95,6 +95,9 @@ class PretrainConfig(Section):
     temperature: float = Field(0.2, gt=0)
     queue: int = Field(4096, ge=1, description="length of the key queue, objective `moco`")
     momentum: float = Field(0.99, ge=0, lt=1, description="of the key encoder, objective `moco`")
+    skip_nonfinite: int = Field(
+        0, ge=0, description="steps that may be skipped, as `train.skip_nonfinite`"
+    )
 
 
 class EpisodeConfig(Section):
@@ -134,6 +137,12 @@ class FewshotTrainConfig(Section):
     )
     checkpoint_every: int | None = Field(None, ge=1, description="steps; default: at the end only")
     keep_checkpoints: int = Field(2, ge=1)
+    skip_nonfinite: int = Field(
+        0,
+        ge=0,
+        description="steps of the run that may have a loss or gradient that is not finite: they"
+        " change no weight; one more stops the run",
+    )
 
 
 class SelectConfig(Section):

@@ -49,7 +49,7 @@ from fmray.data.records import (
 )
 from fmray.data.store import Manifest
 from fmray.runtime.console import say, track
-from fmray.runtime.files import atomic_folder, atomic_path, find_file, sha256
+from fmray.runtime.files import atomic_folder, atomic_path, dumps, find_file, sha256
 
 if TYPE_CHECKING:
     from transformers import ProcessorMixin
@@ -256,12 +256,12 @@ def _plan_shards(
                 split=split,
                 path=str(_part(store, split, shard)),
                 file=str(file),
-                rows=json.dumps(content).encode(),
+                rows=dumps(content).encode(),
                 image_folder=str(image_folder),
                 processor=str(store / "processor"),
                 processor_hash=processor_hash,
                 max_length=recipe.data.max_length,
-                shapes=json.dumps(settings["shapes"]),
+                shapes=dumps(settings["shapes"]),
                 write_bad=recipe.data.on_bad_row == "skip",
                 check_images=check,
                 images=_digest([[name, stamps[name]] for name in _image_names(content)]),
@@ -465,8 +465,8 @@ def write_shard(task: ShardTask) -> ShardResult:
     # write the part
     metadata = {
         "fmray.key": task.key(),
-        "fmray.result": json.dumps(asdict(result)),
-        "fmray.images": json.dumps(state),
+        "fmray.result": dumps(asdict(result)),
+        "fmray.images": dumps(state),
     }
     schema = SCHEMA.with_metadata(metadata)
     # Images are compressed already; everything else shrinks well.
@@ -489,7 +489,7 @@ def _row_groups(rows: list[Any]) -> Iterator[list[Any]]:
 
 def _digest(value: Any) -> str:
     """Return the SHA-256 of a JSON value."""
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+    return hashlib.sha256(dumps(value, sort_keys=True).encode()).hexdigest()
 
 
 def _check(

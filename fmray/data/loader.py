@@ -12,7 +12,7 @@ import math
 import threading
 import time
 from collections import OrderedDict, deque
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -340,6 +340,10 @@ class InstructionLoader:
     def steps_per_epoch(self) -> int:
         """Optimizer steps in an epoch, the same for every epoch and rank."""
         return self._schedule.steps
+
+    def ids(self, rows: Iterable[int]) -> list[str]:
+        """Return the ids of a batch's rows; reads those of the split."""
+        return self._split.ids(rows)
 
     def epoch(self, epoch: int, start_step: int = 0) -> Iterator[list[Batch]]:
         """Yield the rank's micro batches, one list per optimizer step from `start_step` on.

@@ -8,7 +8,6 @@ and `fingerprint` identifies them.
 from __future__ import annotations
 
 import hashlib
-import json
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
@@ -20,6 +19,7 @@ from tokenizers.pre_tokenizers import Whitespace
 from transformers import AutoProcessor, CLIPImageProcessor, LlavaProcessor, PreTrainedTokenizerFast
 
 from fmray.config import ScratchConfig
+from fmray.runtime.files import dumps
 
 if TYPE_CHECKING:
     from transformers import ProcessorMixin
@@ -151,4 +151,4 @@ def fingerprint(processor: ProcessorMixin) -> str:
         "patch_size": getattr(processor, "patch_size", None),
         "chat_template": processor.chat_template,
     }
-    return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
+    return hashlib.sha256(dumps(parts, sort_keys=True, default=str).encode()).hexdigest()

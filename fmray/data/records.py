@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from fmray.runtime.files import check_content, kind_of, write_atomic
+from fmray.runtime.files import check_content, dumps, kind_of, write_atomic
 
 if TYPE_CHECKING:
     from transformers import ProcessorMixin
@@ -57,7 +57,7 @@ class BadRow:
 
     def to_json(self) -> str:
         """Return the line for `bad_rows.jsonl`."""
-        return json.dumps(asdict(self), sort_keys=True)
+        return dumps(asdict(self), sort_keys=True)
 
 
 def stop_at_bad_rows(store: Path, bad: list[BadRow], key: str, on_bad_row: str) -> None:
@@ -174,7 +174,7 @@ def find_bad_rows(file: Path, records: list[Any]) -> list[BadRow]:
     for row, record in enumerate(records):
         reason = check_record(record)
         if reason is None:
-            content = json.dumps([record_id(record), record.get("image"), record["conversations"]])
+            content = dumps([record_id(record), record.get("image"), record["conversations"]])
             digest = hashlib.blake2b(content.encode(), digest_size=16).digest()
             original = row_of.setdefault(digest, row)
             if original != row:

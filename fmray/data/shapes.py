@@ -8,7 +8,6 @@ find a shape, then read its neighbour.
 
 from __future__ import annotations
 
-import json
 import random
 import shutil
 from dataclasses import dataclass
@@ -21,7 +20,7 @@ import numpy as np
 from PIL import Image
 
 from fmray.config import ShapesConfig
-from fmray.runtime.files import replace_folder
+from fmray.runtime.files import dumps, replace_folder
 
 Split = Literal["train", "validation"]
 Cell = tuple[str, str] | None  # (color, shape), or empty
@@ -134,7 +133,7 @@ def generate(folder: Path, config: ShapesConfig, seed: int) -> None:
             f"{config.image_size // config.grid} pixels a cell; "
             f"a grid of {config.grid} needs at least {6 * config.grid}"
         )
-    marker = json.dumps(
+    marker = dumps(
         {"version": VERSION, "seed": seed, "config": config.model_dump()}, sort_keys=True
     )
     if (folder / MARKER).exists() and (folder / MARKER).read_text() == marker:
@@ -169,7 +168,7 @@ def _write_split(folder: Path, split: Split, count: int, config: ShapesConfig, s
                 "tags": tags,
             }
         )
-    (folder / f"{split}.json").write_text(json.dumps(records))
+    (folder / f"{split}.json").write_text(dumps(records))
 
 
 def _scene(

@@ -10,6 +10,7 @@ import hashlib
 import json
 import threading
 from collections import OrderedDict
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Self
@@ -20,7 +21,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from fmray.data.images import describe_changes
-from fmray.runtime.files import sha256, write_json
+from fmray.runtime.files import dumps, sha256, write_json
 
 CACHE_BYTES = 3 * 2**30  # of row groups kept in memory
 NO_LIMIT = 2**31 - 1  # tokens of a sample
@@ -86,7 +87,7 @@ class Manifest(StoreManifest):
         if not self.content:
             return sha256(self.path(store))
         values = {"processor": self.processor, **self.content}
-        return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
+        return hashlib.sha256(dumps(values, sort_keys=True).encode()).hexdigest()
 
     def summary(self) -> str:
         """Return the counts as text."""
@@ -160,6 +161,15 @@ class StoreSplit:
 
     def __len__(self) -> int:
         return len(self.turns)
+
+    def ids(self, source_rows: Iterable[int]) -> list[str]:
+        """Return the ids of rows of the source file; reads the ids of all rows."""
+        ids: list[str] = []
+        for file in self.files:
+            with pq.ParquetFile(file) as part:
+                ids += part.read(columns=["id"])["id"].to_pylist()
+        of_row = dict(zip(self.source_row.tolist(), ids, strict=True))
+        return [of_row[row] for row in source_rows]
 
     def tag(self, row: int, turn: int) -> str | None:
         """Return the kind of a question; None if the row has no tags."""

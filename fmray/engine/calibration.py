@@ -35,7 +35,7 @@ from torch import Tensor
 
 from fmray.adallava.layout import SwitchLayout
 from fmray.engine.requests import Request, Sampling, StepTiming
-from fmray.runtime.files import atomic_path
+from fmray.runtime.files import atomic_path, dumps
 
 # --- Regression -----------------------------------------------------------------------------
 
@@ -406,7 +406,7 @@ class CostToTime:
         }
         path.parent.mkdir(parents=True, exist_ok=True)
         with atomic_path(path, unique=True) as temporary:  # several replicas may write it
-            temporary.write_text(json.dumps(state, indent=1), encoding="utf-8")
+            temporary.write_text(dumps(state, indent=1), encoding="utf-8")
 
     @classmethod
     def load(cls, path: str | Path) -> CostToTime:

@@ -18,6 +18,7 @@ from scipy.special import stdtrit
 from torch import Tensor
 from torch.nn import functional
 
+from fmray.errors import NotFinite
 from fmray.fewshot.episodes import EpisodeSampler, MetaDatasetSampler
 from fmray.fewshot.methods import centroid_logits
 
@@ -50,7 +51,7 @@ def evaluate_tasks(
         )
     finite = torch.isfinite(features).all(1)
     if not finite.all():
-        raise ValueError(f"embeddings must be finite; row {int((~finite).nonzero()[0])} is not")
+        raise NotFinite(f"embeddings must be finite; row {int((~finite).nonzero()[0])} is not")
     if tasks < 1:
         raise ValueError(f"tasks must be at least 1, not {tasks}")
 

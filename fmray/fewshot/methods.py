@@ -17,6 +17,8 @@ from torch.func import functional_call
 from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from fmray.errors import NotFinite
+
 # --- Nearest-centroid classifier: tests every method, and trains multitask finetuning ---
 
 
@@ -43,6 +45,14 @@ def centroid_logits(support: Tensor, query: Tensor, temperature: float | Tensor 
 
 def cosine_logits(centroids: Tensor, query: Tensor, temperature: float | Tensor = 10.0) -> Tensor:
     """Return the logits of `centroid_logits` for given centroids [N, d]."""
+    for name, features in (("support", centroids), ("query", query)):
+        if not torch.isfinite(features).all():
+            raise NotFinite(f"{name} features must be finite, and some are NaN or infinite")
+    return _cosine_logits(centroids, query, temperature)
+
+
+def _cosine_logits(centroids: Tensor, query: Tensor, temperature: float | Tensor) -> Tensor:
+    """Return the logits, NaN for features that are not finite (a look at them takes time)."""
     if query.dim() < 2 or query.shape[:-2] + query.shape[-1:] != (
         centroids.shape[:-2] + centroids.shape[-1:]
     ):
@@ -50,9 +60,6 @@ def cosine_logits(centroids: Tensor, query: Tensor, temperature: float | Tensor 
             f"query must be [M, d] with d = {centroids.shape[-1]} as in the support, "
             f"not {list(query.shape)}"
         )
-    for name, features in (("support", centroids), ("query", query)):
-        if not torch.isfinite(features).all():
-            raise ValueError(f"{name} features must be finite, and some are NaN or infinite")
     centroids = functional.normalize(_wide(centroids), dim=-1)
     return temperature * functional.normalize(_wide(query), dim=-1) @ centroids.mT
 
@@ -96,16 +103,12 @@ def multitask_loss(
         support: [N, K, 3, H, W].
         query: [N, Q, 3, H, W].
         log_temperature: scalar.
-
-    Raises:
-        ValueError: features that are not finite.
     """
     ways, shots, queries = *support.shape[:2], query.shape[1]
     features = encoder(torch.cat([support.flatten(0, 1), query.flatten(0, 1)]))
     support_features, query_features = features.split([ways * shots, ways * queries])
-    logits = centroid_logits(
-        support_features.unflatten(0, (ways, shots)), query_features, log_temperature.exp()
-    )
+    centroids = _wide(support_features.unflatten(0, (ways, shots))).mean(-2)
+    logits = _cosine_logits(centroids, query_features, log_temperature.exp())
     return _score(logits, torch.arange(ways, device=logits.device).repeat_interleave(queries))
 
 
@@ -155,7 +158,7 @@ def linear_probe(
         ValueError: features that are not finite, or labels outside 0..classes-1.
     """
     if not torch.isfinite(features).all():
-        raise ValueError("features must be finite, and some are NaN or infinite")
+        raise NotFinite("features must be finite, and some are NaN or infinite")
     low, high = int(labels.min()), int(labels.max())
     if low < 0 or high >= classes:
         raise ValueError(f"labels must lie in 0..{classes - 1}, not {low}..{high}")

@@ -9,7 +9,7 @@ last: a folder without one is incomplete.
 
 `check_weights` finds files with weights that are cut, missing or something else, in milliseconds.
 `find_file` finds a file whatever Unicode form its name has on disk; `kind_of` says what a file is
-that is not the text it should be.
+that is not the text it should be. All JSON that fmray writes comes from `dumps`, which has no NaN.
 
 Imports only the standard library, so that every package may use it.
 """
@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import re
 import shutil
@@ -68,12 +69,30 @@ def write_atomic(path: Path, content: str | bytes, durable: bool = True) -> None
 
 
 def write_json(path: Path, value: Any, durable: bool = True, indent: int | None = 1) -> None:
-    """Write `value` as JSON that every parser reads; see `atomic_path`.
+    """Write `value` as JSON; see `dumps` and `atomic_path`."""
+    write_atomic(path, dumps(value, indent=indent) + "\n", durable)
 
-    Raises:
-        ValueError: the value contains NaN or an infinity.
+
+def dumps(value: Any, **options: Any) -> str:
+    """Return `value` as JSON that every parser reads: a number that is not finite becomes `null`.
+
+    Args:
+        options: of `json.dumps`.
     """
-    write_atomic(path, json.dumps(value, indent=indent, allow_nan=False) + "\n", durable)
+    try:
+        return json.dumps(value, allow_nan=False, **options)
+    except ValueError:
+        return json.dumps(_null_for_nan(value), allow_nan=False, **options)
+
+
+def _null_for_nan(value: Any) -> Any:
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {name: _null_for_nan(child) for name, child in value.items()}
+    if isinstance(value, list | tuple):
+        return [_null_for_nan(child) for child in value]
+    return value
 
 
 @contextmanager
@@ -127,7 +146,7 @@ def write_manifest(folder: Path, files: dict[str, Entry]) -> None:
 
 def manifest_text(files: dict[str, Entry]) -> str:
     """Return the content of a `manifest.json` that lists `files`."""
-    return json.dumps({"files": dict(sorted(files.items()))}, indent=1) + "\n"
+    return dumps({"files": dict(sorted(files.items()))}, indent=1) + "\n"
 
 
 def files_of(text: str) -> dict[str, Entry]:

@@ -92,6 +92,12 @@ def find_experiment(client: MlflowClient, config: TrackingConfig, uri: str, stor
     from mlflow.exceptions import MlflowException
 
     experiment = client.get_experiment_by_name(config.experiment)
+    if experiment is not None and experiment.lifecycle_stage == "deleted":
+        raise MlflowException(
+            f"the experiment {config.experiment!r} was deleted: set tracking.experiment to another"
+            f" name, or restore it with `MLFLOW_TRACKING_URI={shown(uri)} mlflow experiments"
+            f" restore --experiment-id {experiment.experiment_id}`"
+        )
     if experiment is not None:
         return experiment.experiment_id
     location = (storage / "mlartifacts").as_uri() if uri.startswith("sqlite:") else None

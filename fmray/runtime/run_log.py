@@ -19,8 +19,9 @@ from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Any, Literal
 
+from fmray.errors import GaveUp
 from fmray.runtime import console
-from fmray.runtime.files import MANIFEST, write_atomic, write_json
+from fmray.runtime.files import MANIFEST, dumps, write_atomic, write_json
 
 if TYPE_CHECKING:
     import torch
@@ -78,7 +79,8 @@ class Progress:
 class StepLog:
     """`log.jsonl`: {"step": ..., metric: value, ...} per line.
 
-    A resumed run starts again at an earlier step; lines after `keep_until` are removed.
+    A value that is not finite is `null`. A resumed run starts again at an earlier step; lines after
+    `keep_until` are removed.
     """
 
     def __init__(self, path: Path, keep_until: int, enabled: bool) -> None:
@@ -87,7 +89,7 @@ class StepLog:
             return
         path.parent.mkdir(parents=True, exist_ok=True)
         lines = [line for line in read_log(path) if line["step"] <= keep_until]
-        write_atomic(path, "".join(json.dumps(line) + "\n" for line in lines), durable=False)
+        write_atomic(path, "".join(dumps(line) + "\n" for line in lines), durable=False)
         self._file = path.open("a", encoding="utf-8", buffering=1)
 
     def __enter__(self) -> StepLog:
@@ -100,11 +102,11 @@ class StepLog:
     def write(self, step: int, metrics: dict[str, float]) -> None:
         """Append one line and flush it."""
         if self._file is not None:
-            self._file.write(json.dumps({"step": step, **metrics}) + "\n")
+            self._file.write(dumps({"step": step, **metrics}) + "\n")
 
 
-def read_log(path: Path) -> list[dict[str, float]]:
-    """Return the lines of a `log.jsonl`, [] if it is missing.
+def read_log(path: Path) -> list[dict[str, Any]]:
+    """Return the lines of a `log.jsonl`, [] if it is missing; None for a value that is not finite.
 
     A last line that a crash has cut off is ignored.
     """
@@ -122,7 +124,7 @@ def event(run_dir: Path, text: str) -> None:
     console.say(f"{datetime.now():%H:%M:%S} {run_dir.name}: {text}")
     try:
         with (run_dir / EVENTS).open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"time": time.time(), "text": text}) + "\n")
+            file.write(dumps({"time": time.time(), "text": text}) + "\n")
     except OSError as error:  # a full disk, which the event may be about
         console.say(f"{run_dir.name}: cannot write {EVENTS}: {error}")
 
@@ -240,12 +242,12 @@ class StatusFile:
         not write into the job that follows.
 
         Raises:
-            RuntimeError: on rank 0, another worker group has started.
+            GaveUp: on rank 0, another worker group has started.
         """
         if self._values is not None and (newer := self._newer_group()) is not None:
-            raise RuntimeError(
-                f"run {self._path.parent.name}: worker group {newer} has started; group"
-                f" {self._values['groups']} stops writing"
+            raise GaveUp(
+                f"run {self._path.parent.name}: another job with this --run-id has started (worker"
+                f" group {newer}); this one, group {self._values['groups']}, stops"
             )
 
     def _newer_group(self) -> int | None:
@@ -297,11 +299,11 @@ class View:
     step: int
     total: int | None
     left: float | None  #: estimated time left
-    metrics: dict[str, float]
+    metrics: dict[str, float | None]  #: None: not finite
     speed: tuple[str, float] | None  #: (unit, units per second)
     waiting_share: float | None  #: share of the time spent waiting for data
     checkpoint: tuple[int, float] | None  #: (step, age)
-    evaluation: tuple[int, dict[str, float]] | None  #: (step, metrics)
+    evaluation: tuple[int, dict[str, float | None]] | None  #: (step, metrics)
     restarts: int
     event: tuple[float, str] | None  #: (seconds since 1970, text)
     quiet: float | None  #: time since the run last wrote anything
@@ -317,8 +319,8 @@ class RunReader:
         self._forget()
 
     def _forget(self) -> None:
-        self._steps: deque[dict[str, float]] = deque(maxlen=RECENT)
-        self._evaluation: tuple[int, dict[str, float]] | None = None
+        self._steps: deque[dict[str, Any]] = deque(maxlen=RECENT)
+        self._evaluation: tuple[int, dict[str, Any]] | None = None
 
     def read(self, living: Collection[tuple[str, int]] | None = None) -> View:
         """Return the current view.

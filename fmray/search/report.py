@@ -10,7 +10,6 @@ import base64
 import html
 import io
 import itertools
-import json
 from collections import Counter
 from collections.abc import Sequence
 from datetime import UTC, datetime
@@ -21,7 +20,7 @@ import numpy as np
 
 from fmray.config.search import ObjectiveConfig
 from fmray.plots.style import COLORS, GREY, LIGHT, new_figure
-from fmray.runtime.files import write_atomic
+from fmray.runtime.files import dumps, write_atomic
 from fmray.search.pareto import front, front_of, objective_values, valid_points
 from fmray.search.state import FinishedTrial
 
@@ -130,7 +129,7 @@ def _table(finished: Sequence[FinishedTrial], objectives: Sequence[ObjectiveConf
     for trial in sorted(finished, key=lambda trial: trial.number):
         metrics = [f"{trial.metrics[n]:.4g}" if n in trial.metrics else "" for n in names]
         cells = [str(trial.number), trial.origin, trial.status, *metrics, str(trial.steps)]
-        values = json.dumps(dict(trial.values), ensure_ascii=False, default=sorted)
+        values = dumps(dict(trial.values), ensure_ascii=False, default=sorted)
         cells += [f"{trial.seconds:.1f}", values, trial.reason or ""]
         kind = "front" if trial.number in on_front else trial.status
         row = "".join(f"<td>{html.escape(cell)}</td>" for cell in cells)

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -33,7 +34,7 @@ from fmray.data.image_store import ImageStore
 from fmray.runtime import tracking
 from fmray.runtime.cluster import start_or_join
 from fmray.runtime.console import changed_settings, say
-from fmray.runtime.files import write_atomic
+from fmray.runtime.files import write_atomic, write_json
 from fmray.runtime.nodes import POLL_SECONDS
 from fmray.runtime.placement import concurrency, machines_of_cluster
 from fmray.search.pareto import front_of, recommend, rule_of
@@ -192,7 +193,7 @@ def _check_same_search(recipe: SearchRecipe, base: BaseRecipe, path: Path) -> No
         earlier.pop("base_set", None)  # its values are among those of the base recipe
         for note in resume.compare(earlier, settings, path, defaults):
             say(note)
-    _write_json(path, settings)
+    write_json(path, settings)
 
 
 def _settings_of(base: BaseRecipe) -> dict[str, Any]:
@@ -264,8 +265,10 @@ def _tasks(base: FewshotRecipe, run_dir: Path, embedded: Callable[[], EmbeddedTa
         raise ValueError(f"it varies tasks, and a base recipe of kind {base.kind} has no tasks")
     path = run_dir / "tasks.json"
     if not path.is_file():
-        _write_json(path, asdict(Tasks(**asdict(embedded().choice))))
-    return Tasks(**json.loads(path.read_text(encoding="utf-8")))
+        write_json(path, asdict(Tasks(**asdict(embedded().choice))))
+    values = json.loads(path.read_text(encoding="utf-8"))
+    values["coverage"] = [math.inf if value is None else value for value in values["coverage"]]
+    return Tasks(**values)
 
 
 def _task_notes(
@@ -382,8 +385,3 @@ def _track(run: tracking.Run, result: SearchResult) -> None:
         run.log(trial.number, **{f"trial/{k}": v for k, v in trial.metrics.items()})
     for name in ("trials.jsonl", "report.html"):
         run.artifact(result.run_dir / name)
-
-
-def _write_json(path: Path, values: dict[str, Any]) -> None:
-    """Write JSON that only this module reads: settings and scores may be infinite."""
-    write_atomic(path, json.dumps(values, indent=1) + "\n")

@@ -22,6 +22,7 @@ from pydantic import ValidationError
 
 from fmray.config import BaseRecipe, ConfigError
 from fmray.config.yaml_file import dump_value, explain, parse_override
+from fmray.runtime.files import dumps
 
 Values = Mapping[str, Any]  # by parameter; a Subset's value is a tuple in the order of its items
 
@@ -192,7 +193,7 @@ class Space:
 
     def key(self, values: Values) -> str:
         """Return the sorted overrides as JSON: equal for trials that would train the same."""
-        return json.dumps(sorted(self.to_overrides(self.read(values))))
+        return dumps(sorted(self.to_overrides(self.read(values))))
 
     def points(self) -> Iterator[dict[str, Any]]:
         """Yield all values, for a grid; the last parameter varies fastest.

@@ -7,11 +7,14 @@ disk when `append_trial` returns. Tune's own state files are never read.
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
+
+from fmray.runtime.files import dumps
 
 #: stopped: early, by the scheduler; duplicate: not trained, because it equals an earlier trial
 TrialStatus = Literal["done", "stopped", "failed", "duplicate"]
@@ -43,7 +46,7 @@ def append_trial(path: Path, trial: FinishedTrial) -> None:
 def append_line(path: Path, values: Mapping[str, Any]) -> None:
     """Append one line of JSON; it is on disk when this returns."""
     with path.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(values) + "\n")
+        file.write(dumps(values) + "\n")
         file.flush()
         os.fsync(file.fileno())
 
@@ -72,10 +75,19 @@ def read_finished(path: Path) -> list[FinishedTrial]:
     for number, line in enumerate(complete_lines(path), 1):
         try:
             values = json.loads(line)
-            values |= {"overrides": tuple(values["overrides"]), "curve": tuple(values["curve"])}
+            values |= {
+                "overrides": tuple(values["overrides"]),
+                "metrics": _numbers(values["metrics"]),
+                "curve": tuple(map(_numbers, values["curve"])),
+            }
             trials.append(FinishedTrial(**values))
         except (ValueError, TypeError, KeyError) as error:
             raise ValueError(
                 f"{path}:{number}: not a trial of a search ({error}); give another --run-id"
             ) from error
     return trials
+
+
+def _numbers(metrics: Mapping[str, float | None]) -> dict[str, float]:
+    """Return metrics of a line, with NaN for `null`."""
+    return {name: math.nan if value is None else value for name, value in metrics.items()}

@@ -7,7 +7,6 @@ Tune asks `TuneSearcher` for trials and reports their events to `TuneCallback`. 
 
 from __future__ import annotations
 
-import json
 import math
 import shutil
 import time
@@ -28,8 +27,10 @@ from rich.table import Table
 
 from fmray.config import ConfigError, LoadedRecipe, TrackingConfig, load
 from fmray.config.search import ObjectiveConfig
+from fmray.errors import GaveUp
 from fmray.runtime import tracking
 from fmray.runtime.console import rich_console, say
+from fmray.runtime.files import dumps
 from fmray.search.space import Space
 from fmray.search.state import FinishedTrial, TrialStatus, append_trial
 from fmray.search.suggest import Suggester, Suggestion
@@ -285,7 +286,7 @@ class TrialLedger:
         tags = {"fmray.trial": trial.number, "fmray.status": trial.status}
         tags |= {"fmray.origin": trial.origin}
         tags |= {"fmray.reason": trial.reason} if trial.reason else {}
-        tags |= {"fmray.values": json.dumps(dict(trial.values))}
+        tags |= {"fmray.values": dumps(dict(trial.values))}
         run_id = trial_run_id(self.run_id, trial.number)
         with tracking.open_run(self.tracking, self.storage, run_id, {}, tags, self.parent) as run:
             for point in trial.curve:
@@ -422,7 +423,11 @@ def _reason(trial: Trial) -> str:
         else:
             break
     lines = str(error).strip().splitlines() or [""]
-    return lines[0] if isinstance(error, ValueError) else f"{type(error).__name__}: {lines[0]}"
+    return (
+        lines[0]
+        if isinstance(error, ValueError | GaveUp)
+        else f"{type(error).__name__}: {lines[0]}"
+    )
 
 
 def _remove_other_values(folder: Path, loaded: LoadedRecipe[Any]) -> None:

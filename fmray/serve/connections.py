@@ -9,12 +9,13 @@ when the node starts: `fmray serve` and the image of `cluster/Dockerfile` set it
 
 from __future__ import annotations
 
-import json
 from asyncio import TimerHandle, Transport
 from typing import Any
 
 from uvicorn.protocols.http import auto
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
+
+from fmray.runtime.files import dumps
 
 HOOK = ("RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH", "fmray.serve.connections:limit_connections")
 KEEP_ALIVE_S = 75  # clients keep pooled connections for up to a minute
@@ -133,7 +134,7 @@ class LimitedProtocol(HttpToolsProtocol):
         """Respond to a request that is not parsed, in OpenAI's shape, and close the connection."""
         status, message, code = self._refusal
         error = {"message": message, "type": "invalid_request_error", "param": None, "code": code}
-        body = json.dumps({"error": error}).encode()
+        body = dumps({"error": error}).encode()
         cycle = self.cycle
         if cycle is None or cycle.response_complete or not cycle.response_started:
             self.transport.write(

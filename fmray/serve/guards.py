@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import asyncio
 import ipaddress
-import json
 import logging
 import re
 import secrets
@@ -25,6 +24,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from fmray.config.serve import ServeConfig
+from fmray.runtime.files import dumps
 from fmray.serve.keys import Caller, KeyRing
 from fmray.serve.openai import ApiError
 
@@ -311,7 +311,7 @@ def internal_error() -> ApiError:
 
 async def send_error(error: ApiError, send: Send) -> None:
     """Send an error as a complete response."""
-    body = json.dumps(error.body).encode()
+    body = dumps(error.body).encode()
     headers = {"content-type": "application/json", "content-length": str(len(body))}
     headers |= error.headers
     raw = [(name.encode(), value.encode()) for name, value in headers.items()]

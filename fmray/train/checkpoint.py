@@ -55,6 +55,7 @@ class TrainState:
     settings: dict[str, Any]
     best: float | None  # highest accuracy so far
     best_step: int | None
+    skipped_steps: int = 0  # so far, because of a loss or gradient that was not finite
 
 
 def flatten_settings(values: dict[str, Any]) -> dict[str, Any]:
@@ -74,7 +75,7 @@ def flatten_settings(values: dict[str, Any]) -> dict[str, Any]:
 
 def settings_hash(settings: dict[str, Any]) -> str:
     """Return twelve hex digits of the SHA-256 of the settings."""
-    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:12]
+    return hashlib.sha256(files.dumps(settings, sort_keys=True).encode()).hexdigest()[:12]
 
 
 def read_state(checkpoint: Path) -> TrainState:
@@ -93,6 +94,8 @@ def parse_state(text: str, where: str) -> TrainState:
         values = json.loads(text)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{where}: not valid JSON: {error}") from error
+    if isinstance(values, dict):
+        values = {"skipped_steps": 0} | values  # the previous release does not count them
     names = {field.name for field in fields(TrainState)}
     if not isinstance(values, dict) or set(values) != names:
         contents = sorted(values) if isinstance(values, dict) else type(values).__name__
@@ -216,7 +219,7 @@ def save_checkpoint(
     dist.barrier(group=group)
     if engine.global_rank == 0:
         (partial / "recipe.yaml").write_text(recipe_text, encoding="utf-8")
-        text = json.dumps(asdict(state), indent=1) + "\n"
+        text = files.dumps(asdict(state), indent=1) + "\n"
         (partial / STATE_FILE).write_text(text, encoding="utf-8")
 
     # each rank hashes the files that it has just written, which its node has in memory

@@ -2,7 +2,8 @@
 
 An engine wraps a module and its optimizer: call it for the loss, then `backward(loss)` and
 `step()`, once per pass (micro batch or episode). The last pass of an optimizer step updates the
-weights with the gradient of the mean over the passes of all workers.
+weights with the gradient of the mean over the passes of all workers. A gradient that is not finite
+changes neither weights nor optimizer, on no rank: see `scaled`.
 
 AdaLLaVA trains with DeepSpeed ZeRO (`engine_config`, `make_optimizer`, `make_schedule`); few-shot
 finetuning with DeepSpeed or, with `train.strategy: ddp`, with `TorchEngine` (`make_engine`).
@@ -86,6 +87,16 @@ def _common_settings(
     return settings
 
 
+def scaled(loss: Tensor, factor: float) -> Tensor:
+    """Return the loss times a factor, to call backward on.
+
+    The gradient of a loss that is not finite is NaN. Gradients are summed over the passes and the
+    ranks, and an optimizer skips a step whose gradient is not finite: so all ranks skip it, without
+    a look at the loss, for which they would have to wait.
+    """
+    return loss * torch.where(torch.isfinite(loss.detach()), factor, math.nan)
+
+
 # --- AdaLLaVA: DeepSpeed ZeRO ---
 
 
@@ -107,8 +118,9 @@ def engine_config(
             stage["offload_param"] = {"device": zero.offload_parameters}
     train = recipe.train
     passes = passes_of(train.global_batch, train.micro_batch, world_size)
+    clip = 0.0 if _is_plain(recipe) else train.gradient_clip
     return {
-        **_common_settings(train.micro_batch, passes, world_size, train.gradient_clip, universal),
+        **_common_settings(train.micro_batch, passes, world_size, clip, universal),
         "bf16": {"enabled": recipe.model.dtype == "bfloat16"},
         "zero_optimization": stage,
     }
@@ -137,7 +149,37 @@ def make_optimizer(model: nn.Module, recipe: AdaLlavaRecipe) -> torch.optim.Opti
         from deepspeed.ops.adam import DeepSpeedCPUAdam  # compiles its kernel at the first use
 
         return DeepSpeedCPUAdam(groups, adamw_mode=True, **settings)
+    if _is_plain(recipe):
+        return PlainAdamW(groups, recipe.train.gradient_clip, **settings)
     return torch.optim.AdamW(groups, fused=True, **settings)  # one pass over the parameters
+
+
+def _is_plain(recipe: AdaLlavaRecipe) -> bool:
+    """Whether DeepSpeed has no optimizer of its own around the recipe's."""
+    return recipe.zero.stage == 0 and recipe.model.dtype == "float32"
+
+
+class PlainAdamW(torch.optim.AdamW):
+    """AdamW that clips, and skips a gradient that is not finite, as DeepSpeed's optimizers do.
+
+    The decision stays on the device.
+    """
+
+    def __init__(self, groups: list[dict[str, Any]], clip: float, **settings: Any) -> None:
+        """See `torch.optim.AdamW`.
+
+        Args:
+            clip: maximum norm of the gradient; 0 for no clipping.
+        """
+        super().__init__(groups, fused=True, **settings)
+        self._clip = clip or float("inf")
+
+    def step(self, closure: None = None) -> None:
+        """Take a step; DeepSpeed reads the gradient norm, before clipping, from the attribute."""
+        parameters = [p for group in self.param_groups for p in group["params"]]
+        self._global_grad_norm = nn.utils.clip_grad_norm_(parameters, self._clip)
+        self.found_inf = (~torch.isfinite(self._global_grad_norm)).float()  # the kernel reads it
+        super().step(closure)
 
 
 def lr_factor(step: int, total: int, warmup_ratio: float) -> float:
@@ -174,7 +216,7 @@ class TorchEngine:
         """
         self.module, self._optimizer = learner, optimizer
         self._passes, self._clip, self._passes_done = passes, clip, 0
-        self._norm: Tensor | None = None
+        self._norm: float | None = None
         self._parallel: DistributedDataParallel | None = None
         self.global_rank = 0
         if dist.is_initialized() and dist.get_world_size() > 1:
@@ -194,18 +236,22 @@ class TorchEngine:
         (loss / self._passes).backward()
 
     def step(self) -> None:
-        """After the last episode of a step: clip, update the weights, reset the gradient."""
+        """After the last episode of a step: clip, update the weights, reset the gradient.
+
+        A gradient that is not finite updates nothing.
+        """
         self._passes_done += 1
         if self._passes_done % self._passes:
             return
         parameters = [p for group in self._optimizer.param_groups for p in group["params"]]
-        self._norm = nn.utils.clip_grad_norm_(parameters, self._clip or float("inf"))
-        self._optimizer.step()
+        self._norm = float(nn.utils.clip_grad_norm_(parameters, self._clip or float("inf")))
+        if math.isfinite(self._norm):
+            self._optimizer.step()
         self._optimizer.zero_grad()
 
     def get_global_grad_norm(self) -> float | None:
         """Return the gradient norm of the last step, before clipping."""
-        return None if self._norm is None else float(self._norm)
+        return self._norm
 
     def save_checkpoint(self, folder: str, tag: str, save_latest: bool) -> None:
         """Save weights and optimizer on rank 0; all ranks hold the same."""

@@ -43,6 +43,7 @@ class Result:
     mlflow_run_id: str | None = None
     model_version: str | None = None  #: version in the model registry, with `register_as`
     tasks: list[str] = field(default_factory=list)  #: finetuned on (few-shot)
+    skipped_steps: int = 0  #: see `train.skip_nonfinite`
 
 
 def train(
@@ -104,6 +105,7 @@ def train(
         mlflow_run_id=mlflow_run_id,
         model_version=version,
         tasks=list(tasks),
+        skipped_steps=values["skipped_steps"],
     )
     say("\n".join([*_summary(recipe, run_id, result), *outcome.lines()]))
     return result
@@ -227,6 +229,8 @@ def _summary(recipe: BaseRecipe, run_id: str, result: Result) -> list[str]:
         losses = [score.loss for score in scores if score.loss is not None]
         if losses:
             lines.append(f"{'loss':>8}" + "".join(f"{loss:11.4f}" for loss in losses))
+    if result.skipped_steps:
+        lines.append(f"skipped steps, because of a loss not finite: {result.skipped_steps}")
     lines.append(f"model: {result.model_dir}")
     if result.model_version is not None:
         name = recipe.tracking.register_as

@@ -9,6 +9,8 @@ What a step computes does not depend on the number of ranks: see each method.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,7 @@ from fmray.runtime.run_log import Progress, StatusFile, StepLog, event
 from fmray.train import checkpoint as checkpoints
 from fmray.train.checkpoint import TrainState
 from fmray.train.engine import single_process_group
+from fmray.train.finite import Diverged, FiniteCheck, name_samples, weights_finite
 from fmray.train.method import (
     JOB_NAMES,
     Evaluation,
@@ -41,10 +44,11 @@ def train_worker(config: dict[str, Any]) -> dict[str, Any]:
     Resumes from the run's newest complete checkpoint, whatever the number of ranks that made it.
     When the worker is told to stop (`PreemptionNotice`), it saves a checkpoint and returns early.
 
-    Returns `metrics` (of the last step and the last evaluation), `evaluation` and `best_step`, or
-    `preempted`, the reason of the early end.
+    Returns `metrics` (of the last step and the last evaluation), `evaluation`, `best_step` and
+    `skipped_steps`, or `preempted`, the reason of the early end.
 
-    Raises ValueError when recipe, data, model or checkpoint do not fit together.
+    Raises ValueError when recipe, data, model or checkpoint do not fit together, and Diverged for a
+    loss, gradient, evaluation or weight that is not finite (`fmray.train.finite`).
     """
     job: TrainJob = config["job"]
     recipe, train = job.recipe, job.recipe.train
@@ -58,6 +62,7 @@ def train_worker(config: dict[str, Any]) -> dict[str, Any]:
     start = step = state.step if state is not None else 0
     best, best_step = (state.best, state.best_step) if state is not None else (None, None)
     total = method.total_steps
+    check = _finite_check(job, worker, manager, state)
     if worker.is_rank_zero:
         text = f"step {start} of {total}; {worker.world_size} ranks, each {method.share} a step"
         event(job.run_dir, text)
@@ -65,6 +70,7 @@ def train_worker(config: dict[str, Any]) -> dict[str, Any]:
     name, is_rank_zero = JOB_NAMES[recipe.kind], worker.is_rank_zero
     cpus = recipe.cluster.cpus_per_worker
     with (
+        _rank_zero_first(worker, manager),
         tracking.open_job_run(recipe, job.run_id, name, enabled=is_rank_zero) as run,
         StepLog(job.run_dir / "log.jsonl", keep_until=start, enabled=is_rank_zero) as log,
         Progress(total, start, is_rank_zero, job.run_id) as progress,
@@ -78,16 +84,20 @@ def train_worker(config: dict[str, Any]) -> dict[str, Any]:
             log.write(step, metrics)
             run.log(step, **{f"train/{key}": value for key, value in metrics.items()})
             progress.update(step, metrics)
+            check.step(step, metrics, lambda: name_samples(worker, manager.group))
             last, stop = step == total, worker.stop_reason
             evaluate_now = method.evaluates and (last or _due(step, train.eval_every)) and not stop
             save_now = stop or last or _due(step, train.checkpoint_every)
 
             # once in a while: evaluate
+            if evaluate_now or save_now:
+                check.weights(step, weights_finite(engine.module, worker))
             if evaluate_now:
                 evaluation = _from_rank_zero(method.evaluate(engine), worker, manager)
                 scores = evaluation.metrics()
                 log.write(step, scores)
                 run.log(step, **{f"eval/{key}": value for key, value in scores.items()})
+                check.evaluation(step, scores)
                 if not last:  # the job's summary has the last one
                     progress.say(f"step {step}: {evaluation}")
 
@@ -97,7 +107,7 @@ def train_worker(config: dict[str, Any]) -> dict[str, Any]:
                     best, best_step = evaluation.accuracy, step
                 run.flush()
                 status.check()
-                state = _state(job, method, worker, settings, step, best, best_step)
+                state = _state(job, method, worker, settings, step, best, best_step, check.skipped)
                 manager.save(engine, state, job.recipe_text, train.keep_checkpoints)
             if stop:
                 manager.wait()
@@ -111,6 +121,7 @@ def train_worker(config: dict[str, Any]) -> dict[str, Any]:
         # the end: export the model, wait for the copies
         if evaluation is None and method.evaluates:  # resumed after the last step
             evaluation = _from_rank_zero(method.evaluate(engine), worker, manager)
+            check.evaluation(step, evaluation.metrics())
         status.check()
         method.export(engine, job.run_dir / "model")
         manager.finish()
@@ -119,6 +130,7 @@ def train_worker(config: dict[str, Any]) -> dict[str, Any]:
         "metrics": {"step": step, **metrics, **scores, **method.summary()},
         "evaluation": evaluation,
         "best_step": best_step,
+        "skipped_steps": check.skipped,
     }
 
 
@@ -160,7 +172,47 @@ def _resume(
     if convert:
         manager.make_universal(newest, method.zero_stage)
     manager.load(engine, newest, convert)
+    if not weights_finite(engine.module, worker):
+        raise ValueError(
+            f"{newest}: its weights are not finite; remove it to resume from the checkpoint before"
+        )
     return engine, state
+
+
+def _finite_check(
+    job: TrainJob, worker: Worker, manager: CheckpointManager, state: TrainState | None
+) -> FiniteCheck:
+    """What stops the run, or skips a step, when a value is not finite."""
+
+    def report(text: str) -> None:
+        if worker.is_rank_zero:
+            event(job.run_dir, text)
+
+    def advice(step: int) -> str:
+        if (newest := manager.newest) is None:
+            return "nothing is exported, and no checkpoint was written; lower train.lr"
+        text = (
+            f"nothing is exported; the last finite checkpoint is {newest.name}, from which the same"
+            " --run-id resumes; lower train.lr"
+        )
+        before = [p.name for p in checkpoints.list_checkpoints(job.run_dir) if p.name < newest.name]
+        if before and newest == checkpoints.checkpoint_path(job.run_dir, step - 1):
+            text += f" (and remove it to resume from {before[0]}, if step {step} fails again)"
+        return text
+
+    skipped = 0 if state is None else state.skipped_steps
+    return FiniteCheck(job.run_id, report, advice, job.recipe.train.skip_nonfinite, skipped)
+
+
+@contextmanager
+def _rank_zero_first(worker: Worker, manager: CheckpointManager) -> Iterator[None]:
+    """When all ranks raise Diverged, let rank 0 end its files: Ray ends all at the first error."""
+    try:
+        yield
+    except Diverged:
+        if worker.world_size > 1:
+            dist.barrier(group=manager.group)
+        raise
 
 
 def _state(
@@ -171,6 +223,7 @@ def _state(
     step: int,
     best: float | None,
     best_step: int | None,
+    skipped_steps: int,
 ) -> TrainState:
     epoch, cursor = method.position(step)
     return TrainState(
@@ -184,6 +237,7 @@ def _state(
         settings=settings,
         best=best,
         best_step=best_step,
+        skipped_steps=skipped_steps,
     )
 
 

@@ -8,13 +8,14 @@ schedule, registry) is the loop's and the launcher's, and is therefore the same 
 from __future__ import annotations
 
 import importlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from fmray.config import BaseRecipe
 from fmray.train.supervise import PreemptionNotice
@@ -83,6 +84,8 @@ class Worker:
     device: torch.device
     preemption: PreemptionNotice | None = field(default=None, repr=False)
     stop_reason: str | None = None  #: set by `end_step` when this run has been told to stop
+    #: of each pass of this rank in the last step: what names its samples, and its loss
+    passes: list[tuple[Callable[[], list[str]], Tensor]] = field(default_factory=list, repr=False)
 
     @property
     def is_rank_zero(self) -> bool:
@@ -134,7 +137,8 @@ class Method(Protocol):
     def steps(self, engine: Any, start: int) -> Iterator[tuple[int, dict[str, float]]]:
         """Take the optimizer steps after `start`; yield each step's number and metrics.
 
-        Each step ends with `Worker.end_step`. The metrics are those of the global batch.
+        Each step ends with `Worker.end_step`. The metrics are those of the global batch. A step
+        whose loss or gradient is not finite changes no weight, and sets `Worker.passes` too.
         """
 
     def position(self, step: int) -> tuple[int, int]:

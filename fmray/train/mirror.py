@@ -437,6 +437,11 @@ class CheckpointManager:
         # else each node has a part, and no upload was completed: there never was a checkpoint
         return None
 
+    @property
+    def newest(self) -> Path | None:
+        """The checkpoint that `find` returned, or the one that was saved last."""
+        return self._newest
+
     def make_universal(self, checkpoint: Path, stage: int) -> None:
         """Convert a checkpoint so that any number of workers can load it."""
         make_universal(checkpoint, stage, self._folder_ranks, self.group)

@@ -20,6 +20,7 @@ from fmray.config import AdaLlavaRecipe
 from fmray.config.fewshot import FewshotRecipe
 from fmray.data.image_store import ImageManifest
 from fmray.data.store import Manifest
+from fmray.runtime.files import dumps
 from fmray.train.checkpoint import TrainState, flatten_settings
 
 Recipe = AdaLlavaRecipe | FewshotRecipe
@@ -42,10 +43,12 @@ _FREE = {
         "train.eval_budgets",
         "train.checkpoint_every",
         "train.keep_checkpoints",
+        "train.skip_nonfinite",
     },
     "fewshot": {
         "train.checkpoint_every",
         "train.keep_checkpoints",
+        "train.skip_nonfinite",
         "train.eval_every",
         "train.eval_split",
     },
@@ -150,7 +153,7 @@ def compare(
         if old == new or name.startswith(_CONTENT) or (name in free and name not in before):
             continue
         if name in free:
-            notes.append(f"{name}: {json.dumps(old)} -> {json.dumps(new)}")
+            notes.append(f"{name}: {dumps(old)} -> {dumps(new)}")
         elif name.removeprefix("base.") not in _MODEL or not _moved(before, now, old, new):
             changed.append(f"{name} was {old!r} and is {new!r}")
     if changed:
@@ -244,7 +247,7 @@ def model_digest(source: str | Path, revision: str | None = None) -> str | None:
     base = parts.get(_ADAPTIVE, {}).pop("base", None)  # of an adaptive model without its base
     parts["base"] = base and model_digest(base)
     parts |= {"weights" if file == path else file.name: _sample(file) for file in weights}
-    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+    return hashlib.sha256(dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
 def _hub_folder(name: str, revision: str | None) -> Path | None:

@@ -147,7 +147,8 @@ def fit(
 
     Raises:
         ValueError: fmray raised it in a worker; or all checkpoints are damaged.
-        GaveUp: more than `cluster.max_failures` failures in a row without a new checkpoint.
+        GaveUp: a worker raised it; or more than `cluster.max_failures` failures in a row without a
+            new checkpoint.
         SystemExit: 143, after SIGTERM.
     """
     cluster, run_dir = recipe.cluster, recipe.cluster.storage / run_id
@@ -178,7 +179,7 @@ def fit(
             reason, failed = values["preempted"], False
             _wait_for_drained(time.monotonic() + DRAIN_SECONDS)
         except (TrainingFailedError, RayActorError) as error:
-            _raise_mistake(error)
+            _raise_final(error)
             reason, failed = failure_reason(error), True
             if isinstance(error, RayActorError):
                 _release_reservation(trainer)
@@ -287,11 +288,13 @@ def _mark_mistakes(loop: Loop, config: dict[str, Any]) -> dict[str, Any]:
         raise _Mistake(str(error)) from None
 
 
-def _raise_mistake(error: Exception) -> None:
-    """Raise ValueError if a worker raised `_Mistake`."""
+def _raise_final(error: Exception) -> None:
+    """Raise ValueError if a worker raised `_Mistake`, and GaveUp if one raised that."""
     for failure in error.worker_failures.values() if isinstance(error, WorkerGroupError) else ():
         if isinstance(failure, _Mistake):
             raise ValueError(str(failure)) from None
+        if isinstance(failure, GaveUp):
+            raise GaveUp(str(failure)) from None
 
 
 def _start_limit(workers: int, seconds: float) -> Any:

@@ -517,3 +517,19 @@ def test_flush_writes_everything_logged_before_it(tmp_path):
             history = client.get_metric_history(run.mlflow_run_id, "loss")
             assert [metric.step for metric in history] == list(range(1, step + 1))
     run.flush()  # does nothing on a finished run
+
+
+def test_a_deleted_experiment_is_a_warning_with_its_remedy(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    open_run(SQLITE, tmp_path, "first", {}).finish()
+    client = client_of(SQLITE, tmp_path)
+    experiment = client.get_experiment_by_name(SQLITE.experiment).experiment_id
+    client.delete_experiment(experiment)
+    open_run(SQLITE, tmp_path, "second", {}).finish()
+    first, *_ = warnings_of(caplog)
+    assert f"the experiment {SQLITE.experiment!r} was deleted: set tracking.experiment" in first
+    assert first.endswith(f"mlflow experiments restore --experiment-id {experiment}`")
+    client.restore_experiment(experiment)
+    open_run(SQLITE, tmp_path, "third", {}).finish()
+    assert len(all_runs(tmp_path)) == 2

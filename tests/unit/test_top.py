@@ -75,6 +75,23 @@ def test_view_holds_what_the_run_wrote(run_dir: Path) -> None:
     assert [worker.alive for worker in view.workers] == [True, None]
 
 
+def test_a_value_that_is_not_finite_is_null(
+    run_dir: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with (run_dir / "log.jsonl").open("a") as file:
+        file.write(step(41, loss=None, grad_norm=None) + '{"step": 41, "accuracy/0.5": null}\n')
+        file.write(step(42, loss=float("nan")))  # as the previous release wrote it
+    for expected in ("loss             nan", "loss             not finite"):
+        assert main(["top", str(run_dir), "--once"]) == 0
+        out = capsys.readouterr().out
+        assert expected in out and "step 41: accuracy/0.5 not finite" in out
+        assert main(["top", str(run_dir), "--json"]) == 0
+        values = json.loads(capsys.readouterr().out, parse_constant=pytest.fail)
+        assert values["metrics"]["loss"] is None
+        with (run_dir / "log.jsonl").open("a") as file:
+            file.write(step(43, loss=None))
+
+
 def test_reader_follows_a_log_that_grows_or_is_replaced(run_dir: Path) -> None:
     reader, log = RunReader(run_dir), run_dir / "log.jsonl"
     assert reader.read().step == 40

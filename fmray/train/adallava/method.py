@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -31,7 +32,13 @@ from fmray.train.adallava.batches import (
 )
 from fmray.train.adallava.model import DTYPES, build_model, merge_lora
 from fmray.train.checkpoint import export_model, full_state
-from fmray.train.engine import engine_config, import_deepspeed, make_optimizer, make_schedule
+from fmray.train.engine import (
+    engine_config,
+    import_deepspeed,
+    make_optimizer,
+    make_schedule,
+    scaled,
+)
 from fmray.train.method import Evaluation, Score, TrainJob, Worker
 
 if TYPE_CHECKING:
@@ -109,6 +116,7 @@ class AdaLlavaMethod:
             # forward, backward and step for each micro batch; DeepSpeed steps at the last one
             loss_sum = torch.zeros((), device=worker.device)
             share_sum, rows = 0.0, 0
+            worker.passes = []
             for batch in micro_batches:
                 inputs, share = self._training_inputs(batch, step)
                 if share is not None:
@@ -116,23 +124,25 @@ class AdaLlavaMethod:
                     rows += len(share)
                 loss = engine(**inputs).loss * answer_tokens(batch)
                 # DeepSpeed averages over ranks and micro batches; this gives the mean over tokens
-                engine.backward(loss * (worker.world_size * loader.passes / learned))
+                engine.backward(scaled(loss, worker.world_size * loader.passes / learned))
                 engine.step()
                 loss_sum += loss.detach()
+                worker.passes.append((partial(loader.ids, batch.rows), loss.detach()))
+            if not engine.was_step_applied():
+                engine.lr_scheduler.step()  # the rate depends on the number of the step alone
 
             # metrics of the global batch
             tokens = sum(int(b.attention_mask.sum()) for b in micro_batches if not b.filler)
-            sums = worker.end_step([float(loss_sum), share_sum, rows, tokens])
+            norm = float(engine.get_global_grad_norm())
+            sums = worker.end_step([float(loss_sum), share_sum, rows, tokens, norm])
             seconds, waiting = time.monotonic() - began, loader.wait_seconds - waited
             metrics = {
                 "loss": sums[0] / learned,
+                "grad_norm": sums[4] / worker.world_size,  # every rank has the global one
                 "lr": float(engine.get_lr()[0]),
                 "tokens_per_s": sums[3] / seconds,
                 "waiting_share": waiting / seconds,
             }
-            norm = engine.get_global_grad_norm()  # None for stage 0 in float32
-            if norm is not None:
-                metrics["grad_norm"] = float(norm)
             if self._levels is not None:
                 metrics["budget"] = sums[1] / sums[2]
             yield step + 1, metrics

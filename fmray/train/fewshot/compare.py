@@ -34,6 +34,7 @@ from fmray.config import LoadedRecipe
 from fmray.config.fewshot import FewshotRecipe, Selection, TargetConfig
 from fmray.data.image_ingest import prepare_images
 from fmray.data.image_store import ImageManifest, ImageStore
+from fmray.errors import GaveUp
 from fmray.fewshot import Encoder, confidence_interval
 from fmray.plots import fewshot as fewshot_plots
 from fmray.runtime import tracking
@@ -228,7 +229,13 @@ def _as_ray_tasks(
             group = waiting.pop()
             running[remote.remote(recipe, group, shared)] = group
         [ready], _ = ray.wait(list(running), num_returns=1)
-        yield running.pop(ready), ray.get(ready)
+        try:
+            computed = ray.get(ready)
+        except ray.exceptions.RayTaskError as error:
+            if isinstance(error.cause, GaveUp):  # a training diverged
+                raise GaveUp(str(error.cause)) from None
+            raise
+        yield running.pop(ready), computed
 
 
 def _track(

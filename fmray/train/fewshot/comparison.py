@@ -22,8 +22,10 @@ import torch
 
 from fmray.config.fewshot import FewshotRecipe, Method, Selection, TargetConfig
 from fmray.data.image_store import ImageStore
+from fmray.errors import NotFinite
 from fmray.fewshot import Encoder, Interval, confidence_interval, paired_interval
-from fmray.runtime.files import atomic_path
+from fmray.runtime.console import say
+from fmray.runtime.files import atomic_path, dumps
 from fmray.train.engine import make_engine
 from fmray.train.fewshot.encoder import ImageReader, load_encoder
 from fmray.train.fewshot.evaluate import (
@@ -37,6 +39,7 @@ from fmray.train.fewshot.learners import make_learner
 from fmray.train.fewshot.method import run_steps
 from fmray.train.fewshot.select import CandidateTask, candidate_tasks
 from fmray.train.fewshot.tasks import TrainingSet
+from fmray.train.finite import Diverged, FiniteCheck, name_samples, weights_finite
 from fmray.train.method import Worker
 from fmray.train.resume import training_settings
 
@@ -267,6 +270,9 @@ def run_cells(
     Args:
         cells: of one training.
         decoded: all images of the store, from `decode_all`.
+
+    Raises:
+        Diverged: a loss, gradient, weight or feature is not finite.
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     store = ImageStore.open(recipe.images.store, recipe.images.cache)
@@ -283,7 +289,12 @@ def run_cells(
         samplers = task_samplers(  # the table reports the number of ways
             store, rows, cell.target, recipe.evaluate, recipe.seed, report=False
         )
-        accuracies = measure_accuracy(encoder, images, rows, samplers, recipe.evaluate)
+        try:
+            accuracies = measure_accuracy(encoder, images, rows, samplers, recipe.evaluate)
+        except NotFinite as error:
+            if cell.method == "direct":
+                raise
+            raise Diverged(f"run {cell.name}: {error}; {_advice(cell)}") from error
         results[cell.key] = CellResult(accuracies, ways_of(samplers), seconds, loss)
     return results
 
@@ -304,10 +315,19 @@ def _train(
     learner = make_learner(encoder, training, images, trained.train, trained.seed, device)
     engine = make_engine(learner, trained.train, world_size=1)
     worker = Worker(0, 1, device)
-    steps = [m for _, m in run_steps(engine, training, images, trained.train, 0, worker)]
+    check = FiniteCheck(cell.name, say, lambda _: _advice(cell), trained.train.skip_nonfinite)
+    steps = []
+    for step, metrics in run_steps(engine, training, images, trained.train, 0, worker):
+        if check.step(step, metrics, lambda: name_samples(worker)):
+            steps.append(metrics)
+    check.weights(trained.train.steps, weights_finite(learner, worker))
     seconds = sum(trained.train.episodes_per_step / metrics["episodes_per_s"] for metrics in steps)
     last = steps[-max(1, len(steps) // 10) :]
     return seconds, sum(metrics["loss"] for metrics in last) / len(last)
+
+
+def _advice(cell: Cell) -> str:
+    return f"finished cells are kept under the same --run-id; lower compare.lr.{cell.method}"
 
 
 def write_cell(path: Path, result: CellResult) -> None:
@@ -317,7 +337,7 @@ def write_cell(path: Path, result: CellResult) -> None:
         for shots, values in result.accuracies.items()
         for task, accuracy in enumerate(values.tolist())
     ]
-    notes = json.dumps({"seconds": result.seconds, "loss": result.loss})
+    notes = dumps({"seconds": result.seconds, "loss": result.loss})
     table = pa.Table.from_pylist(records, CELL_SCHEMA.with_metadata({"training": notes}))
     path.parent.mkdir(parents=True, exist_ok=True)
     with atomic_path(path) as temporary:
@@ -347,4 +367,4 @@ def weights_digest(encoder: Encoder) -> str:
 
 def digest(settings: Mapping[str, Any]) -> str:
     """Return 16 hex digits of the SHA-256 of settings."""
-    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
+    return hashlib.sha256(dumps(settings, sort_keys=True).encode()).hexdigest()[:16]

@@ -8,16 +8,19 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 
 from fmray.config.fewshot import FewshotRecipe, FewshotTrainConfig
 from fmray.data.image_store import ImageStore
 from fmray.data.loader import passes_of
+from fmray.errors import NotFinite
 from fmray.fewshot import Encoder, finetuning_mode
-from fmray.train.engine import ZERO_STAGE, TorchEngine, make_engine
+from fmray.train.engine import ZERO_STAGE, TorchEngine, make_engine, scaled
 from fmray.train.fewshot.encoder import ImageReader, export_encoder, load_encoder
 from fmray.train.fewshot.evaluate import measure_accuracy, shots_name, task_samplers
 from fmray.train.fewshot.learners import make_learner
@@ -120,33 +123,38 @@ def run_steps(
     for step in range(start, train.steps):
         mine = training.order(step, episodes)[rank::world_size]
         order += [*mine, *mine[: passes - of_rank]]
-    batches = read_ahead(training, images, order)
+    batches, indices = read_ahead(training, images, order), iter(order)
     for step in range(start + 1, train.steps + 1):
         began = time.monotonic()
         sums = torch.zeros(2, dtype=torch.float64, device=worker.device)  # loss, accuracy
-        for weight, batch in zip(weights, batches, strict=False):  # takes the batches of this step
+        worker.passes = []
+        for weight, index, batch in zip(weights, indices, batches, strict=False):  # of this step
             inputs = (batch.support, batch.query, batch.labels)
             loss, accuracy = engine(*(part.to(worker.device) for part in inputs))
-            engine.backward(loss * weight)
+            engine.backward(scaled(loss, weight))
             engine.step()
+            worker.passes.append((partial(training.name, index), loss.detach()))
             if weight:
                 sums += torch.stack([loss.detach(), accuracy.detach()])
-        loss_mean, accuracy_mean = (total / episodes for total in worker.end_step(sums.tolist()))
-        metrics = {
-            "loss": loss_mean,
-            "accuracy": accuracy_mean,
-            "episodes_per_s": episodes / (time.monotonic() - began),
-        }
-        norm = engine.get_global_grad_norm()
-        if norm is not None:
-            metrics["grad_norm"] = float(norm)
-        yield step, metrics
+        norm = float(engine.get_global_grad_norm())
+        loss_sum, accuracy_sum, norm_sum = worker.end_step([*sums.tolist(), norm])
+        yield (
+            step,
+            {
+                "loss": loss_sum / episodes,
+                "accuracy": accuracy_sum / episodes,
+                "episodes_per_s": episodes / (time.monotonic() - began),
+                "grad_norm": norm_sum / world_size,  # every rank has the global one
+            },
+        )
 
 
 def _evaluation(
     recipe: FewshotRecipe, store: ImageStore, images: ImageReader
 ) -> Callable[[Encoder], Evaluation]:
     """Return a function that evaluates an encoder on the target; scores are named `N-shot`.
+
+    They are NaN for an encoder whose features are not finite.
 
     Raises:
         ValueError: a target with no images in that split, or too few for a task.
@@ -158,7 +166,10 @@ def _evaluation(
     samplers = task_samplers(store, rows, target, recipe.evaluate, seed)
 
     def evaluate(encoder: Encoder) -> Evaluation:
-        values = measure_accuracy(encoder, images, rows, samplers, recipe.evaluate)
+        try:
+            values = measure_accuracy(encoder, images, rows, samplers, recipe.evaluate)
+        except NotFinite:
+            values = {shots: np.array([np.nan]) for shots in samplers}
         return Evaluation(
             tuple(Score(shots_name(n), float(accuracy.mean())) for n, accuracy in values.items())
         )

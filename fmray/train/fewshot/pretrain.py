@@ -7,8 +7,10 @@ depend on the seed and the step alone.
 
 from __future__ import annotations
 
+import math
 import time
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,10 +26,11 @@ from fmray.fewshot.pretrain import MoCo, SimCLR, Supervised, augment
 from fmray.runtime import tracking
 from fmray.runtime.console import changed_settings, say
 from fmray.runtime.files import atomic_path
-from fmray.runtime.run_log import Progress, StepLog
+from fmray.runtime.run_log import Progress, StepLog, event
 from fmray.train.checkpoint import flatten_settings
 from fmray.train.engine import lr_factor
 from fmray.train.fewshot.encoder import ImageReader, decode_all, export_encoder
+from fmray.train.finite import LISTED, FiniteCheck, all_finite
 from fmray.train.resume import compare
 
 STATE_EVERY = 250  # steps
@@ -64,6 +67,7 @@ def pretrain(recipe: FewshotRecipe, run_dir: Path, run_id: str) -> Pretrained:
     Raises:
         ValueError: collections without train classes, too few images, or a run that was started
             with other settings.
+        Diverged: a loss, gradient or weight is not finite.
     """
     config, target = recipe.pretrain, run_dir / "model"
     store = ImageStore.open(recipe.images.store, recipe.images.cache)
@@ -71,7 +75,7 @@ def pretrain(recipe: FewshotRecipe, run_dir: Path, run_id: str) -> Pretrained:
     settings = {
         "seed": recipe.seed,
         "encoder": recipe.encoder.model_dump(exclude={"checkpoint", "pretrained"}),
-        "pretrain": config.model_dump(mode="json"),
+        "pretrain": config.model_dump(mode="json", exclude={"skip_nonfinite"}),
         "store": store.fingerprint,
     }
     state = _read_state(run_dir / "state.pt", settings)
@@ -84,6 +88,7 @@ def pretrain(recipe: FewshotRecipe, run_dir: Path, run_id: str) -> Pretrained:
     preprocess = objective.encoder.preprocess
     reader = ImageReader(store, preprocess, decode_all(store, preprocess))
     start = 0 if state is None else state["step"]
+    check = _finite_check(config, run_dir, run_id, state)
     say(
         f"{run_id}: {config.objective} of {recipe.encoder.name} on {len(rows)} images, steps"
         f" {start + 1} to {config.steps}, in this process"
@@ -99,19 +104,26 @@ def pretrain(recipe: FewshotRecipe, run_dir: Path, run_id: str) -> Pretrained:
             began = time.monotonic()
             chosen = _batch(len(rows), config.batch, recipe.seed, step)
             images = reader[rows[chosen]].to(device)
-            loss = _train_step(
+            loss, norm = _train_step(
                 objective, optimizer, images, labels[chosen], config, recipe.seed, step
             )
-            metrics = {"loss": loss, "images_per_s": len(chosen) / (time.monotonic() - began)}
+            metrics = {
+                "loss": loss,
+                "grad_norm": norm,
+                "images_per_s": len(chosen) / (time.monotonic() - began),
+            }
 
             # report, and save every now and then
             done = step + 1
             log.write(done, metrics)
             run.log(done, **{f"pretrain/{name}": value for name, value in metrics.items()})
             progress.update(done, metrics)
+            check.step(done, metrics, partial(_name_images, rows[chosen]))
             if done % STATE_EVERY == 0 or done == config.steps:
+                check.weights(done, all_finite(objective.state_dict().values()))
                 state = {
                     "step": done,
+                    "skipped_steps": check.skipped,
                     "settings": settings,
                     "objective": objective.state_dict(),
                     "optimizer": optimizer.state_dict(),
@@ -119,8 +131,34 @@ def pretrain(recipe: FewshotRecipe, run_dir: Path, run_id: str) -> Pretrained:
                 with atomic_path(run_dir / "state.pt") as temporary:
                     torch.save(state, temporary)
         export_encoder(objective.encoder, target)
+    if check.skipped:
+        say(f"skipped steps, because of a loss not finite: {check.skipped}")
     say(f"model: {target}")
     return Pretrained(target, metrics)
+
+
+def _finite_check(
+    config: PretrainConfig, run_dir: Path, run_id: str, state: dict[str, Any] | None
+) -> FiniteCheck:
+    """What stops the run, or skips a step, when a value is not finite."""
+
+    def advice(step: int) -> str:
+        if not (run_dir / "state.pt").is_file():
+            return "nothing is exported, and no state was saved; lower pretrain.lr"
+        return (
+            "nothing is exported; the last finite state is in state.pt, from which the same"
+            " --run-id resumes; lower pretrain.lr"
+        )
+
+    skipped = 0 if state is None else state.get("skipped_steps", 0)
+    return FiniteCheck(
+        run_id,
+        lambda text: event(run_dir, text),
+        advice,
+        config.skip_nonfinite,
+        skipped,
+        "pretrain.skip_nonfinite",
+    )
 
 
 def _build(
@@ -149,8 +187,12 @@ def _train_step(
     config: PretrainConfig,
     seed: int,
     step: int,
-) -> float:
-    """Take an optimizer step on two views of uint8 images [B, 3, H, W]; return the loss."""
+) -> tuple[float, float]:
+    """Take an optimizer step on two views of uint8 images [B, 3, H, W].
+
+    Returns loss and gradient norm. If one is not finite, nothing changes.
+    """
+    before = [buffer.clone() for buffer in objective.buffers()]  # batch statistics, MoCo's queue
     generator = torch.Generator().manual_seed((seed << 32) + step)
     normalise = objective.encoder.preprocess.normalise
     first, second = (normalise(augment(images, generator)) for _ in range(2))
@@ -159,10 +201,17 @@ def _train_step(
         group["lr"] = config.lr * lr_factor(step, config.steps, WARMUP)
     optimizer.zero_grad()
     loss.backward()
+    gradients = [p.grad for p in objective.parameters() if p.grad is not None]
+    norm = torch.nn.utils.get_total_norm(gradients)
+    loss_value, norm_value = torch.stack([loss.detach(), norm]).tolist()
+    if not (math.isfinite(loss_value) and math.isfinite(norm_value)):
+        for buffer, value in zip(objective.buffers(), before, strict=True):
+            buffer.copy_(value)
+        return loss_value, norm_value
     optimizer.step()
     if isinstance(objective, MoCo):
         objective.update()
-    return float(loss.detach())
+    return loss_value, norm_value
 
 
 def _images(store: ImageStore, config: PretrainConfig) -> tuple[np.ndarray, np.ndarray]:
@@ -192,6 +241,10 @@ def _objective(
     if config.objective == "moco":
         return MoCo(encoder, config.temperature, config.queue, config.momentum)
     return Supervised(encoder, classes)
+
+
+def _name_images(rows: np.ndarray) -> str:
+    return f"images {', '.join(map(str, rows[:LISTED]))}{' ...' if len(rows) > LISTED else ''}"
 
 
 def _batch(images: int, batch: int, seed: int, step: int) -> np.ndarray:

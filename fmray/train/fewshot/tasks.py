@@ -81,6 +81,11 @@ class TrainingSet:
         labels = np.searchsorted(self._classes, self._class_of(episode.support[:, 0]))
         return episode.support, episode.query, labels
 
+    def name(self, index: int) -> list[str]:
+        """Return the name of episode `index` in messages, as a list of one."""
+        task = self.tasks[self._turns[index % len(self._turns)]]
+        return [f"episode {index} of {task.name}"]
+
     def used_rows(self) -> tuple[np.ndarray, np.ndarray]:
         """Return each image of the M episodes once: rows [n] (ascending) and labels [n]."""
         parts = [self.rows(index)[:2] for index in range(self._config.tasks)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import signal
@@ -15,7 +16,8 @@ import pytest
 import ray
 from support.training import ADAPTIVE, forget_after, load_recipe, losses, make_store
 
-from fmray.runtime.run_log import read_log
+from fmray.errors import exit_code
+from fmray.runtime.run_log import read_log, read_status
 from fmray.train.checkpoint import find_checkpoint, read_state
 from fmray.train.launch import Result, train
 
@@ -128,3 +130,26 @@ def test_a_killed_worker_resumes_in_the_same_mlflow_run(
     assert run.data.tags["fmray.last_failure"].startswith("worker ")
     history = {m.step: m.value for m in client.get_metric_history(run.info.run_id, "train/loss")}
     assert sorted(history) == steps
+
+
+def test_a_run_that_diverges_stops_at_once(store: Path, tmp_path: Path, capsys: Any) -> None:
+    """One line, no restart, no model, and a failed MLflow run."""
+    loaded = load_recipe(
+        store,
+        tmp_path,
+        cluster=TWO,
+        tracking={"enabled": True, "experiment": "diverged"},
+        **recipe_sections(2, lr=1e30, gradient_clip=0, checkpoint_every=1),
+    )
+    assert exit_code(lambda: train(loaded, "run")) == 1
+    out, err = capsys.readouterr()
+    assert re.search(r"^fmray: run run: step \d: .* not finite.*; lower train\.lr", err, re.M)
+    assert "attempt" not in out and "Traceback" not in err
+    assert not (tmp_path / "run" / "model").exists()
+    assert read_status(tmp_path / "run").state == "failed"
+    for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines():
+        json.loads(line, parse_constant=pytest.fail)
+    client = mlflow.MlflowClient(f"sqlite:///{tmp_path / 'mlflow.db'}")
+    [experiment] = [e for e in client.search_experiments() if e.name == "diverged"]
+    [run] = client.search_runs([experiment.experiment_id])
+    assert run.info.status == "FAILED"

@@ -18,6 +18,7 @@ from fmray.adallava import AdaptiveVLM
 from fmray.config import LoadedRecipe
 from fmray.data.loader import InstructionLoader
 from fmray.data.processor import load_processor
+from fmray.errors import exit_code
 from fmray.runtime.run_log import STATUS_FILE, StepLog, read_log, read_status
 from fmray.train.adallava.model import build_model
 from fmray.train.checkpoint import find_checkpoint, read_state
@@ -306,7 +307,10 @@ def test_sigterm_saves_a_checkpoint_and_the_run_resumes(
 
 
 def test_replaced_workers_stop_writing(
-    run: Callable[..., Result], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    run: Callable[..., Result],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     """Such as those of a lost head node after the job was submitted again."""
     real, path = StepLog.write, tmp_path / "taken" / STATUS_FILE
@@ -316,8 +320,11 @@ def test_replaced_workers_stop_writing(
         path.write_text(path.read_text().replace('"groups": 1', '"groups": 2'))
 
     monkeypatch.setattr(StepLog, "write", write)
-    with pytest.raises(RuntimeError, match="run taken: worker group 2 has started; group 1 "):
-        run("taken", train=TRAIN)
+    assert exit_code(lambda: run("taken", train=TRAIN)) == 1
+    assert capsys.readouterr().err.splitlines()[-1] == (
+        "fmray: run taken: another job with this --run-id has started (worker group 2); this one,"
+        " group 1, stops"
+    )
     assert find_checkpoint(path.parent) is None and not (path.parent / "model").exists()
     status = read_status(path.parent)
     assert (status.groups, status.state) == (2, "running")

@@ -10,6 +10,7 @@ from ray import cloudpickle
 from ray.exceptions import RayTaskError
 from ray.train import ControllerError, WorkerGroupError
 
+from fmray.errors import GaveUp
 from fmray.search.watch import _reason
 
 MISTAKE = ValueError("no candidate tasks: lower episodes.ways\nand more")
@@ -19,6 +20,10 @@ MISTAKE = ValueError("no candidate tasks: lower episodes.ways\nand more")
     ("error", "expected"),
     [
         (RayTaskError("train", "trace", MISTAKE), "no candidate tasks: lower episodes.ways"),
+        (
+            RayTaskError("train", "trace", GaveUp("the loss is not finite")),
+            "the loss is not finite",
+        ),
         (WorkerGroupError("2 failed", {1: RuntimeError("boom")}), "RuntimeError: boom"),
         (
             RayTaskError("train", "trace", ControllerError(MemoryError())),

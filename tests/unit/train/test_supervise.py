@@ -18,6 +18,7 @@ from fmray.runtime.ray_private import (
     WorkerHealthCheckFailedError,
 )
 from fmray.train import supervise
+from fmray.train.finite import Diverged
 
 DIED = WorkerHealthCheckFailedError("failed", ActorDiedError())
 DONE = {"metrics": {}}
@@ -111,6 +112,17 @@ def test_a_users_mistake_is_not_retried(play: Callable[..., Any], capsys: Any) -
     assert error.value.remaining == 1
     assert exit_code(lambda: play([(0, raised(mistake))])) == 2
     assert capsys.readouterr().err == "fmray: train.lr: should be smaller\n"
+
+
+def test_a_run_that_diverged_is_not_retried(play: Callable[..., Any], capsys: Any) -> None:
+    failure = WorkerGroupError(
+        "", {0: DIED, 1: Diverged("run run: step 3: the loss is not finite")}
+    )
+    with pytest.raises(GaveUp, match=r"^run run: step 3: the loss is not finite$") as error:
+        play([(0, failure), (0, DONE)])
+    assert error.value.remaining == 1
+    assert exit_code(lambda: play([(0, failure)])) == 1
+    assert capsys.readouterr().err == "fmray: run run: step 3: the loss is not finite\n"
 
 
 def test_only_fmrays_own_value_errors_are_mistakes() -> None:
