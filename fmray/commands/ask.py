@@ -62,15 +62,21 @@ def run(options: argparse.Namespace) -> int:
 
     from fmray.adallava import AdaptiveVLM
     from fmray.data.processor import load_processor
-    from fmray.data.records import chat_messages
+    from fmray.data.records import chat_messages, find_control_token
 
     disable_progress_bar()  # of loading weights
     model = AdaptiveVLM.from_pretrained(directory)
     processor = load_processor(directory)
-    messages = chat_messages([{"from": "human", "value": f"<image>\n{options.question}"}])
-    text = processor.apply_chat_template(messages, add_generation_prompt=True)
+    question = [{"from": "human", "value": f"<image>\n{options.question}"}]
+    control = find_control_token(processor, question)
+    if control is not None:
+        raise ValueError(f"the question {control.removeprefix('turn 0 ')}")
+    text = processor.apply_chat_template(chat_messages(question), add_generation_prompt=True)
+    bos = processor.tokenizer.bos_token
+    # as in training: no second BOS token if the template writes it
+    add_bos = not (bos and text.startswith(bos))
     inputs = dict(
-        processor(images=decoded.image, text=text, return_tensors="pt", add_special_tokens=False)
+        processor(images=decoded.image, text=text, return_tensors="pt", add_special_tokens=add_bos)
     )
     inputs.pop("token_type_ids", None)
     start = time.perf_counter()

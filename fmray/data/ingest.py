@@ -34,7 +34,12 @@ from fmray.config import AdaLlavaRecipe
 from fmray.data import shapes
 from fmray.data.base_model import check_base
 from fmray.data.images import DECODER_VERSION, ImageError, decode_image
-from fmray.data.processor import fingerprint, load_processor, scratch_processor
+from fmray.data.processor import (
+    fingerprint,
+    load_processor,
+    scratch_processor,
+    unknown_token,
+)
 from fmray.data.ray_tasks import run_tasks
 from fmray.data.records import (
     BAD_ROWS,
@@ -46,6 +51,7 @@ from fmray.data.records import (
     read_records,
     record_id,
     stop_at_bad_rows,
+    unused_keys,
 )
 from fmray.data.store import Manifest
 from fmray.runtime.console import say, track
@@ -55,7 +61,7 @@ if TYPE_CHECKING:
     from transformers import ProcessorMixin
 
 VERSION = 1  # of the manifest; increase it when a change makes old stores stale
-PART_VERSION = "2"  # of parts; increase it when a changed format or check makes old parts stale
+PART_VERSION = "3"  # of parts; increase it when a changed format or check makes old parts stale
 ROW_GROUP = 64  # rows; what the loader reads at a time
 STAMP_THREADS = 32  # that look at image files: on network storage each answer takes a while
 SCHEMA = pa.schema(
@@ -131,9 +137,16 @@ def prepare(recipe: AdaLlavaRecipe) -> Manifest:
     for split, count in counts.items():
         if not count["rows"]:
             raise ValueError(f"{store / BAD_ROWS}: all {split} rows are bad")
-    changes = sum((Counter(result.image_changes) for result in results.values()), Counter[str]())
-    content = _content(tasks, results)
-    made = Manifest(settings, processor_hash, counts, len(bad), content, dict(changes))
+    made = Manifest(
+        settings,
+        processor_hash,
+        counts,
+        len(bad),
+        _content(tasks, results),
+        _sum(result.image_changes for result in results.values()),
+        _sum(unused_keys(_good(source)) for source in sources.values()),
+        _sum(result.answer_counts for result in results.values()),
+    )
     if manifest is not None and not missing and _without_sizes(made) == _without_sizes(manifest):
         say(f"store {recipe.data.store}: up to date, {manifest.summary()}")
         return manifest
@@ -210,10 +223,14 @@ def _base_processor(recipe: AdaLlavaRecipe) -> ProcessorMixin:
 def _texts(sources: dict[str, _Source]) -> Iterator[str]:
     """Yield the texts of all good records, for the vocabulary."""
     for source in sources.values():
-        bad = {row.row for row in source.bad}
-        for row, record in enumerate(source.records):
-            if row not in bad:
-                yield from (turn["value"] for turn in record["conversations"])
+        for record in _good(source):
+            yield from (turn["value"] for turn in record["conversations"])
+
+
+def _good(source: _Source) -> Iterator[dict[str, Any]]:
+    """Yield the records of a file that are not bad."""
+    bad = {row.row for row in source.bad}
+    yield from (record for row, record in enumerate(source.records) if row not in bad)
 
 
 def _plan_shards(
@@ -286,6 +303,10 @@ def _count(tasks: list[ShardTask], results: dict[str, ShardResult], split: str) 
     rows = sum(results[path].rows for path in paths)
     answers = sum(results[path].answers for path in paths)
     return {"rows": rows, "answers": answers, "shards": len(paths)}
+
+
+def _sum(counts: Iterable[dict[str, int]]) -> dict[str, int]:
+    return dict(sum(map(Counter, counts), Counter[str]()))
 
 
 def _make_folders(tasks: list[ShardTask]) -> None:
@@ -395,6 +416,7 @@ class ShardResult:
     records: list[str]  # SHA-256 of the texts of each row group
     images: list[str]  # SHA-256 of the images of each row group
     image_changes: dict[str, int]  # of decoding -> images, by the names of `images.CHANGES`
+    answer_counts: dict[str, int]  # see `Manifest`
 
 
 def finished_part(task: ShardTask) -> ShardResult | None:
@@ -437,9 +459,9 @@ def write_shard(task: ShardTask) -> ShardResult:
     rows = json.loads(task.rows)
     names = list(_image_names(rows))
     stamps = _stamps(Path(task.image_folder), set(names), "stat")  # before the images are read
-    good, bad, changes = [], [], Counter[str]()
+    good, bad, changes, counts = [], [], Counter[str](), Counter[str]()
     for row, record in rows:
-        checked = _check(row, record, task, processor, changes)
+        checked = _check(row, record, task, processor, changes, counts)
         if isinstance(checked, str):
             bad.append(asdict(BadRow(task.file, row, record_id(record), checked)))
         else:
@@ -454,7 +476,8 @@ def write_shard(task: ShardTask) -> ShardResult:
         bad_rows=bad,
         records=[_digest(group) for group in _row_groups(texts)],
         images=[_digest(group) for group in _row_groups(hashes)],
-        image_changes=changes,
+        image_changes=dict(changes),  # no Counter: `asdict` would break it
+        answer_counts=dict(counts),
     )
     if bad and not task.write_bad:
         return result
@@ -498,11 +521,13 @@ def _check(
     task: ShardTask,
     processor: ProcessorMixin,
     changes: Counter[str],
+    counts: Counter[str],
 ) -> dict[str, Any] | str:
     """Return the row to store, or why it is bad; `check_record` has accepted the record.
 
-    Counts what decoding changed in its image.
+    Counts what decoding changed in its image, and the `answer_counts` of a good row.
     """
+    unknown = unknown_token(processor)
     control = find_control_token(processor, record["conversations"])
     if control is not None:
         return control
@@ -529,6 +554,10 @@ def _check(
             f"too long: {lengths[0]} tokens at the first answer; "
             f"data.max_length is {task.max_length}"
         )
+    counts["too_long"] += sum(length > task.max_length for length in lengths)
+    for start, end in zip(encoded.starts, encoded.ends, strict=True):
+        counts["words"] += end - start - 1  # without the end-of-answer token
+        counts["unknown"] += int((encoded.ids[start:end] == unknown).sum())
     return {
         "id": record_id(record) or str(row),
         "image": image,

@@ -11,6 +11,7 @@ with it and the loader builds batches with it, so the lengths in a store are tho
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import json
@@ -22,6 +23,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
+import jinja2
 import numpy as np
 
 from fmray.runtime.files import check_content, dumps, kind_of, write_atomic
@@ -330,25 +332,37 @@ def image_tokens(processor: ProcessorMixin, size: tuple[int, int]) -> int:
 
 @functools.lru_cache(maxsize=8)
 def control_tokens(processor: ProcessorMixin) -> list[str]:
-    """Return the tokens that a text must not contain, since they stand for more than their letters.
+    """Return the special tokens, and the other added tokens that the chat template writes.
 
-    Shorter ones than three characters cannot be told from ordinary text.
+    Other added tokens may be ordinary words, which the model's maker added to the vocabulary. A
+    token of one or two characters cannot be told from ordinary text.
     """
     tokenizer = processor.tokenizer
     added = tokenizer.added_tokens_decoder.values()
     tokens = {*tokenizer.all_special_tokens, *(str(token) for token in added if token.special)}
     tokens |= {getattr(processor, name, None) or "" for name in ("image_token", "video_token")}
+    turns = [
+        {"role": role, "content": [{"type": "text", "text": "x"}]}
+        for role in ("system", "user", "assistant", "user")
+    ]
+    for messages in (turns, turns[1:]):  # some templates accept no system message
+        with contextlib.suppress(jinja2.TemplateError):
+            text = processor.apply_chat_template(messages, add_generation_prompt=True)
+            tokens |= {str(token) for token in added if str(token) in text}
     return sorted(token for token in tokens if len(token.strip()) >= 3)
 
 
 def find_control_token(
     processor: ProcessorMixin, conversation: Sequence[dict[str, str]]
 ) -> str | None:
-    """Return why the texts of a conversation cannot be learned: a control token; None if none."""
+    """Return why the texts of a conversation cannot be learned: a control token; None if none.
+
+    Words such as "ASSISTANT:" may be part of a text.
+    """
     for turn, message in enumerate(chat_messages(conversation)):
         text = message["content"][-1]["text"]
         for token in control_tokens(processor):
-            if token in text:
+            if token in text and not re.fullmatch(r"\w+:?", token):
                 return f"turn {turn} contains {token!r}, a control token of the model"
     return None
 

@@ -10,7 +10,7 @@ import hashlib
 import json
 import threading
 from collections import OrderedDict
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Self
@@ -24,6 +24,7 @@ from fmray.data.images import describe_changes
 from fmray.runtime.files import dumps, sha256, write_json
 
 CACHE_BYTES = 3 * 2**30  # of row groups kept in memory
+MANY_UNKNOWN = 0.01  # share of unknown words in answers that asks for a remedy
 NO_LIMIT = 2**31 - 1  # tokens of a sample
 
 
@@ -81,6 +82,10 @@ class Manifest(StoreManifest):
     content: dict[str, str] = field(default_factory=dict)
     #: of decoding -> images, by the names of `images.CHANGES`; empty before decoder version 2
     image_changes: dict[str, int] = field(default_factory=dict)
+    #: key that nothing reads -> records that have it, see `records.unused_keys`
+    unused_keys: dict[str, int] = field(default_factory=dict)
+    #: of `words` in answers those `unknown` to the tokenizer, and answers that are `too_long`
+    answer_counts: dict[str, int] = field(default_factory=dict)
 
     def fingerprint(self, store: Path) -> str:
         """Return a hash of the content; of an old store, of its manifest file."""
@@ -97,7 +102,27 @@ class Manifest(StoreManifest):
         ]
         text = ", ".join([*parts, f"{self.bad_rows} bad rows skipped"])
         changes = describe_changes(self.image_changes)
-        return f"{text}; {changes}" if changes else text
+        return "\n".join([f"{text}; {changes}" if changes else text, *self._notes()])
+
+    def _notes(self) -> Iterator[str]:
+        """Yield a line for each part of the records that is not used or cannot be learned."""
+        for key, count in self.unused_keys.items():
+            have = "has" if count == 1 else "have"
+            yield f"  {_number(count, 'record')} {have} `{key}`, which is not used"
+        long, unknown, words = (
+            self.answer_counts.get(name, 0) for name in ("too_long", "unknown", "words")
+        )
+        if long:
+            limit = f"more than {self.settings['max_length']} tokens (data.max_length)"
+            yield f"  {_number(long, 'answer')} of {limit}: not used"
+        if unknown:
+            share = f"{unknown / words:.1%} of the words in answers ({unknown} of {words})"
+            remedy = "raise model.scratch.max_vocabulary (words are split at spaces)"
+            if not self.settings.get("scratch"):
+                remedy = "name a model.source whose tokenizer knows them"
+            many = unknown > MANY_UNKNOWN * words
+            never = f"; an answer with one never counts as right: {remedy}" if many else ""
+            yield f"  {share} are unknown to the tokenizer{never}"
 
 
 @dataclass(frozen=True)

@@ -29,9 +29,9 @@ from fmray.adallava.static_plans import leave_one_out, plan_score, search_plan
 from fmray.adallava.store import WEIGHTS
 from fmray.config import LoadedRecipe
 from fmray.config.search import PlansRecipe
-from fmray.data.loader import Batch, evaluation_batches
+from fmray.data.loader import Batch, evaluation_batches, evaluation_samples
 from fmray.data.processor import load_processor, unknown_token
-from fmray.data.store import Manifest
+from fmray.data.store import Manifest, StoreSplit
 from fmray.runtime import tracking
 from fmray.runtime.console import changed_settings, say
 from fmray.runtime.files import sha256, write_atomic, write_json
@@ -193,11 +193,14 @@ def search_plans(loaded: LoadedRecipe[PlansRecipe], run_id: str) -> PlansResult:
         evaluation_batches(recipe.store, "train", processor, recipe.batch, recipe.calibration_rows)
     )
     held_out = evaluation_batches(recipe.store, "validation", processor, recipe.batch, recipe.rows)
+    asked = evaluation_samples(StoreSplit(recipe.store, "train"), recipe.calibration_rows)
+    measured = evaluation_samples(StoreSplit(recipe.store, "validation"), recipe.rows)
     run_dir.mkdir(parents=True, exist_ok=True)
     unknown = unknown_token(processor)
     answers = PlanAnswers(run_dir / "answers.jsonl", model, calibration, origin, unknown)
     write_atomic(run_dir / "recipe.yaml", loaded.dump())
     say(changed_settings(loaded, run_dir / "recipe.yaml"))
+    say(f"search on {asked}; evaluation on {measured}")
 
     with tracking.open_job_run(recipe, run_id, "plans") as run:
         # search: the importance of each unit for each question [K, Q], then plans by size

@@ -6,7 +6,6 @@ in the processes of an `ImagePool`. Errors never repeat what the client sent.
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import secrets
 import threading
@@ -18,6 +17,7 @@ from torch import Tensor
 
 from fmray.config.serve import ServeConfig
 from fmray.data.processor import fingerprint
+from fmray.data.records import control_tokens
 from fmray.engine.policy import Ask
 from fmray.engine.requests import Sampling
 from fmray.serve.images import Decode, RequestImage, read_images
@@ -27,8 +27,6 @@ if TYPE_CHECKING:
     from transformers import ProcessorMixin
 
     from fmray.engine.forecast import Moment
-
-_MIN_CONTROL_TOKEN = 3  # characters; a shorter control token cannot be told from ordinary text
 
 
 class PromptBuilder:
@@ -215,26 +213,6 @@ def _without_texts(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
         for message in messages
         for parts in [message["content"]]
     ]
-
-
-def control_tokens(processor: ProcessorMixin) -> list[str]:
-    """Return the special tokens, and the other added tokens that the chat template writes.
-
-    Other added tokens may be ordinary words, which the model's maker added to the vocabulary.
-    """
-    tokenizer = processor.tokenizer
-    added = tokenizer.added_tokens_decoder.values()
-    tokens = {*tokenizer.all_special_tokens, *(str(token) for token in added if token.special)}
-    tokens |= {getattr(processor, name, None) or "" for name in ("image_token", "video_token")}
-    turns = [
-        {"role": role, "content": [{"type": "text", "text": "x"}]}
-        for role in ("system", "user", "assistant", "user")
-    ]
-    for messages in (turns, turns[1:]):  # some templates accept no system message
-        with contextlib.suppress(jinja2.TemplateError):
-            text = processor.apply_chat_template(messages, add_generation_prompt=True)
-            tokens |= {str(token) for token in added if str(token) in text}
-    return sorted(token for token in tokens if len(token.strip()) >= _MIN_CONTROL_TOKEN)
 
 
 def _control_token_error(token: str) -> ApiError:

@@ -242,6 +242,12 @@ def test_control_token_in_a_text_is_found(
     assert find_control_token(PROCESSOR, turns) == reason
 
 
-def test_words_of_the_chat_template_are_no_control_tokens() -> None:
-    said = {"from": "gpt", "value": "USER: hi ASSISTANT: hello"}
+def test_words_of_the_chat_template_are_text_but_not_its_added_marks() -> None:
+    said = {"from": "gpt", "value": "USER: hi ASSISTANT: hello <|turn|>"}
     assert find_control_token(PROCESSOR, [ASK, said]) is None
+    marked = scratch_processor(["what ?", "red"], ScratchConfig())
+    marked.tokenizer.add_tokens("<|turn|>")  # as ordinary text, not as a special token
+    marked.chat_template = marked.chat_template.replace("' ASSISTANT: '", "'<|turn|>'")
+    assert find_control_token(marked, [ASK, said]) == (
+        "turn 1 contains '<|turn|>', a control token of the model"
+    )
