@@ -181,7 +181,7 @@ def sort_images(task: SortTask) -> SortResult:
             rows, size = [], 0
     if rows:
         runs.append(_write_run(f"{task.path}-{len(runs)}.arrow", rows))
-    result = SortResult(tuple(runs), tuple(bad), changes)
+    result = SortResult(tuple(runs), tuple(bad), dict(changes))
     if task.write_bad or not bad:
         write_json(result_path, {"key": task.key(), **asdict(result)})
     return result
