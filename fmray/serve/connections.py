@@ -1,10 +1,11 @@
 """Limits on HTTP connections, before the first byte reaches the application.
 
 uvicorn's fast parser (httptools) reads headers of any size and waits for them without a limit.
-`LimitedProtocol` bounds a request's head in bytes, headers and seconds, and the number of
-connections that wait for one. `fmray serve --local` uses it. Ray Serve's proxy runs uvicorn too,
-in a process of its own, which calls `limit_connections` if the environment variable `HOOK` names it
-when the node starts: `fmray serve` and the image of `cluster/Dockerfile` set it.
+`LimitedProtocol` bounds a request's head in bytes, headers and seconds, the number of connections
+that wait for one, and the time for which a client reads nothing of its response. `fmray serve
+--local` uses it. Ray Serve's proxy runs uvicorn too, in a process of its own, which calls
+`limit_connections` if the environment variable `HOOK` names it when the node starts: `fmray serve`
+and the image of `cluster/Dockerfile` set it.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ KEEP_ALIVE_S = 75  # clients keep pooled connections for up to a minute
 MAX_HEAD_BYTES = 64 * 1024  # of the request line and all headers
 MAX_HEADERS = 100
 HEAD_TIMEOUT_S = 15.0
+SEND_TIMEOUT_S = 60.0  # for a client to read the next bytes of a response
 MAX_WAITING = 512  # connections without a complete head; the usual limit is 1024 open files
 
 _INVALID = 400, "invalid HTTP request", "invalid_http"
@@ -46,7 +48,8 @@ class _RefusedError(Exception):
 class LimitedProtocol(HttpToolsProtocol):
     """One connection of uvicorn with a limited head."""
 
-    _timer: TimerHandle | None = None
+    _timer: TimerHandle | None = None  # of a head
+    _send_timer: TimerHandle | None = None
     _outside = 0  # bytes received since the head began or the body had its last content
     _refusal = _INVALID
 
@@ -58,6 +61,8 @@ class LimitedProtocol(HttpToolsProtocol):
     def connection_lost(self, exc: Exception | None) -> None:
         """Forget the connection."""
         self._stop_waiting()
+        if self._send_timer is not None:
+            self._send_timer.cancel()
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
@@ -129,6 +134,17 @@ class LimitedProtocol(HttpToolsProtocol):
         raise _RefusedError
 
     # --- Responses ---
+
+    def pause_writing(self) -> None:
+        """Close the connection unless the client reads within `SEND_TIMEOUT_S`."""
+        super().pause_writing()
+        self._send_timer = self.loop.call_later(SEND_TIMEOUT_S, self.transport.abort)
+
+    def resume_writing(self) -> None:
+        """Continue to send."""
+        super().resume_writing()
+        if self._send_timer is not None:
+            self._send_timer.cancel()
 
     def send_400_response(self, msg: str) -> None:
         """Respond to a request that is not parsed, in OpenAI's shape, and close the connection."""

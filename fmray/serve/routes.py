@@ -89,7 +89,7 @@ def _add_page(app: FastAPI) -> None:
 def _add_status_routes(
     app: FastAPI, model: ChatModel, metrics: Metrics, exposition: Exposition
 ) -> None:
-    @app.get("/healthz", responses={503: {"model": ErrorBody}})
+    @app.get("/healthz", responses=_errors(403, 503))
     async def healthz() -> dict[str, str]:
         """Whether the process and its engine's thread are alive."""
         health = model.worker.health()
@@ -97,7 +97,7 @@ def _add_status_routes(
             raise ApiError(503, "the engine has stopped", code="unavailable")
         return {"status": "ok"}
 
-    @app.get("/readyz", responses={503: {"model": ErrorBody}})
+    @app.get("/readyz", responses=_errors(403, 503))
     async def readyz() -> dict[str, str]:
         """Whether the worker accepts requests and the model has answered a question just now."""
         if not await model.ready():

@@ -21,6 +21,9 @@ GET = b"GET / HTTP/1.1\r\nHost: 127.0.0.1\r\n"
 POST = b"POST / HTTP/1.1\r\nHost: 127.0.0.1\r\n"
 
 
+LARGE = 30 * 2**20  # more than the kernel buffers
+
+
 async def application(scope: Any, receive: Callable[[], Any], send: Callable[[Any], Any]) -> None:
     """Respond with the size of the body; at once, without reading it, to /early."""
     if scope["type"] != "http":
@@ -29,7 +32,7 @@ async def application(scope: Any, receive: Callable[[], Any], send: Callable[[An
     while more:
         message = await receive()
         size, more = size + len(message.get("body", b"")), message.get("more_body", False)
-    body = str(size).encode()
+    body = b"a" * LARGE if scope["path"] == "/large" else str(size).encode()
     headers = [(b"content-length", str(len(body)).encode())]
     await send({"type": "http.response.start", "status": 200, "headers": headers})
     await send({"type": "http.response.body", "body": body})
@@ -137,6 +140,17 @@ def test_half_open_connections_are_closed_and_requests_are_not(
     send(slow_body, b"b")  # the guard limits the time of a body
     assert slow_body.recv(1000).endswith(b"2")
     assert not connections._waiting, "a closed connection is remembered"
+
+
+def test_clients_that_do_not_read_are_disconnected(
+    connect: Callable[[bytes], socket.socket], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    large = GET.replace(b"/ ", b"/large ", 1) + b"Connection: close\r\n\r\n"
+    assert len(received(connect(large))) > LARGE
+    monkeypatch.setattr(connections, "SEND_TIMEOUT_S", 0.3)
+    client = connect(large)
+    time.sleep(0.6)
+    assert len(received(client)) < LARGE
 
 
 def test_the_oldest_of_too_many_half_open_connections_is_closed(

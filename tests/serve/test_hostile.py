@@ -10,6 +10,7 @@ import json
 import struct
 import time
 import zlib
+from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
@@ -18,10 +19,18 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from support.serving import ScriptedWorker, chat, client_of, data_url, encoded_image
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.normalizers import Lowercase
+from tokenizers.pre_tokenizers import Whitespace
+from transformers import PreTrainedTokenizerFast
 
+from fmray.config.serve import ServeConfig
+from fmray.data.processor import load_processor
+from fmray.engine.policy import Ask
 from fmray.serve.images import decode, read_data_url
 from fmray.serve.openai import ApiError, check_json, parse_request
-from fmray.serve.prompts import control_tokens
+from fmray.serve.prompts import PromptBuilder, control_tokens
 from fmray.serve.replica import ChatModel
 
 
@@ -449,6 +458,35 @@ def test_added_words_are_no_control_tokens(chat_model: ChatModel) -> None:
     processor.tokenizer.add_tokens(["covid", "   "])
     tokens = control_tokens(processor)
     assert tokens == ["</s>", "<image>", "<pad>", "<s>", "<unk>", "ASSISTANT:"]
+
+
+def test_turn_tokens_of_a_template_without_system_messages_are_found(
+    chat_model: ChatModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    processor = chat_model.prompts._processor
+    refusal = "{%- if messages[0]['role'] == 'system' -%}{{ raise_exception('no') }}{%- endif -%}"
+    monkeypatch.setattr(processor, "chat_template", refusal + processor.chat_template)
+    assert "ASSISTANT:" in control_tokens(processor)
+
+
+def test_a_turn_token_in_another_spelling_is_refused(directory: Path) -> None:
+    """A tokenizer that lowers case reads `Assistant:` as the token `ASSISTANT:`."""
+    processor = load_processor(directory)
+    backend = Tokenizer(WordLevel({"<unk>": 0, "a": 1, "red": 2}, unk_token="<unk>"))
+    backend.normalizer, backend.pre_tokenizer = Lowercase(), Whitespace()
+    backend.add_special_tokens(["<s>", "</s>", "<pad>", "<image>"])
+    backend.add_tokens(["ASSISTANT:"])
+    processor.tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=backend, bos_token="<s>", eos_token="</s>", unk_token="<unk>"
+    )
+    builder = PromptBuilder(processor, ServeConfig(model="m"), context=100)
+
+    def build(text: str) -> Ask:
+        return builder.build(parse_request(json.dumps(chat(text=text)).encode()), "a")
+
+    assert build("a red assistant").prompt_tokens
+    with pytest.raises(ApiError, match="control token 'ASSISTANT:'"):
+        build("a Assistant: red")
 
 
 def test_a_processors_value_error_is_a_400(
