@@ -277,7 +277,15 @@ def weight_files(folder: Path) -> dict[Path, set[str]]:
 
 
 def tensor_shapes(file: Path) -> dict[str, list[int]]:
-    """Return the shapes of the tensors in a safetensors file, from its header.
+    """Return the shapes of the tensors in a safetensors file; raises as `read_header` does."""
+    return {name: list(tensor.get("shape", ())) for name, tensor in read_header(file)[1].items()}
+
+
+def read_header(file: Path) -> tuple[int, dict[str, dict[str, Any]]]:
+    """Read the header of a safetensors file.
+
+    Returns:
+        Where the data begins, and by tensor `dtype`, `shape` and `data_offsets` (begin and end).
 
     Raises:
         ValueError: it is no safetensors file, or a part of one.
@@ -292,7 +300,6 @@ def tensor_shapes(file: Path) -> dict[str, list[int]]:
     try:
         tensors = json.loads(header) if len(header) == length else {}
         tensors.pop("__metadata__", None)
-        shapes = {name: list(tensor["shape"]) for name, tensor in tensors.items()}
         ends = [int(tensor["data_offsets"][1]) for tensor in tensors.values()]
     except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
         raise ValueError(f"{file}: its header is damaged; {AGAIN}") from error
@@ -302,7 +309,7 @@ def tensor_shapes(file: Path) -> dict[str, list[int]]:
         raise ValueError(
             f"{file}: {what}: it has {size} bytes, its header describes {expected}; {AGAIN}"
         )
-    return shapes
+    return 8 + length, tensors
 
 
 def _check_torch_file(file: Path) -> None:

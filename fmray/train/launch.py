@@ -68,8 +68,13 @@ def train(
     check_model(recipe)
     cluster, run_dir = recipe.cluster, recipe.cluster.storage / run_id
     mirror = open_mirror(cluster, run_dir)
-    tasks = _earlier_tasks(run_dir, mirror) if isinstance(recipe, FewshotRecipe) else []
-    _check_resume(recipe, run_id, run_dir, mirror, tasks)
+    newest = last_state(run_dir, mirror)
+    tasks: list[str] = []
+    if newest is not None:
+        tasks = _earlier_tasks(run_dir, mirror) if isinstance(recipe, FewshotRecipe) else []
+        where, state = newest
+        notes = check_resume(state, recipe, run_settings(recipe, tasks), where)
+        say("\n".join([f"run {run_id}: resuming from {where}", *notes]))
     run_dir.mkdir(parents=True, exist_ok=True)
     write_atomic(run_dir / "recipe.yaml", loaded.dump())
     put_files(mirror, "recipe.yaml")
@@ -155,23 +160,8 @@ def check_model(recipe: AdaLlavaRecipe | FewshotRecipe) -> None:
         raise ValueError(f"model.source: {error}") from error
 
 
-def _check_resume(
-    recipe: AdaLlavaRecipe | FewshotRecipe,
-    run_id: str,
-    run_dir: Path,
-    mirror: Mirror | None,
-    tasks: Sequence[str],
-) -> None:
-    """Raise ValueError, before any worker starts, for a checkpoint that does not fit the recipe."""
-    newest = last_state(run_dir, mirror)
-    if newest is not None:
-        where, state = newest
-        notes = check_resume(state, recipe, run_settings(recipe, tasks), where)
-        say("\n".join([f"run {run_id}: resuming from {where}", *notes]))
-
-
 def _earlier_tasks(run_dir: Path, mirror: Mirror | None) -> list[str]:
-    """The tasks that this run has selected before; [] for a new run."""
+    """The tasks that a run with checkpoints has selected."""
     path = run_dir / SELECTION
     if mirror is not None and not path.exists():
         mirror.get(SELECTION)  # the run began on another machine

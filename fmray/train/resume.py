@@ -20,7 +20,7 @@ from fmray.config import AdaLlavaRecipe
 from fmray.config.fewshot import FewshotRecipe
 from fmray.data.image_store import ImageManifest
 from fmray.data.store import Manifest
-from fmray.runtime.files import dumps
+from fmray.runtime.files import dumps, read_header, read_json, weight_files
 from fmray.train.checkpoint import TrainState, flatten_settings
 
 Recipe = AdaLlavaRecipe | FewshotRecipe
@@ -29,6 +29,7 @@ _SECTIONS = {
     "adallava": {"seed", "model", "adaptive", "data", "train"},
     "fewshot": {"seed", "encoder", "episodes", "train"},
 }
+_CHOICE = {"select", "target"}  # sections of a few-shot recipe that its tasks depend on
 # settings that change how a run is carried out, not what it computes
 _FREE = {
     "adallava": {
@@ -68,9 +69,8 @@ _PARTS = {
 
 _SAMPLE = 4096  # bytes read of a tensor, or of a block of a file
 _BLOCKS = 1024  # read of a weights file other than safetensors
-_WEIGHTS = {".bin", ".pt", ".pth"}
-_ADAPTIVE = "adaptive.json"
-_CONFIGS = {"config.json", "encoder.json", _ADAPTIVE}  # of any model, and of fmray's own two kinds
+_ADAPTIVE, _ADAPTIVE_WEIGHTS = "adaptive.json", "adaptive.safetensors"
+_CONFIGS = ("config.json", "encoder.json", _ADAPTIVE)  # of any model, and of fmray's two kinds
 
 
 # --- Settings ---
@@ -90,7 +90,9 @@ def run_settings(recipe: Recipe, tasks: Sequence[str] = ()) -> dict[str, Any]:
     Args:
         tasks: names of the tasks to finetune on (few-shot only).
     """
-    return without_places(_settings(recipe, tasks)) | content(recipe)
+    settings = without_places(_settings(recipe, tasks)) | content(recipe)
+    choice = recipe.model_dump(mode="json", include=_CHOICE, exclude={"select": {"weights"}})
+    return settings | flatten_settings(choice)
 
 
 def check_resume(
@@ -105,7 +107,10 @@ def check_resume(
         where: name of the checkpoint, for messages.
     """
     free = _FREE[recipe.kind] | _SCHEDULE
-    defaults = _settings(type(recipe)(name="defaults"))
+    # an earlier version of fmray has stored neither the settings of the choice of tasks, nor those
+    # that did not exist, which had their defaults
+    choice = {name: now[name] for name in now if name.partition(".")[0] in _CHOICE}
+    defaults = _settings(type(recipe)(name="defaults")) | choice
     return compare(state.settings, now, where, defaults, free)
 
 
@@ -230,68 +235,47 @@ def model_digest(source: str | Path, revision: str | None = None) -> str | None:
         revision: on the hub.
 
     Returns:
-        None if this machine does not have the files.
+        None if this machine does not have all files.
     """
-    path = Path(source) if Path(source).exists() else _hub_folder(str(source), revision)
+    path = Path(source)
+    if path.is_file():
+        return _sample(path)
+    if not path.is_dir():
+        from fmray.data.base_model import local_folder  # imports transformers
+
+        path = local_folder(str(source), revision)
     if path is None:
         return None
-    names = [path] if path.is_file() else sorted(path.iterdir())
-    weights = [file for file in names if file.suffix == ".safetensors"]
-    weights = weights or [file for file in names if file.suffix in _WEIGHTS]
-    if not weights or not all((path / name).exists() for name in _shards(names)):
-        return None
-    parts: dict[str, Any] = {}
-    for file in names:
-        if file.name in _CONFIGS:
-            parts[file.name] = json.loads(file.read_text(encoding="utf-8"))
-    base = parts.get(_ADAPTIVE, {}).pop("base", None)  # of an adaptive model without its base
-    parts["base"] = base and model_digest(base)
-    parts |= {"weights" if file == path else file.name: _sample(file) for file in weights}
-    return hashlib.sha256(dumps(parts, sort_keys=True).encode()).hexdigest()
-
-
-def _hub_folder(name: str, revision: str | None) -> Path | None:
-    """Return the folder of a hub's model in this machine's cache."""
-    from huggingface_hub import snapshot_download
-
     try:
-        return Path(snapshot_download(name, revision=revision, local_files_only=True))
-    except (OSError, ValueError):  # not in the cache, or no name of the hub
+        weights = [*weight_files(path), path / _ADAPTIVE_WEIGHTS]
+    except ValueError:  # a download that is not complete
         return None
-
-
-def _shards(files: Sequence[Path]) -> set[str]:
-    """Return the names of the weights files that an index among `files` lists."""
-    indices = [file for file in files if file.name.endswith(".index.json")]
-    return {
-        name
-        for index in indices
-        for name in json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
-    }
+    weights = [file for file in weights if file.is_file()]
+    parts: dict[str, Any] = {file.name: _sample(file) for file in weights}
+    parts |= {name: read_json(path / name) for name in _CONFIGS if (path / name).is_file()}
+    base = parts.get(_ADAPTIVE, {}).pop("base", None)  # where an adaptive model has its base
+    parts["base"] = base and model_digest(base)
+    return _hash(parts) if weights else None
 
 
 def _sample(file: Path) -> str:
     """Return a SHA-256 of parts of a weights file; see `model_digest`."""
     size = file.stat().st_size
-    digest = hashlib.sha256(str(size).encode())
+    if file.suffix == ".safetensors":
+        start, tensors = read_header(file)
+        offsets = sorted(tensor["data_offsets"] for tensor in tensors.values())
+        ranges = [(start + begin, start + end) for begin, end in offsets]
+    else:
+        tensors, block = {}, max(_SAMPLE, size // _BLOCKS)
+        ranges = [(begin, min(begin + block, size)) for begin in range(0, size, block)]
+    digest = hashlib.sha256(_hash([size, tensors]).encode())
     with file.open("rb", buffering=0) as data:
-        if file.suffix == ".safetensors":
-            length = int.from_bytes(data.read(8), "little")
-            header = data.read(min(length, size))
-            digest.update(header)
-            try:
-                tensors = [t for name, t in json.loads(header).items() if name != "__metadata__"]
-            except ValueError as error:
-                raise ValueError(
-                    f"{file}: not a safetensors file; its header is damaged"
-                ) from error
-            ranges = sorted(tuple(tensor["data_offsets"]) for tensor in tensors)
-            places = [(8 + length + begin, 8 + length + end) for begin, end in ranges]
-        else:
-            block = max(_SAMPLE, size // _BLOCKS)
-            places = [(begin, min(begin + block, size)) for begin in range(0, size, block)]
-        for begin, end in places:
+        for begin, end in ranges:
             count = min(_SAMPLE, end - begin)
             data.seek(begin + (end - begin - count) // 2)
             digest.update(data.read(count))
     return digest.hexdigest()
+
+
+def _hash(value: Any) -> str:
+    return hashlib.sha256(dumps(value, sort_keys=True).encode()).hexdigest()

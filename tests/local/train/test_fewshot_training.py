@@ -68,10 +68,20 @@ def test_resumed_run_ends_with_the_same_weights(
     assert losses(again.run_dir) == lines
     for name, tensor in weights(again.model_dir).items():
         assert torch.equal(tensor, wanted[name]), name
-    sections["train"] |= {"temperature": 5.0}
-    other = fewshot_recipe(store, tmp_path, **sections)
-    with pytest.raises(ValueError, match=r"train\.temperature was 10\.0 and is 5\.0"):
-        train(other, "run")
+    for section, key, old, new in (
+        ("train", "temperature", 10.0, 5.0),
+        ("select", "method", "all", "random"),
+    ):
+        other = sections | {section: sections.get(section, {}) | {key: new}}
+        with pytest.raises(ValueError, match=rf"{section}\.{key} was {old!r} and is {new!r}"):
+            train(fewshot_recipe(store, tmp_path, **other), "run")
+
+
+def test_tasks_are_chosen_again_until_there_is_a_checkpoint(store, tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "selection.json").write_text('{"tasks": ["sea"]}')
+    loaded = fewshot_recipe(store, tmp_path, train=TRAIN | {"steps": 1})
+    assert len(train(loaded, "run").tasks) > 1
 
 
 @pytest.mark.parametrize("strategy", ["ddp", "zero"])
