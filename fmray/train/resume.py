@@ -10,7 +10,6 @@ reported. The driver compares before it starts workers, each worker before it lo
 from __future__ import annotations
 
 import hashlib
-import json
 import re
 from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
