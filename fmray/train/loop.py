@@ -195,9 +195,10 @@ def _finite_check(
             f"nothing is exported; the last finite checkpoint is {newest.name}, from which the same"
             " --run-id resumes; lower train.lr"
         )
-        before = [p.name for p in checkpoints.list_checkpoints(job.run_dir) if p.name < newest.name]
-        if before and newest == checkpoints.checkpoint_path(job.run_dir, step - 1):
-            text += f" (and remove it to resume from {before[0]}, if step {step} fails again)"
+        if newest == checkpoints.checkpoint_path(job.run_dir, step - 1):  # perhaps as bad as inf
+            names = [path.name for path in checkpoints.list_checkpoints(job.run_dir)]
+            before = next((f"resume from {name}" for name in names if name < newest.name), None)
+            text += f" (and remove it to {before or 'start again'}, if step {step} fails again)"
         return text
 
     skipped = 0 if state is None else state.skipped_steps

@@ -144,7 +144,7 @@ def test_a_learning_rate_far_too_high_exports_nothing(
     run: Callable[..., Result], tmp_path: Path, sections: dict[str, Any]
 ) -> None:
     settings = TRAIN | {"lr": 1e30, "gradient_clip": 0, "checkpoint_every": 1}
-    with pytest.raises(Diverged, match=r"^run run: step [1-6]: .* not finite.*; lower train"):
+    with pytest.raises(Diverged, match=r"^run run: step [1-6]: .* not finite.*; lower train.lr"):
         run(train=settings, **sections)
     assert not (tmp_path / "run" / "model").exists()
 
