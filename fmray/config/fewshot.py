@@ -39,6 +39,12 @@ class CollectionConfig(Section):
     format: Literal["parquet", "folders", "meta_dataset"] | None = Field(
         None, description="default: detected at `path`"
     )
+    layout: Literal["classes", "splits", "leaves"] | None = Field(
+        None,
+        description="of folders: `classes`, or `splits` (train, val, test) of classes, whose images"
+        " may be at any depth; or `leaves`: each folder that holds images is a class, named by its"
+        " path; default: as the folders show, an error where they can be read in several ways",
+    )
     split: Literal["given", "hash"] | Location = Field(
         "given",
         description="splits of the classes: given by the data, a seeded hash (70/15/15), or a JSON "

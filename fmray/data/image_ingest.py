@@ -25,6 +25,7 @@ import pyarrow.parquet as pq
 
 from fmray.config import ClusterConfig
 from fmray.config.fewshot import FewshotRecipe
+from fmray.data.class_splits import splits_table
 from fmray.data.image_shuffle import (
     PORTION,
     VERSION,
@@ -40,7 +41,7 @@ from fmray.data.image_shuffle import (
     sorted_runs,
     write_part,
 )
-from fmray.data.image_sources import Collection, Piece, by_content, find_collection, splits_table
+from fmray.data.image_sources import Collection, Piece, by_content, find_collection
 from fmray.data.image_store import INDEX_SCHEMA, SPECIFICATION, SPLITS, ImageManifest
 from fmray.data.images import DECODER_VERSION, describe_changes
 from fmray.data.ray_tasks import run_tasks
@@ -88,6 +89,9 @@ def prepare_images(recipe: FewshotRecipe) -> ImageManifest:
     if images.check_images == "hash":
         collections = [replace(c, pieces=by_content(c.pieces)) for c in collections]
     say(splits_table({c.name: (c.split_source, c.splits) for c in collections}))
+    for collection in collections:
+        if collection.left_out:
+            say(f"{collection.name}: left out {collection.left_out}")
     bad = [row for collection in collections for row in collection.bad]
     stop_at_bad_rows(store, bad, "images.on_bad_row", images.on_bad_row)
     splits = [[c.name, *item] for c in collections for item in c.splits.items()]

@@ -7,10 +7,7 @@ with `read_piece`. A class belongs to one split: its images are never divided.
 
 from __future__ import annotations
 
-import hashlib
-import json
-import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -21,22 +18,15 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from fmray.config.fewshot import CollectionConfig
-from fmray.data.image_store import SPECIFICATION, SPLITS
+from fmray.data.class_splits import file_split, hash_split, merge_splits, split_of
+from fmray.data.image_folders import ImageTree, describe_left_out, read_tree
+from fmray.data.image_store import SPECIFICATION
 from fmray.data.images import ImageError, decode_image
 from fmray.data.records import BadRow
 from fmray.data.tfrecord import parse_example, read_records
 from fmray.fewshot.specification import SPLIT_NAMES, DatasetSpecification
 from fmray.runtime.files import sha256
 
-HELD_OUT = 0.15  # share of the classes in val, and in test
-SPLIT_WORDS = {
-    "train": "train",
-    "val": "val",
-    "valid": "val",
-    "validation": "val",
-    "test": "test",
-}
-SUFFIXES = {".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp"}
 ROWS_AT_ONCE = 64  # rows of Parquet in memory
 HASH_THREADS = 16
 
@@ -65,6 +55,7 @@ class Collection:
     split_source: str  # where the splits come from, as text
     specification: Path | None = None
     bad: list[BadRow] = field(default_factory=list)  # classes without images
+    left_out: str = ""  # files and folders that are no images of a class, as text
 
 
 @dataclass(frozen=True)
@@ -97,6 +88,7 @@ def find_collection(name: str, config: CollectionConfig, seed: int, portion: int
     kind = config.format or _format(path)
     specification = DatasetSpecification.read(specification_path) if specification_path else None
     bad: list[BadRow] = []
+    left_out = ""
     if kind == "meta_dataset":
         if specification is None:
             raise ValueError(
@@ -106,7 +98,9 @@ def find_collection(name: str, config: CollectionConfig, seed: int, portion: int
     elif kind == "parquet":
         pieces, given = _parquet_pieces(path, portion, config.split == "given")
     else:
-        pieces, given = _folder_pieces(path, bad, config.split == "given")
+        tree = read_tree(path, config.layout, f"images.collections.{name}")
+        pieces, given = _folder_pieces(tree, path, bad, config.split == "given")
+        left_out = describe_left_out(tree.left_out)
     names = sorted(given) or sorted({piece.class_name for piece in pieces if piece.class_name})
     if not names:
         raise ValueError(f"{path}: no images found; is its format not {kind}?")
@@ -124,7 +118,7 @@ def find_collection(name: str, config: CollectionConfig, seed: int, portion: int
     splits = {name: splits[name] for name in names}
     if config.split != "given":
         specification_path = None  # its groups of classes fit only its own splits
-    return Collection(name, pieces, splits, source, specification_path, bad)
+    return Collection(name, pieces, splits, source, specification_path, bad, left_out)
 
 
 def _format(path: Path) -> str:
@@ -154,7 +148,7 @@ def _specified_split(
             raise ValueError(
                 f"{path}: class {name!r} is not in the specification of {specification.name}"
             )
-        if given.get(name) and SPLIT_WORDS.get(given[name]) != specified[name]:
+        if given.get(name) and split_of(given[name]) != specified[name]:
             raise ValueError(
                 f"{path}: class {name!r} is {given[name]} here, and {specified[name]} in the"
                 f" specification of {specification.name}"
@@ -189,34 +183,24 @@ def _tfrecord_pieces(
 
 
 def _folder_pieces(
-    path: Path, bad: list[BadRow], given: bool
+    tree: ImageTree, path: Path, bad: list[BadRow], given: bool
 ) -> tuple[list[Piece], dict[str, str]]:
-    """Return pieces, and the split of each class as given ("" if none is).
-
-    `path` contains class folders, or train, val and test folders of class folders. Images may be at
-    any depth in a class folder.
-    """
-    tops = sorted(entry for entry in path.iterdir() if entry.is_dir() and entry.name[0] != ".")
-    split_tree = bool(tops) and all(entry.name in SPLIT_WORDS for entry in tops)
-    classes = [(folder, "") for folder in tops]
-    if split_tree:
-        classes = [(f, top.name) for top in tops for f in sorted(top.iterdir()) if f.is_dir()]
-    if split_tree and given:
-        merge_splits(str(path), [(folder.name, split) for folder, split in classes])
+    """Return one piece per file, and the split of each class as given ("" if none is)."""
+    if given and any(found.split for found in tree.classes):
+        merge_splits(str(path), [(found.name, found.split) for found in tree.classes])
     pieces, splits = [], {}
-    for folder, split in classes:
-        files = [
-            Path(parent, name)
-            for parent, _, names in os.walk(folder)
-            for name in names
-            if Path(name).suffix.lower() in SUFFIXES
-        ]
-        if not files:
-            reason = "the class has no images: no file in it has a suffix of an image"
-            bad.append(BadRow(str(folder), None, None, reason))
+    for found in tree.classes:
+        if not found.files:
+            reason = "the class has no images: no file in it is an image"
+            bad.append(BadRow(str(found.path), None, None, reason))
             continue
-        splits[folder.name] = split
-        pieces += [Piece(str(path), *_stamp(file), folder.name) for file in sorted(files)]
+        splits[found.name] = found.split
+        for file in found.files:
+            try:
+                pieces.append(Piece(str(path), *_stamp(file), found.name))
+            except ValueError as error:  # a dangling link
+                reason = str(error).removeprefix(f"{file}: ")
+                bad.append(BadRow(str(file), None, None, f"cannot be read: {reason}"))
     return pieces, splits
 
 
@@ -295,89 +279,6 @@ def by_content(pieces: Sequence[Piece]) -> list[Piece]:
     with ThreadPoolExecutor(HASH_THREADS) as pool:
         hashes = dict(zip(files, pool.map(lambda file: sha256(Path(file)), files), strict=True))
     return [replace(piece, changed=hashes[piece.path]) for piece in pieces]
-
-
-# --- Splits ---
-
-
-def hash_split(names: Iterable[str], seed: int) -> dict[str, str]:
-    """Return the split of each class, by the order of a seeded hash of the names.
-
-    15 % of the classes, at least 2, go to val and as many to test, but fewer if train would have
-    none. The same names have the same splits in any collection.
-    """
-    ordered = sorted(names, key=lambda name: hashlib.sha256(f"{seed}/{name}".encode()).digest())
-    count = min(max(2, round(HELD_OUT * len(ordered))), (len(ordered) - 1) // 2)
-    splits = ["val"] * count + ["test"] * count + ["train"] * (len(ordered) - 2 * count)
-    return dict(zip(ordered, splits, strict=True))
-
-
-def file_split(path: Path, names: Iterable[str]) -> dict[str, str]:
-    """Return the split of each class from a JSON file {train|val|test: [class names]}.
-
-    Meta-Dataset's `valid` is val. The file may name classes that the collection lacks.
-
-    Raises:
-        ValueError: the file is not of this form, names a class twice, or lacks one of `names`.
-    """
-    try:
-        listed = json.loads(path.read_text())
-    except OSError as error:
-        raise ValueError(f"{path}: {error.strerror}; name a JSON file of class splits") from error
-    except ValueError as error:
-        raise ValueError(f"{path}: not JSON: {error}") from error
-    if not isinstance(listed, dict) or not all(isinstance(part, list) for part in listed.values()):
-        raise ValueError(f"{path}: should be {{train|val|test: [class names]}}")
-    split: dict[str, str] = {}
-    for key, part in listed.items():
-        if key not in SPLIT_WORDS:
-            raise ValueError(f"{path}: {key}: unknown split; should be train, val or test")
-        for name in part:
-            if name in split:
-                raise ValueError(f"{path}: class {name!r} is listed twice ({split[name]}, {key})")
-            split[name] = SPLIT_WORDS[key]
-    for name in names:
-        if name not in split:
-            raise ValueError(f"{path}: class {name!r} has no split; list it in train, val or test")
-    return {name: split[name] for name in names}
-
-
-def merge_splits(where: str, pairs: Iterable[tuple[str, str]]) -> dict[str, str]:
-    """Return the split of each class from the (class name, split) pairs of the data.
-
-    Args:
-        where: the source, for messages.
-        pairs: class names with a key of `SPLIT_WORDS`; may repeat.
-
-    Raises:
-        ValueError: a split is unknown, or a class is in two splits.
-    """
-    split: dict[str, str] = {}
-    for name, word in pairs:
-        if word not in SPLIT_WORDS:
-            raise ValueError(
-                f"{where}: class {name!r}: split is {word!r}; should be train, val or test"
-            )
-        if split.setdefault(name, SPLIT_WORDS[word]) != SPLIT_WORDS[word]:
-            raise ValueError(
-                f"{where}: class {name!r} is in {split[name]} and in {SPLIT_WORDS[word]}; a class"
-                " has one split: fix the data, or set split: hash to ignore its splits"
-            )
-    return split
-
-
-def splits_table(splits: dict[str, tuple[str, dict[str, str]]]) -> str:
-    """Return the number of classes per collection and split as text.
-
-    Args:
-        splits: collection -> (source of its splits, class name -> split).
-    """
-    width = max(map(len, ["collection", *splits]))
-    lines = [f"{'collection':{width}}  train   val  test  classes split by"]
-    for name, (source, split) in splits.items():
-        counts = "  ".join(f"{list(split.values()).count(part):4d}" for part in SPLITS)
-        lines.append(f"{name:{width}}   {counts}  {source}")
-    return "\n".join(lines)
 
 
 # --- Reading images ---

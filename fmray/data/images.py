@@ -21,6 +21,7 @@ import io
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageCms, UnidentifiedImageError
@@ -132,6 +133,19 @@ def decode_image(
     if turned or upright is not None:
         changes.append("turned")
     return DecodedImage(image, "JPEG" if kind == "MPO" else kind, tuple(changes))
+
+
+def looks_like_image(path: Path) -> bool:
+    """Return whether a file begins as an image does; a broken image and a HEIC file do, too."""
+    try:
+        with Image.open(path, formats=FORMATS):
+            return True
+    except UnidentifiedImageError:
+        with path.open("rb") as file:
+            head = file.read(64)
+        return any(re.match(pattern, head, re.DOTALL) for pattern in _NOT_DECODED)
+    except Exception:  # noqa: BLE001 - decoding it will tell what is wrong
+        return True
 
 
 def describe_changes(counts: Mapping[str, int]) -> str:

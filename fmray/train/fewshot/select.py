@@ -11,6 +11,7 @@ The job writes `selection/` in the run's folder and logs it to MLflow: tasks.par
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -108,11 +109,7 @@ def candidate_tasks(
         rows = store.select(name, "train")
         large = _large_classes(rows, recipe.episodes)
         if len(large) < recipe.episodes.ways:
-            reason = (
-                f"{len(large)} of its {len(np.unique(rows.labels))} train classes have"
-                f" {recipe.episodes.shots + recipe.episodes.queries} images, and an episode needs"
-                f" {recipe.episodes.ways}"
-            )
+            reason = _why_too_small(store, name, len(large), recipe)
             if config.candidates:
                 raise ValueError(f"select.candidates: {name} cannot be a candidate: {reason}")
             _logger.warning("skipping candidate %s: %s", name, reason)
@@ -130,6 +127,18 @@ def candidate_tasks(
             f" split forms a {recipe.episodes.ways}-way episode; lower episodes.ways"
         )
     return tasks
+
+
+def _why_too_small(store: ImageStore, name: str, large: int, recipe: FewshotRecipe) -> str:
+    """Describe a collection whose train split forms no episode, by its source and its splits."""
+    config, source = recipe.episodes, recipe.images.collections.get(name)
+    classes = Counter(entry.split for entry in store.classes if entry.collection == name)
+    return (
+        f"{large} of its {classes['train']} train classes have"
+        f" {config.shots + config.queries} images, and an episode needs {config.ways}"
+        f" (val has {classes['val']} classes and test {classes['test']}; they come from"
+        f" {source.path if source else store.path})"
+    )
 
 
 def _class_groups(

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fmray.data.image_sources import file_split, hash_split, merge_splits, splits_table
+from fmray.data.class_splits import file_split, hash_split, merge_splits, splits_table
 
 
 @given(st.sets(st.text(max_size=5), min_size=1, max_size=60), st.integers(0, 9), st.randoms())
@@ -53,7 +53,7 @@ def test_split_files_of_meta_dataset(real_data: Path) -> None:
     [
         ("{", "not JSON"),
         ("[]", "should be {train"),
-        ('{"train": ["a", "b"], "dev": []}', "dev: unknown split"),
+        ('{"train": ["a", "b"], "extra": []}', "extra: unknown split"),
         ('{"train": ["a", "b"], "test": ["a"]}', "class 'a' is listed twice (train, test)"),
         ('{"train": ["a"]}', "class 'b' has no split"),
     ],
@@ -72,8 +72,8 @@ def test_splits_from_the_data() -> None:
     }
     with pytest.raises(ValueError, match="x: class 'a' is in train and in test"):
         merge_splits("x", [("a", "train"), ("a", "test")])
-    with pytest.raises(ValueError, match="x: class 'a': split is 'dev'"):
-        merge_splits("x", [("a", "dev")])
+    with pytest.raises(ValueError, match="x: class 'a': split is 'extra'"):
+        merge_splits("x", [("a", "extra")])
 
 
 def test_splits_table_counts_classes() -> None:

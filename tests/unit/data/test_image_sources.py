@@ -128,7 +128,7 @@ def test_parquet_that_contradicts_the_specification_is_an_error(tmp_path: Path) 
         ({"label": [0, 0], "class_name": ["a", "b"]}, "label 0 goes with 'a' and 'b'"),
         ({"label": [0, 1], "class_name": ["a", "a"]}, "class_name 'a' goes with 0 and 1"),
         ({"class_name": ["a", "a"], "split": ["train", "test"]}, "'a' is in "),
-        ({"class_name": ["a", "b"], "split": ["train", "dev"]}, "'b': split is 'dev'"),
+        ({"class_name": ["a", "b"], "split": ["train", "extra"]}, "'b': split is 'extra'"),
         ({"name": ["a", "b"]}, "has columns image, name; should have image, and class_name"),
     ],
 )
@@ -169,6 +169,15 @@ def test_broken_images_are_bad_rows(tmp_path: Path) -> None:
         f"{file}: row 1: image is null",
         f"{file}: row 2: class_name is null",
     ]
+
+
+def test_dangling_links_are_bad_rows(tmp_path: Path) -> None:
+    class_folders(tmp_path / "tree", {"a": 2, "b": 2})
+    (tmp_path / "tree/a/gone.png").symlink_to(tmp_path / "nowhere.png")
+    with pytest.raises(ValueError, match=r"tree/a/gone.png: cannot be read: No such file"):
+        prepare_here(image_recipe(tmp_path / "store", {"c": tmp_path / "tree"}))
+    recipe = image_recipe(tmp_path / "store", {"c": tmp_path / "tree"}, on_bad_row="skip")
+    assert prepare_here(recipe).rows == 4
 
 
 def test_path_without_images_is_an_error(tmp_path: Path) -> None:
