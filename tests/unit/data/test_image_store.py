@@ -342,10 +342,3 @@ def test_omniglot_groups_are_alphabets(real_data: Path, tmp_path: Path) -> None:
     assert [len(group) for group in store.groups("omniglot", "val")] == [17]  # Tagalog
     assert store.groups("cifar10", "train") is None
     assert set(np.concatenate(groups)) == set(store.select("omniglot", "train").labels)
-
-
-def test_dangling_link_is_an_error(tmp_path: Path) -> None:
-    tree = class_folders(tmp_path / "tree", {"a": 2})
-    os.symlink(tmp_path / "nowhere", tree / "a" / "x.png")
-    with pytest.raises(ValueError, match=r"x\.png: No such file"):
-        prepare_here(image_recipe(tmp_path / "store", {"c": tree}))
