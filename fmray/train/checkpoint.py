@@ -121,19 +121,28 @@ def list_checkpoints(run_dir: Path) -> list[Path]:
 
 
 def find_checkpoint(run_dir: Path) -> Path | None:
-    """Return the newest checkpoint that is complete by the sizes of its files; None without any.
+    """Return the newest checkpoint that has no `quick_fault`; None without any.
 
     Raises:
         ValueError: there are checkpoints, and all are damaged.
     """
     faults: list[str] = []
     for path in list_checkpoints(run_dir):
-        fault = files.fault(path, hashes=False)
+        fault = quick_fault(path)
         if fault is None:
             return path
         faults.append(f"{path.name}: {fault}")
     raise_if_all_damaged(run_dir, faults)
     return None
+
+
+def quick_fault(path: Path) -> str | None:
+    """Return a checkpoint's first fault by the sizes of its files and the content of its state."""
+
+    def state(entries: dict[str, files.Entry]) -> dict[str, files.Entry]:
+        return {name: entry for name, entry in entries.items() if name == STATE_FILE}
+
+    return files.fault(path, hashes=False) or files.fault(path, hashes=True, needed=state)
 
 
 def raise_if_all_damaged(run_dir: Path, faults: list[str]) -> None:

@@ -47,6 +47,7 @@ from fmray.train.checkpoint import (
     new_storage_group,
     parse_state,
     prune_checkpoints,
+    quick_fault,
     raise_if_all_damaged,
     read_state,
     save_checkpoint,
@@ -268,7 +269,7 @@ def open_mirror(cluster: ClusterConfig, run_dir: Path) -> Mirror | None:
 def last_state(run_dir: Path, mirror: Mirror | None) -> tuple[str, TrainState] | None:
     """Return (where, state) of the newest checkpoint in the folder or the mirror; None if none.
 
-    Only the sizes of files are checked, as the driver sees them.
+    The files are checked by `quick_fault`, as the driver sees them.
 
     Raises:
         ValueError: there are checkpoints and all are damaged, or the mirror fails.
@@ -277,7 +278,7 @@ def last_state(run_dir: Path, mirror: Mirror | None) -> tuple[str, TrainState] |
         path = find_checkpoint(run_dir)
         return None if path is None else (str(path), read_state(path))
     with user_mistakes(mirror.uri):
-        complete = (p for p in list_checkpoints(run_dir) if files.fault(p, hashes=False) is None)
+        complete = (p for p in list_checkpoints(run_dir) if quick_fault(p) is None)
         local, mirrored = next(complete, None), next(iter(mirror.checkpoints()), None)
         if local is not None and (mirrored is None or local.name >= mirrored):
             return str(local), read_state(local)

@@ -25,6 +25,7 @@ from fmray.data.processor import load_processor
 from fmray.data.ray_tasks import run_tasks
 from fmray.data.records import chat_messages, find_bad_rows, read_records
 from fmray.errors import raised_by_fmray
+from fmray.train.adallava.model import build_model
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")
 
@@ -194,7 +195,7 @@ def test_invalid_records_are_errors_before_anything_is_written(tmp_path: Path) -
     store = tmp_path / "store"
     with pytest.raises(ValueError, match="3 bad rows") as raised:
         prepare(recipe(store, train=str(file), validation_share=0.2))
-    assert "row 2 (id 'r2'): wrong turn order" in str(raised.value)
+    assert "row 2 (id 'r2'): the first turn is from gpt" in str(raised.value)
     assert "row 6 (id 'r6'): duplicate" in str(raised.value)
     assert "row 30: not an object but text" in str(raised.value)
     assert [path.name for path in store.iterdir()] == ["bad_rows.jsonl"]
@@ -235,7 +236,9 @@ def test_directory_of_a_trained_model_uses_the_same_store(tmp_path: Path) -> Non
     options = {"shapes": {"pictures": 30, "validation_pictures": 5}}
     settings = recipe(tmp_path / "store", **options).model_dump(mode="json")
     manifest = prepare(AdaLlavaRecipe.model_validate(settings))
-    load_processor(tmp_path / "store" / "processor").save_pretrained(tmp_path / "model")
+    processor = load_processor(tmp_path / "store" / "processor")
+    for part in (processor, build_model(AdaLlavaRecipe.model_validate(settings), processor)):
+        part.save_pretrained(tmp_path / "model")
     settings["model"]["source"] = str(tmp_path / "model")
     before = (tmp_path / "store" / "manifest.json").stat().st_mtime_ns
     assert prepare(AdaLlavaRecipe.model_validate(settings)) == manifest
