@@ -27,10 +27,11 @@ from transformers import PreTrainedTokenizerFast
 
 from fmray.config.serve import ServeConfig
 from fmray.data.processor import load_processor
+from fmray.data.records import control_tokens
 from fmray.engine.policy import Ask
 from fmray.serve.images import decode, read_data_url
 from fmray.serve.openai import ApiError, check_json, parse_request
-from fmray.serve.prompts import PromptBuilder, control_tokens
+from fmray.serve.prompts import PromptBuilder
 from fmray.serve.replica import ChatModel
 
 
@@ -456,7 +457,7 @@ def test_added_words_are_no_control_tokens(chat_model: ChatModel) -> None:
     """Makers of models add words of their field to the vocabulary."""
     processor = chat_model.prompts._processor
     processor.tokenizer.add_tokens(["covid", "   "])
-    tokens = control_tokens(processor)
+    tokens = control_tokens.__wrapped__(processor)  # not the cached list
     assert tokens == ["</s>", "<image>", "<pad>", "<s>", "<unk>", "ASSISTANT:"]
 
 
@@ -466,7 +467,7 @@ def test_turn_tokens_of_a_template_without_system_messages_are_found(
     processor = chat_model.prompts._processor
     refusal = "{%- if messages[0]['role'] == 'system' -%}{{ raise_exception('no') }}{%- endif -%}"
     monkeypatch.setattr(processor, "chat_template", refusal + processor.chat_template)
-    assert "ASSISTANT:" in control_tokens(processor)
+    assert "ASSISTANT:" in control_tokens.__wrapped__(processor)
 
 
 def test_a_turn_token_in_another_spelling_is_refused(directory: Path) -> None:
