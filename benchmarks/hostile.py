@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import multiprocessing
 import os
 import socket
 import statistics
@@ -81,6 +82,14 @@ def quantiles(seconds: list[float]) -> tuple[float, float]:
     return 1e3 * parts[9], 1e3 * parts[18]
 
 
+def attacks(url: str, seconds: float) -> list[dict[str, str]]:
+    """Send all hostile inputs one after the other, again until the time is up."""
+    end, outcomes = time.monotonic() + seconds, []
+    while time.monotonic() < end:
+        outcomes.append(attack(url, MALLORY, ALL | bodies(), threads=1))
+    return outcomes
+
+
 def measure(url: str, name: str, process: psutil.Process, seconds: float) -> None:
     """Print the table of both phases."""
     image = data_url(encoded_image((640, 480), "green", "JPEG"), "image/jpeg")
@@ -92,7 +101,7 @@ def measure(url: str, name: str, process: psutil.Process, seconds: float) -> Non
             return client.post("/v1/chat/completions", json=body | {"model": name})
 
         def phase(work: Callable[[], object]) -> tuple[list[float], list[float], int]:
-            with Load(1, ask, pause=0.05) as load:
+            with Load(1, ask, pause=0.02) as load:
                 work()
             times = [[], []]
             for answer in load.answers:
@@ -101,23 +110,16 @@ def measure(url: str, name: str, process: psutil.Process, seconds: float) -> Non
 
         phase(lambda: time.sleep(5))  # warms the caches
         attack(url, MALLORY, {})
-        inputs = ALL | bodies()
         before = memory(process)
         quiet = phase(lambda: time.sleep(seconds))
-        wrong: dict[str, str] = {}
-        rounds = 0
-
-        def attacks() -> None:
-            nonlocal rounds
-            end = time.monotonic() + seconds
-            while time.monotonic() < end:
-                wrong.update(attack(url, MALLORY, inputs, threads=1))
-                rounds += 1
-
-        hostile = phase(attacks)
+        outcomes: list[dict[str, str]] = []
+        # in a process of its own, so that the clients do not wait for each other
+        with multiprocessing.get_context("spawn").Pool(1) as pool:
+            hostile = phase(lambda: outcomes.extend(pool.apply(attacks, (url, seconds))))
         after = memory(process)
         ready = client.get("/readyz").status_code
-    print(f"{len(RAW) + len(IMAGES) + len(inputs)} hostile inputs, {rounds} times; wrong: {wrong}")
+    number = len(RAW) + len(IMAGES) + len(ALL | bodies())
+    print(f"{number} hostile inputs, {len(outcomes)} times; wrong: {outcomes}")
     for number, kind in enumerate(("text", "image")):
         calm, busy = quantiles(quiet[number]), quantiles(hostile[number])
         print(

@@ -12,11 +12,12 @@ import asyncio
 import contextlib
 import json
 import logging
-import multiprocessing
 import os
+import socket
+import struct
 import subprocess
 import sys
-import threading
+import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -24,7 +25,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import TypeVar
+from typing import IO, TypeVar
 
 from PIL import Image
 
@@ -57,6 +58,7 @@ class ImageProcess:
         self._seconds, self._memory_mib = seconds, memory_mib
         self._process: subprocess.Popen[bytes] | None = None
         self._connection: Connection
+        self._pixels: IO[bytes]
         self._ready = self._closed = False
 
     @property
@@ -68,17 +70,23 @@ class ImageProcess:
         """Start a process, without waiting until it is ready."""
         if self._closed:
             raise RuntimeError("the replica stops")
-        self._connection, theirs = multiprocessing.Pipe()
+        ours, theirs = socket.socketpair()
+        limit = struct.pack("ll", int(self._seconds), int(self._seconds % 1 * 1e6))
+        for option in (socket.SO_SNDTIMEO, socket.SO_RCVTIMEO):
+            ours.setsockopt(socket.SOL_SOCKET, option, limit)
+        self._connection = Connection(ours.detach())
+        self._pixels = _unnamed_file()
         paths = [str(Path(fmray.__file__).parents[1]), *(path for path in sys.path if path)]
         environment = {name: os.environ[name] for name in _ENVIRONMENT if name in os.environ}
         environment |= {"PYTHONPATH": os.pathsep.join(paths), **_SMALL}
+        descriptors = (theirs.fileno(), self._pixels.fileno())
         with theirs:
             self._process = subprocess.Popen(
                 [
                     sys.executable, "-P", "-S", "-m", "fmray.serve.image_worker",
-                    str(theirs.fileno()), str(self._memory_mib), str(self._seconds),
+                    *map(str, (*descriptors, self._memory_mib, self._seconds)),
                 ],
-                pass_fds=[theirs.fileno()],
+                pass_fds=descriptors,
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
                 env=environment,
@@ -120,23 +128,16 @@ class ImageProcess:
         """
         for _ in range(2):  # once more, for the process may have been ended from outside
             self.wait()
-            expired = threading.Event()
-            timer = threading.Timer(self._seconds, self._expire, [expired])
-            timer.daemon = True
-            timer.start()
             try:
                 return self._exchange(urls, max_pixels)
+            except BlockingIOError:  # the socket's time limit
+                self._replace()
+                raise ValueError(
+                    f"the images take longer than {self._seconds:g} s to decode"
+                ) from None
             except (EOFError, OSError):
                 self._replace()
-            finally:
-                timer.cancel()
-            if expired.is_set():
-                raise ValueError(f"the images take longer than {self._seconds:g} s to decode")
         raise ValueError("the images make the decoder fail")
-
-    def _expire(self, expired: threading.Event) -> None:
-        expired.set()
-        self._process.kill()
 
     def _replace(self) -> None:
         """Start another process."""
@@ -154,14 +155,24 @@ class ImageProcess:
         reply = json.loads(connection.recv_bytes(MAX_REPLY))
         if "error" in reply:
             raise ValueError(reply["error"])
-        return [_receive_image(connection, item) for item in reply["images"]]
+        images, start = [], 0
+        for item in reply["images"]:
+            width, height = item["size"]
+            if width * height > max_pixels:
+                raise EOFError  # not what it was asked for: it must be replaced
+            pixels = os.pread(self._pixels.fileno(), 3 * width * height, start)
+            start += len(pixels)
+            image = Image.frombytes("RGB", (width, height), pixels)
+            images.append(RequestImage(image, item["digest"], width * height))
+        self._pixels.truncate(0)  # returns the memory
+        return images
 
 
-def _receive_image(connection: Connection, item: dict[str, object]) -> RequestImage:
-    width, height = item["size"]
-    pixels = connection.recv_bytes(3 * width * height)
-    image = Image.frombytes("RGB", (width, height), pixels)
-    return RequestImage(image, str(item["digest"]), width * height)
+def _unnamed_file() -> IO[bytes]:
+    """Return a file that no other process can open, in memory where the system has such files."""
+    if hasattr(os, "memfd_create"):
+        return os.fdopen(os.memfd_create("fmray-pixels"), "w+b", buffering=0)
+    return tempfile.TemporaryFile(buffering=0)
 
 
 @dataclass(eq=False)

@@ -5,10 +5,10 @@ time, and the replica survives whatever they do. The process imports Pillow and 
 `fmray.serve.image_pool` starts it; they talk over a socket:
 
     pool -> process    JSON {"urls": number, "max_pixels": ...}, then each URL
-    process -> pool    JSON {"error": text}, or {"images": [{"size", "digest"}]} and the pixels of
-                       each image, three bytes a pixel
+    process -> pool    JSON {"error": text} or {"images": [{"size", "digest"}]}
 
-The process ends when the pool closes the socket.
+Before the second reply it writes the pixels, three bytes each, to a file in memory that they share:
+unlike a socket, that takes them in one piece. The process ends when the pool closes the socket.
 """
 
 from __future__ import annotations
@@ -26,20 +26,16 @@ READY = b"ready"
 MAX_REPLY = 64 * 1024  # bytes of JSON
 
 
-def main(descriptor: int, memory_mib: int, seconds: float) -> None:
+def main(socket: int, pixels: int, memory_mib: int, seconds: float) -> None:
     """Serve requests until the pool closes the socket.
 
     Args:
+        socket: File descriptor, as `pixels`.
         memory_mib: Limit on the address space of this process.
         seconds: Limit per request. The pool ends the process first, unless it has died itself.
     """
-    connection = Connection(descriptor)
-    memory = memory_mib * 2**20
-    for limit, value in (
-        (resource.RLIMIT_AS, memory),
-        (resource.RLIMIT_CORE, 0),
-        (resource.RLIMIT_FSIZE, 0),
-    ):
+    connection = Connection(socket)
+    for limit, value in ((resource.RLIMIT_AS, memory_mib * 2**20), (resource.RLIMIT_CORE, 0)):
         resource.setrlimit(limit, (value, value))
     # From here on libraries would only write warnings about what they decode.
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())
@@ -51,25 +47,25 @@ def main(descriptor: int, memory_mib: int, seconds: float) -> None:
         except EOFError:
             return
         signal.setitimer(signal.ITIMER_REAL, seconds + 1)  # the signal's default ends the process
-        _answer(connection, urls, request["max_pixels"])
+        _answer(connection, pixels, urls, request["max_pixels"])
         signal.setitimer(signal.ITIMER_REAL, 0)
 
 
-def _answer(connection: Connection, urls: list[str], max_pixels: int) -> None:
+def _answer(connection: Connection, pixels: int, urls: list[str], max_pixels: int) -> None:
+    written = 0
     try:
         images = read_images(urls, max_pixels)
-        pixels = [image.image.tobytes() for image in images]
+        for item in images:
+            written += os.pwrite(pixels, item.image.tobytes(), written)
     except ValueError as error:
-        reply, pixels = {"error": str(error)}, []
+        reply = {"error": str(error)}
     except MemoryError:
-        reply, pixels = {"error": "the images take more memory than they may to decode"}, []
+        reply = {"error": "the images take more memory than they may to decode"}
     else:
         reply = {"images": [{"size": item.image.size, "digest": item.digest} for item in images]}
     connection.send_bytes(json.dumps(reply).encode())
-    for item in pixels:
-        connection.send_bytes(item)
 
 
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # ctrl-C ends the replica, which ends this
-    main(int(sys.argv[1]), int(sys.argv[2]), float(sys.argv[3]))
+    main(int(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), float(sys.argv[4]))
