@@ -14,6 +14,7 @@ from fmray.runtime.files import dumps
 
 if TYPE_CHECKING:
     from fmray.adallava import AdaptiveVLM
+    from fmray.data.images import DecodedImage
 
 STORAGE = Path("fmray-quickstart")  # where `fmray quickstart` puts its runs
 MODEL = "fmray-shapes"
@@ -49,12 +50,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Print the answer and its plan."""
-    from fmray.data.images import CHANGES, ImageError, decode_image
+    from fmray.data.images import CHANGES
 
-    try:
-        decoded = decode_image(options.image.read_bytes())
-    except ImageError as error:
-        raise ValueError(f"{options.image}: not a readable image: {error}") from error
+    decoded = read_image(options.image)
     directory = find_model(options.model, options.storage, options.uri)
 
     import torch
@@ -111,6 +109,20 @@ def run(options: argparse.Namespace) -> int:
     if decoded.changes:
         print("image: " + ", ".join(CHANGES[change] for change in decoded.changes))
     return 0
+
+
+def read_image(path: Path) -> DecodedImage:
+    """Decode an image file.
+
+    Raises:
+        ValueError: it is no readable image.
+    """
+    from fmray.data.images import ImageError, decode_image
+
+    try:
+        return decode_image(path.read_bytes())
+    except ImageError as error:
+        raise ValueError(f"{path}: not a readable image: {error}") from error
 
 
 def find_model(name: str, storage: Path, uri: str | None) -> Path:

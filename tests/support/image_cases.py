@@ -201,7 +201,7 @@ def image_cases() -> dict[str, ImageCase]:
             image_file(palette, transparency=1), on_white, ("composited",)
         ),
         "palette with alphas": ImageCase(
-            image_file(palette, transparency=bytes([255, 0])), on_white, ("composited",)
+            image_file(palette, transparency=bytes([0, 255])), halves(255, 0), ("composited",)
         ),
         "rgb with a transparent colour": ImageCase(
             image_file(quadrants(), transparency=RED), (WHITE, *CORNERS[1:]), ("composited",)
