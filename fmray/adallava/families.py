@@ -1,9 +1,11 @@
 """Differences between the model families that can be made adaptive.
 
-A `Backbone` wraps a stock transformers model (vision tower, projector, `language_model.layers`) and
-offers the pieces that the adaptive model calls itself: embedding of text and images, positions,
-causal mask, decoder layers, head. A new family of that shape is one entry in `FAMILIES`; a new
-decoder block is one entry in `BLOCKS`.
+A `Backbone` wraps a stock transformers model and offers the pieces that the adaptive model calls
+itself: embedding of text and images, positions, causal mask, decoder layers, head. It finds the
+decoder by its shape, so that a text model needs no entry here. A family that takes images is one
+entry in `FAMILIES`, a decoder block that design H can cut one entry in `BLOCKS`.
+
+Shape proves nothing: `fmray.adallava.proof` compares the pieces with the stock forward.
 """
 
 from __future__ import annotations
@@ -26,6 +28,10 @@ class Family:
     image_inputs: tuple[str, ...] = ()
     #: makes position ids; None where the model counts them itself
     positions: Positions | None = None
+    #: token ids around an image whose embeddings the vision tower gives (Ovis)
+    indicators: bool = False
+    #: features of lower vision layers enter after the first decoder layers (DeepStack)
+    deepstack: bool = False
 
 
 def _multimodal_rope(
@@ -46,12 +52,23 @@ def _multimodal_rope(
     return positions
 
 
+TEXT = Family()
 FAMILIES: dict[str, Family] = {
-    "llava": Family(),
+    "glm4v": Family(image_inputs=("image_grid_thw",), positions=_multimodal_rope),
+    "idefics3": Family(image_inputs=("pixel_attention_mask",)),
+    "internvl": Family(),
+    "llava": Family(image_inputs=("image_sizes",)),
     "llava_next": Family(image_inputs=("image_sizes",)),
     "llava_onevision": Family(image_inputs=("image_sizes",)),
+    "mistral3": Family(image_inputs=("image_sizes",)),
+    "ovis2": Family(indicators=True),
     "qwen2_vl": Family(image_inputs=("image_grid_thw",), positions=_multimodal_rope),
     "qwen2_5_vl": Family(image_inputs=("image_grid_thw",), positions=_multimodal_rope),
+    "qwen3_vl": Family(
+        image_inputs=("image_grid_thw",), positions=_multimodal_rope, deepstack=True
+    ),
+    "smolvlm": Family(image_inputs=("pixel_attention_mask",)),
+    "vipllava": Family(),
 }
 
 # inputs of every family; the last three describe tokens and images, and add nothing
@@ -105,29 +122,59 @@ class Backbone:
     """The pieces of a stock model. Holds no parameters of its own.
 
     Raises:
-        ValueError: a model of an unknown family, or with sliding-window layers (whose mask differs
-            by layer).
+        ValueError: a decoder of another shape, a model that takes images and has no entry in
+            `FAMILIES`, or layers with a sliding window or another limit on what they attend to.
     """
 
     def __init__(self, base: nn.Module) -> None:
-        kind = base.config.model_type
-        if kind not in FAMILIES:
-            raise ValueError(
-                f"no adapter for model type {kind!r}; "
-                f"there is one for {', '.join(sorted(FAMILIES))}"
-            )
-        self.family = FAMILIES[kind]
         self.base = base
-        self.model = base.model
-        self.language = base.model.language_model
+        self.kind = kind = base.config.model_type
+        self.model = getattr(base, "model", None)
+        self.language = _decoder_of(self.model)
+        self.head = base.get_output_embeddings()
+        norms = [getattr(self.language, name, None) for name in ("norm", "final_layernorm")]
+        self.norm = next((norm for norm in norms if norm is not None), None)
+        if self.language is None or self.norm is None or self.head is None:
+            raise ValueError(
+                f"a {kind} model has no decoder of the usual shape (embed_tokens, layers, norm,"
+                " rotary_emb and a head) and cannot be made adaptive"
+            )
+        self.takes_images = self.language is not self.model
+        if self.takes_images and kind not in FAMILIES:
+            raise ValueError(
+                f"no adapter for images in model type {kind!r}; there is one for"
+                f" {', '.join(sorted(FAMILIES))}, and text models need none"
+            )
+        self.family = FAMILIES[kind] if self.takes_images else TEXT
         self.config = self.language.config
         self.layers = self.language.layers
-        self.norm = (
-            self.language.norm if hasattr(self.language, "norm") else self.language.final_layernorm
-        )
-        kinds = set(getattr(self.config, "layer_types", None) or ["full_attention"])
-        if kinds != {"full_attention"}:
-            raise ValueError(f"layers must all use full attention, not {', '.join(sorted(kinds))}")
+        self._check_attention()
+        if any(hasattr(layer.mlp, "experts") for layer in self.layers if hasattr(layer, "mlp")):
+            raise ValueError(f"a {kind} model has experts; only dense decoders have a cost model")
+
+    @property
+    def device(self) -> torch.device:
+        """The device of the first decoder layer."""
+        return next(self.layers[0].parameters()).device
+
+    def _check_attention(self) -> None:
+        """Refuse layers whose mask differs from the causal one.
+
+        Short prompts do not show a window, so no proof on one row can find it.
+        """
+        types = set(getattr(self.config, "layer_types", None) or ["full_attention"])
+        if types != {"full_attention"}:
+            raise ValueError(
+                f"layers of a {self.kind} model must all use full attention, not"
+                f" {', '.join(sorted(types))}"
+            )
+        window = getattr(self.config, "sliding_window", None)
+        listed = getattr(self.config, "layer_types", None) is not None
+        if isinstance(window, int) and not listed and window < self.config.max_position_embeddings:
+            raise ValueError(
+                f"a {self.kind} model attends to the last {window} tokens only (sliding_window);"
+                " a model with full attention is needed"
+            )
 
     @property
     def attention(self) -> str:
@@ -150,10 +197,36 @@ class Backbone:
                 )
 
     def image_features(self, pixel_values: Tensor, extras: dict[str, Tensor]) -> Tensor:
-        """Return the projected features of all images, concatenated: [image tokens, d]."""
+        """Return the projected features of all images, concatenated: [image tokens, d].
+
+        Where the tower gives embeddings of indicator tokens too, they follow; where it gives D
+        features of lower layers, they stand next to the others: [image tokens, (1 + D) d].
+        """
         inputs = {k: extras[k] for k in self.family.image_inputs if extras.get(k) is not None}
-        features = self.model.get_image_features(pixel_values, **inputs).pooler_output
-        return torch.cat(tuple(features))
+        output = self.model.get_image_features(pixel_values, **inputs)
+        features = torch.cat(tuple(output.pooler_output))
+        if self.family.indicators:
+            features = torch.cat((features, output.visual_indicator_features))
+        if self.family.deepstack:
+            deeper = [torch.cat(tuple(layer)) for layer in output.deepstack_features]
+            features = torch.cat((features, *deeper), dim=1)
+        return features
+
+    @property
+    def deepstack_layers(self) -> int:
+        """D, the number of decoder layers after which features of the image are added."""
+        if not self.family.deepstack:
+            return 0
+        return len(self.base.config.vision_config.deepstack_visual_indexes)
+
+    def added(self, input_ids: Tensor, features: Tensor | None) -> Tensor | None:
+        """Return what is added to the states after the first D layers, [D, B, n, d], or None."""
+        if features is None or not self.family.deepstack:
+            return None
+        width = self.config.hidden_size
+        dense = features.new_zeros((*input_ids.shape, features.shape[1] - width))
+        dense[input_ids == self.base.config.image_token_id] = features[:, width:]
+        return torch.stack(dense.split(width, dim=-1))
 
     def embed(
         self,
@@ -172,14 +245,21 @@ class Backbone:
             features = self.image_features(pixel_values, extras)
         if features is not None:
             features = features.to(embeddings.device, embeddings.dtype)
-            places = self.model.get_placeholder_mask(
-                input_ids, inputs_embeds=embeddings, image_features=features
-            )
-            places = places[0] if isinstance(places, tuple) else places
+            indicators = self.model.visual_indicator_token_ids if self.family.indicators else ()
+            around = features[len(features) - len(indicators) :]
+            features = features[: len(features) - len(indicators), : embeddings.shape[-1]]
+            places = (input_ids == self.base.config.image_token_id)[..., None]
+            if int(places.sum()) != len(features):
+                raise ValueError(
+                    f"the prompts have {int(places.sum())} image tokens, the images"
+                    f" {len(features)} features"
+                )
             embeddings = embeddings.masked_scatter(places, features)
+            for token, feature in zip(indicators, around, strict=True):
+                embeddings = torch.where((input_ids == token)[..., None], feature, embeddings)
         if hasattr(self.language, "embed_dropout"):  # phi
             embeddings = self.language.embed_dropout(embeddings)
-        return embeddings
+        return embeddings * getattr(self.config, "embedding_multiplier", 1)  # granite
 
     def positions(
         self,
@@ -250,4 +330,15 @@ class Backbone:
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Apply the final norm and the head: [..., d] -> [..., V]."""
-        return self.base.lm_head(self.norm(hidden))
+        logits = self.head(self.norm(hidden))
+        logits = logits * getattr(self.base, "logit_scale", 1)  # cohere
+        return logits / getattr(self.config, "logits_scaling", 1)  # granite
+
+
+def _decoder_of(model: nn.Module | None) -> nn.Module | None:
+    """Return the part of a stock model (`base.model`) that has the decoder layers, or None."""
+    parts = [getattr(model, name, None) for name in ("language_model", "text_model")] + [model]
+    for part in parts:
+        if all(hasattr(part, name) for name in ("embed_tokens", "layers", "rotary_emb")):
+            return part
+    return None

@@ -1,4 +1,4 @@
-"""The adaptive model: a stock vision-language model that keeps a budget.
+"""The adaptive model: a stock language or vision-language model that keeps a budget.
 
 Given a budget, `AdaptiveVLM` embeds it as one latency token, reads K unit logits from the token's
 state after the always-on layers, and runs the other layers under the plan that these give (Xu et
@@ -21,7 +21,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from transformers import AutoModelForImageTextToText
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
 from fmray.adallava import store
 from fmray.adallava.cost import CostModel
@@ -39,6 +39,7 @@ from fmray.adallava.passes import (
     prompt_ends,
     without_last_prompt_token,
 )
+from fmray.adallava.proof import prove
 from fmray.adallava.sampling import best_plan, random_plan, sample_plan, threshold_plan
 from fmray.adallava.token_sampling import sample
 
@@ -116,7 +117,7 @@ class AdaptiveOutput:
 
 
 class AdaptiveVLM(nn.Module):
-    """A stock vision-language model with units that switch on and off per request.
+    """A stock language or vision-language model with units that switch on and off per request.
 
     Make one with `from_base` or `from_pretrained`.
     """
@@ -155,24 +156,35 @@ class AdaptiveVLM(nn.Module):
         head = base.get_output_embeddings().weight
         for module in self.adaptive_modules():
             module.to(head.device, head.dtype)
+        if layout.first < backbone.deepstack_layers:
+            raise ValueError(
+                f"a {backbone.kind} model adds features of the image after its first"
+                f" {backbone.deepstack_layers} layers, which must always run: first is"
+                f" {layout.first}"
+            )
         self.execution = Execution(backbone, layout)
 
     @classmethod
     def from_base(
         cls, model: nn.Module, layout: SwitchLayout, latency_token: str = "inline", **options: Any
     ) -> AdaptiveVLM:
-        """Make a stock model adaptive.
+        """Make a stock model adaptive, after a proof that it computes the same (`proof.prove`).
 
-        The model is referenced, not copied; the new modules take its device and dtype.
+        The model is referenced, not copied; the new modules take its device and dtype. The proof
+        runs a random row of text; call `prove` with a row that has an image for the rest.
 
         Args:
             options: `scheduler` ("learned", "static", "random" or "deterministic"); `tau`, the
                 temperature of the Gumbel-softmax; `penalty`, lambda of the deterministic baseline.
 
         Raises:
-            ValueError: a model of an unknown family, or a layout made for another decoder.
+            ValueError: a model of an unknown family, or one that computes something else layer by
+                layer; or a layout made for another decoder.
         """
-        return cls(model, layout, latency_token, **options)
+        adaptive = cls(model, layout, latency_token, **options)
+        if not any(parameter.is_meta for parameter in model.parameters()):
+            prove(adaptive)
+        return adaptive
 
     @classmethod
     def from_pretrained(cls, path: str | Path, **options: Any) -> AdaptiveVLM:
@@ -187,7 +199,7 @@ class AdaptiveVLM(nn.Module):
         path = Path(path)
         description, weights = store.read(path)
         options.setdefault("dtype", "auto")
-        base = AutoModelForImageTextToText.from_pretrained(description.base or path, **options)
+        base = load_base(description.base or path, **options)
         model = cls(
             base,
             description.layout,
@@ -197,6 +209,7 @@ class AdaptiveVLM(nn.Module):
             description.penalty,
         )
         store.copy_weights(weights, model._adaptive_state(), path)
+        prove(model)
         return model.eval()
 
     def save_pretrained(self, path: str | Path, include_base: bool = True) -> None:
@@ -427,13 +440,16 @@ class AdaptiveVLM(nn.Module):
         self.backbone.check_inputs(extras)
         end = prompt_ends(input_ids, attention_mask, labels)
         units_on = self._units(budget, plan, units_on, input_ids, attention_mask, end)
+        backbone = self.backbone
+        features = None if pixel_values is None else backbone.image_features(pixel_values, extras)
         return Prompt(
-            self.backbone.embed(input_ids, pixel_values, extras),
+            backbone.embed(input_ids, None, extras, features),
             attention_mask,
-            self.backbone.positions(input_ids, attention_mask, extras, count),
+            backbone.positions(input_ids, attention_mask, extras, count),
             end,
             units_on,
             plan,
+            backbone.added(input_ids, features),
         )
 
     def _units(
@@ -565,6 +581,19 @@ class AdaptiveVLM(nn.Module):
 
 #: Text-only models are adaptive too.
 AdaptiveModel = AdaptiveVLM
+
+
+def load_base(path: str | Path, **options: Any) -> nn.Module:
+    """Load a stock model: one that takes images, or a causal language model.
+
+    Args:
+        options: passed to `from_pretrained` (revision, dtype, attn_implementation, ...).
+    """
+    names = ("revision", "gguf_file", "token", "cache_dir", "local_files_only")
+    config = AutoConfig.from_pretrained(path, **{k: options[k] for k in names if k in options})
+    images = type(config) in AutoModelForImageTextToText._model_mapping
+    loader = AutoModelForImageTextToText if images else AutoModelForCausalLM
+    return loader.from_pretrained(path, **options)
 
 
 def _ids(value: int | Sequence[int] | None) -> list[int]:

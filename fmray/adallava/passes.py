@@ -102,6 +102,7 @@ class Prompt:
     end: Tensor  # [B], one past each prompt's last token
     units_on: Tensor  # [B]
     plan: Tensor | None  # [B, K]; None: the scheduler decides
+    added: Tensor | None = None  # [D, B, n, d], added after the first D layers
 
     @property
     def next_position(self) -> Tensor:
@@ -177,16 +178,20 @@ def run_lower(
     inputs: LayerInputs,
     caches: Sequence[object | None] | None = None,
     call: Callable[..., Tensor] = _call,
+    added: Tensor | None = None,
 ) -> Tensor:
     """Run the always-on layers on hidden states [B, n, d].
 
     Args:
         caches: one per always-on layer.
         call: calls each layer (gradient checkpointing).
+        added: [D, B, n, d], added after the first D layers.
     """
     caches = caches or [None] * model.layout.first
-    for layer, cache in zip(model.backbone.layers, caches, strict=False):
+    for index, (layer, cache) in enumerate(zip(model.backbone.layers, caches, strict=False)):
         hidden = call(partial(inputs.run, layer, cache=cache), hidden)
+        if added is not None and index < len(added):
+            hidden = hidden + added[index]
     return hidden
 
 
@@ -214,13 +219,15 @@ def masked_pass(model: Adaptive, prompt: Prompt, draw: Draw) -> tuple[Tensor, Te
     """
     layout = model.layout
     call = _recompute if model.gradient_checkpointing and model.training else _call
-    hidden, token, _, inputs = _enter(model, prompt)
+    hidden, token, _, inputs, added = _enter(model, prompt)
     if model.latency_token == "inline":
-        hidden = run_lower(model, hidden, inputs, call=call)
+        hidden = run_lower(model, hidden, inputs, call=call, added=added)
         token = _at(hidden, prompt.end)
     else:
         hidden, lower_inputs = _append_probe(model.backbone, token, prompt)
-        hidden = run_lower(model, hidden, lower_inputs, call=call)
+        if added is not None:
+            added = functional.pad(added, (0, 0, 0, 1))
+        hidden = run_lower(model, hidden, lower_inputs, call=call, added=added)
         hidden, token = hidden[:, :-1], hidden[:, -1]
     plan, plan_logits = model.decide(token, prompt, draw)
     for index in range(layout.first, layout.num_layers):
@@ -243,11 +250,11 @@ def prefill(
     Returns:
         Hidden states, plan and plan logits as `masked_pass`, and the state to decode from.
     """
-    hidden, token, mask, inputs = _enter(model, prompt)
+    hidden, token, mask, inputs, added = _enter(model, prompt)
     probe = model.latency_token == "probe"
     # a probe attends to the prompt's keys, so they are kept until it has run
     lower = [LayerCache() if keep or probe else None for _ in range(model.layout.first)]
-    hidden = run_lower(model, hidden, inputs, lower)
+    hidden = run_lower(model, hidden, inputs, lower, added=added)
     token = _run_probe(model, token, prompt, lower) if probe else _at(hidden, prompt.end)
     plan, plan_logits = model.decide(token, prompt, draw)
     plan = plan.detach().bool()
@@ -267,8 +274,8 @@ def hidden_under(model: Adaptive, prompt: Prompt, plans: Tensor) -> Iterator[tup
         The index of a plan, and hidden states as those of `prefill`.
     """
     layout = model.layout
-    hidden, _, _, inputs = _enter(model, prompt)
-    hidden = run_lower(model, hidden, inputs)
+    hidden, _, _, inputs, added = _enter(model, prompt)
+    hidden = run_lower(model, hidden, inputs, added=added)
     patterns = plans.view(len(plans), -1, layout.units_per_layer).tolist()
     # states[i]: hidden states before switchable layer i under the previous plan
     states, previous = [hidden], []
@@ -306,16 +313,24 @@ def decode(model: Adaptive, tokens: Tensor, positions: Tensor, state: DecodingSt
 # --- The latency token in a pass ---
 
 
-def _enter(model: Adaptive, prompt: Prompt) -> tuple[Tensor, Tensor, Tensor | None, LayerInputs]:
-    """Return hidden states, latency token [B, d], attention mask and layer inputs of a pass.
+def _enter(
+    model: Adaptive, prompt: Prompt
+) -> tuple[Tensor, Tensor, Tensor | None, LayerInputs, Tensor | None]:
+    """Return the start of a pass: hidden states, latency token [B, d], attention mask, layer inputs
+    and what is added after the first layers.
 
     An inline latency token is in the sequence [B, n + 1, d]; a probe is not ([B, n, d]).
     """
     hidden, mask, positions = prompt.embeddings, prompt.attention_mask, prompt.positions
+    added = prompt.added
     token = model.latency_embedding(prompt.units_on, hidden.dtype)
     if model.latency_token == "inline":
+        if added is not None:
+            nothing = torch.zeros_like(token)
+            grown = [insert_token(layer, nothing, None, None, prompt.end)[0] for layer in added]
+            added = torch.stack(grown)
         hidden, mask, positions = insert_token(hidden, token, mask, positions, prompt.end)
-    return hidden, token, mask, _inputs(model.backbone, hidden, mask, positions)
+    return hidden, token, mask, _inputs(model.backbone, hidden, mask, positions), added
 
 
 def _at(hidden: Tensor, index: Tensor) -> Tensor:

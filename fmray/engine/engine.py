@@ -97,7 +97,8 @@ class Engine:
         dtype = model.backbone.norm.weight.dtype
         self.memory = KVMemory(model.layout, dtype, kv_bytes, max_rows)
         self.images = TensorCache(vision_bytes)
-        self.prefixes = PrefixCache(prefix_bytes, prefix_block, model.base.config.image_token_id)
+        image_token = getattr(model.base.config, "image_token_id", None)  # none: a text model
+        self.prefixes = PrefixCache(prefix_bytes, prefix_block, image_token)
         self._prefill = Prefill(
             model, self.memory, self.images, self.prefixes if prefix_bytes else None
         )

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from fmray.adallava import AdaptiveVLM
 from fmray.adallava.execution import LayerInputs
@@ -63,7 +64,7 @@ class Prefill:
         model, request = self.model, row.request
         backbone, layout = model.backbone, model.layout
         inline = model.latency_token == "inline"
-        device = backbone.norm.weight.device
+        device = backbone.device
         extras = {name: value.to(device) for name, value in request.inputs.items()}
         ids = extras.pop("input_ids")
         pixels = extras.pop("pixel_values", None)
@@ -75,7 +76,7 @@ class Prefill:
         known = prefix.tokens if prefix else 0
 
         positions = backbone.positions(ids, attended, extras, count=True)
-        embeddings = self._embed(row, ids, pixels, extras, known)
+        embeddings, added = self._embed(row, ids, pixels, extras, known)
         units_on = request.units_on if request.plan is None else int(request.plan.sum())
         prompt = Prompt(
             embeddings,
@@ -88,6 +89,7 @@ class Prefill:
         token = model.latency_embedding(prompt.units_on, embeddings.dtype)[:, None]
         if inline:
             embeddings = torch.cat((embeddings, token), dim=1)
+            added = None if added is None else functional.pad(added, (0, 0, 0, 1))
             positions = torch.cat((positions, positions[..., -1:] + 1), dim=-1)
 
         # The always-on layers, which also compute the latency token.
@@ -95,7 +97,7 @@ class Prefill:
             self.memory.place(row, index, index, backbone.layers[index], layout.num_kv_heads, 1.0)
             for index in range(layout.first)
         ]
-        hidden, token = self._lower(slots, embeddings, positions, token, prefix, inline)
+        hidden, token = self._lower(slots, embeddings, added, positions, token, prefix, inline)
         if self.prefixes:
             self._store_prefix(slots, keys, hidden, known)
 
@@ -121,27 +123,31 @@ class Prefill:
         pixels: Tensor | None,
         extras: dict[str, Tensor],
         known: int,
-    ) -> Tensor:
-        """Return the embeddings [1, n - known, d] of the prompt after its cached prefix."""
+    ) -> tuple[Tensor, Tensor | None]:
+        """Return the embeddings [1, n - known, d] of the prompt after its cached prefix, and what
+        is added to them after the first layers [D, 1, n - known, d]."""
         backbone, key = self.model.backbone, row.request.image_key
         rest = ids[:, known:]
         if pixels is None:
-            return backbone.embed(rest, None, extras)
+            return backbone.embed(rest, None, extras), None
         is_image = rest == self.model.base.config.image_token_id
         if known and not bool(is_image.any()):
             row.vision_hit = True  # all images are in the cached prefix
-            return backbone.embed(rest, None, extras)
+            return backbone.embed(rest, None, extras), None
         cached = None if key is None else self.images.get(key)
         row.vision_hit = cached is not None
         features = cached[0] if cached else backbone.image_features(pixels, extras)
         if cached is None and key is not None:
             self.images.put(key, (features.clone(),))
-        return backbone.embed(ids, None, extras, features)[:, known:]
+        added = backbone.added(ids, features)
+        added = None if added is None else added[:, :, known:]
+        return backbone.embed(ids, None, extras, features)[:, known:], added
 
     def _lower(
         self,
         slots: list[tuple[Arena, int]],
         embeddings: Tensor,
+        added: Tensor | None,
         positions: Tensor,
         token: Tensor,
         prefix: Prefix | None,
@@ -164,6 +170,8 @@ class Prefill:
             for index, (arena, slot) in enumerate(slots):
                 cache = PrefillCache(arena, slot, known)
                 hidden = inputs.run(backbone.layers[index], hidden, cache)
+                if added is not None and index < len(added):
+                    hidden = hidden + added[index]
         if prefix is not None:
             hidden = torch.cat((prefix.hidden[None], hidden), dim=1)
         if inline:
@@ -264,7 +272,7 @@ class Decode:
         self._rows = list(rows)
         position = {row: number for number, row in enumerate(rows)}
         everyone = tuple(range(len(rows)))
-        device = self.model.backbone.norm.weight.device
+        device = self.model.backbone.device
         by_layer: dict[int, list[Call]] = {}
         for arena in self.memory.arenas():
             order = tuple(position[row] for row in arena.rows)
@@ -287,7 +295,7 @@ class Decode:
         assert self._rows == rows
         # One transfer to the device for all numbers of the rows.
         backbone = self.model.backbone
-        device = backbone.norm.weight.device
+        device = backbone.device
         lengths = [row.length for row in rows]
         numbers = torch.tensor(
             [[row.token for row in rows], [row.position for row in rows], lengths], device=device

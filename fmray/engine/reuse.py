@@ -87,7 +87,7 @@ class Prefix:
 class PrefixCache:
     """Cache of prompt prefixes in blocks of `block` tokens."""
 
-    def __init__(self, bound: int, block: int, image_token: int) -> None:
+    def __init__(self, bound: int, block: int, image_token: int | None) -> None:
         if block < 1:
             raise ValueError(f"a block must have at least one token, not {block}")
         self.blocks = TensorCache(bound)

@@ -133,7 +133,7 @@ def adaptive(
     """Return an adaptive model with a random scheduler (a new one rates all units alike)."""
     make = SwitchLayout.layers if design == "layers" else SwitchLayout.heads
     arguments = {} if design == "layers" else {"unit": unit}
-    layout = make(base.config.text_config, first=first, **arguments)
+    layout = make(base.config.get_text_config(), first=first, **arguments)
     model = AdaptiveVLM.from_base(base, layout, **options)
     torch.manual_seed(1)
     for parameter in model.adaptive_parameters():
