@@ -15,6 +15,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from transformers import AutoModelForImageTextToText, PreTrainedConfig
 from transformers.masking_utils import create_causal_mask
 
 Positions = Callable[[nn.Module, Tensor, Tensor | None, dict[str, Tensor]], Tensor | None]
@@ -139,7 +140,7 @@ class Backbone:
                 f"a {kind} model has no decoder of the usual shape (embed_tokens, layers, norm,"
                 " rotary_emb and a head) and cannot be made adaptive"
             )
-        self.takes_images = self.language is not self.model
+        self.takes_images = self.language is not self.model or takes_images(base.config)
         if self.takes_images and kind not in FAMILIES:
             raise ValueError(
                 f"no adapter for images in model type {kind!r}; there is one for"
@@ -333,6 +334,11 @@ class Backbone:
         logits = self.head(self.norm(hidden))
         logits = logits * getattr(self.base, "logit_scale", 1)  # cohere
         return logits / getattr(self.config, "logits_scaling", 1)  # granite
+
+
+def takes_images(config: PreTrainedConfig) -> bool:
+    """Return whether transformers lists the class of a config among its image-text models."""
+    return type(config) in AutoModelForImageTextToText._model_mapping
 
 
 def _decoder_of(model: nn.Module | None) -> nn.Module | None:

@@ -26,7 +26,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageText
 from fmray.adallava import store
 from fmray.adallava.cost import CostModel
 from fmray.adallava.execution import Execution
-from fmray.adallava.families import Backbone
+from fmray.adallava.families import Backbone, takes_images
 from fmray.adallava.generation import answer
 from fmray.adallava.layout import SwitchLayout
 from fmray.adallava.passes import (
@@ -591,8 +591,7 @@ def load_base(path: str | Path, **options: Any) -> nn.Module:
     """
     names = ("revision", "gguf_file", "token", "cache_dir", "local_files_only")
     config = AutoConfig.from_pretrained(path, **{k: options[k] for k in names if k in options})
-    images = type(config) in AutoModelForImageTextToText._model_mapping
-    loader = AutoModelForImageTextToText if images else AutoModelForCausalLM
+    loader = AutoModelForImageTextToText if takes_images(config) else AutoModelForCausalLM
     return loader.from_pretrained(path, **options)
 
 
