@@ -165,7 +165,7 @@ def _first(first: int | None, dimensions: Mapping[str, int]) -> int:
 def _read(config: Any) -> dict[str, int]:
     """Read a layout's dimensions from any Hugging Face decoder config."""
     config = text_config_of(config)
-    if vars(config).get("_heterogeneity_spec") is not None:
+    if getattr(config, "__dict__", {}).get("_heterogeneity_spec") is not None:
         raise ValueError(f"{type(config).__name__} has layers of different sizes")
     heads = _dimension(config, "num_attention_heads")
     hidden = _dimension(config, "hidden_size")

@@ -39,8 +39,9 @@ PROVEN = {  # text models that people ask for
 
 
 def classes(mapping: Any) -> list[type[PreTrainedConfig]]:
-    """Return the configs of a mapping by name; a few are listed but not found in it (Evolla)."""
-    return sorted((c for c in mapping.keys() if c in mapping), key=lambda c: c.model_type)
+    """Return the configs of a mapping, by name."""
+    listed = list(mapping.keys())  # more than `in` and `[]` know
+    return sorted((c for c in listed if c in mapping), key=lambda c: c.model_type)
 
 
 TEXT = classes(AutoModelForCausalLM._model_mapping)
