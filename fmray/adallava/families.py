@@ -252,7 +252,7 @@ class Backbone:
             places = (input_ids == self.base.config.image_token_id)[..., None]
             if int(places.sum()) != len(features):
                 raise ValueError(
-                    f"the prompts have {int(places.sum())} image tokens, the images"
+                    f"image tokens and image features do not match: {int(places.sum())} tokens,"
                     f" {len(features)} features"
                 )
             embeddings = embeddings.masked_scatter(places, features)
