@@ -8,15 +8,11 @@ piece that a family adds, such as features that enter between layers, would be l
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fmray.adallava.execution import LayerCache, LayerInputs
-
-if TYPE_CHECKING:
-    from fmray.adallava.model import AdaptiveVLM
 
 TOKENS = 8
 IMAGE_TOKENS = ("image_token_id", "video_token_id", "image_token_index", "video_token_index")
@@ -25,10 +21,11 @@ TOLERANCE = {torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 6e-2}
 
 
 @torch.no_grad()
-def prove(model: AdaptiveVLM, inputs: Mapping[str, Tensor] | None = None) -> dict[str, float]:
+def prove(model: nn.Module, inputs: Mapping[str, Tensor] | None = None) -> dict[str, float]:
     """Compare a full plan with the stock forward, decoding with it, and skipping with masking.
 
     Args:
+        model: an `AdaptiveVLM`.
         inputs: one row as the processor gives it (input_ids [1, n], pixel_values, ...). Without it,
             random text.
 
@@ -64,7 +61,7 @@ def prove(model: AdaptiveVLM, inputs: Mapping[str, Tensor] | None = None) -> dic
     return differences
 
 
-def _random_text(model: AdaptiveVLM) -> dict[str, Tensor]:
+def _random_text(model: nn.Module) -> dict[str, Tensor]:
     """Return a row [1, TOKENS] of ids that stand for text."""
     config, device = model.backbone.config, model.backbone.device
     generator = torch.Generator().manual_seed(0)
@@ -75,7 +72,7 @@ def _random_text(model: AdaptiveVLM) -> dict[str, Tensor]:
     return {"input_ids": ids.to(device), "attention_mask": torch.ones_like(ids).to(device)}
 
 
-def _differences(model: AdaptiveVLM, row: Mapping[str, Tensor]) -> dict[str, float]:
+def _differences(model: nn.Module, row: Mapping[str, Tensor]) -> dict[str, float]:
     backbone, layout = model.backbone, model.layout
     ids = row["input_ids"]
     extras = {k: v for k, v in row.items() if k not in ("input_ids", "attention_mask")}
@@ -114,7 +111,7 @@ def _differences(model: AdaptiveVLM, row: Mapping[str, Tensor]) -> dict[str, flo
     }
 
 
-def _runs_both_ways(model: AdaptiveVLM) -> bool:
+def _runs_both_ways(model: nn.Module) -> bool:
     """Return whether the model has both executions: training needs one, serving the other."""
     adapters = any(".lora_" in name for name, _ in model.named_parameters())
     skips = model.layout.design == "layers" or not adapters
@@ -123,7 +120,7 @@ def _runs_both_ways(model: AdaptiveVLM) -> bool:
 
 
 def _run(
-    model: AdaptiveVLM,
+    model: nn.Module,
     hidden: Tensor,
     positions: Tensor,
     caches: list[LayerCache],
