@@ -12,10 +12,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForImageTextToText, PreTrainedConfig
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    PreTrainedConfig,
+)
 from transformers.masking_utils import create_causal_mask
 
 Positions = Callable[[nn.Module, Tensor, Tensor | None, dict[str, Tensor]], Tensor | None]
@@ -339,6 +346,18 @@ class Backbone:
 def takes_images(config: PreTrainedConfig) -> bool:
     """Return whether transformers lists the class of a config among its image-text models."""
     return type(config) in AutoModelForImageTextToText._model_mapping
+
+
+def load_base(path: str | Path, **options: Any) -> nn.Module:
+    """Load a stock model: one that takes images, or a causal language model.
+
+    Args:
+        options: passed to `from_pretrained` (revision, dtype, attn_implementation, ...).
+    """
+    names = ("revision", "gguf_file", "token", "cache_dir", "local_files_only")
+    config = AutoConfig.from_pretrained(path, **{k: options[k] for k in names if k in options})
+    loader = AutoModelForImageTextToText if takes_images(config) else AutoModelForCausalLM
+    return loader.from_pretrained(path, **options)
 
 
 def _decoder_of(model: nn.Module | None) -> nn.Module | None:

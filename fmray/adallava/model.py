@@ -21,12 +21,11 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
 from fmray.adallava import store
 from fmray.adallava.cost import CostModel
 from fmray.adallava.execution import Execution
-from fmray.adallava.families import Backbone, takes_images
+from fmray.adallava.families import Backbone, load_base
 from fmray.adallava.generation import answer
 from fmray.adallava.layout import SwitchLayout
 from fmray.adallava.passes import (
@@ -581,18 +580,6 @@ class AdaptiveVLM(nn.Module):
 
 #: Text-only models are adaptive too.
 AdaptiveModel = AdaptiveVLM
-
-
-def load_base(path: str | Path, **options: Any) -> nn.Module:
-    """Load a stock model: one that takes images, or a causal language model.
-
-    Args:
-        options: passed to `from_pretrained` (revision, dtype, attn_implementation, ...).
-    """
-    names = ("revision", "gguf_file", "token", "cache_dir", "local_files_only")
-    config = AutoConfig.from_pretrained(path, **{k: options[k] for k in names if k in options})
-    loader = AutoModelForImageTextToText if takes_images(config) else AutoModelForCausalLM
-    return loader.from_pretrained(path, **options)
 
 
 def _ids(value: int | Sequence[int] | None) -> list[int]:

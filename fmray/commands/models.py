@@ -48,8 +48,7 @@ def _check(arguments: argparse.Namespace) -> int:
     from transformers.utils.logging import disable_progress_bar
 
     from fmray.adallava import AdaptiveVLM, SwitchLayout
-    from fmray.adallava.families import takes_images
-    from fmray.adallava.model import load_base
+    from fmray.adallava.families import load_base, takes_images
     from fmray.adallava.proof import prove
     from fmray.data.processor import load_processor
 
