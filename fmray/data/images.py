@@ -56,6 +56,8 @@ CHANGES = {
 _NOT_DECODED = {  # pattern of the first bytes -> what the file is
     rb"version https://git-lfs": "a Git LFS pointer instead of the image; run git lfs pull",
     rb"....ftyp(hei|hev|mif|msf)": "HEIC, which is not supported; convert it to JPEG or PNG",
+    rb"\x89PNG|\xff\xd8\xff|GIF8|RIFF....WEBP|II\*\0|MM\0\*": "an image whose header is damaged,"
+    " or of a kind that is not supported",
 }
 _ORIENTATION = 0x0112  # EXIF tag
 _UPRIGHT = {

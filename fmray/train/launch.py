@@ -18,6 +18,8 @@ from ray.train import UserCallback
 
 from fmray.config import AdaLlavaRecipe, BaseRecipe, LoadedRecipe
 from fmray.config.fewshot import FewshotRecipe
+from fmray.data.images import DECODER_VERSION
+from fmray.data.store import Manifest
 from fmray.runtime import tracking
 from fmray.runtime.console import changed_settings, say
 from fmray.runtime.files import write_atomic
@@ -126,6 +128,11 @@ def check_trainable(recipe: BaseRecipe) -> None:
                     f"data.store {store}: no {part}; "
                     "prepare it with `python jobs/prepare_data.py --config ...`"
                 )
+        if Manifest.read(store).settings.get("decoder") != DECODER_VERSION:
+            say(
+                f"data.store {store}: made with another version of the image decoder;"
+                " `python jobs/prepare_data.py --config ...` checks its images again"
+            )
     elif recipe.train.method == "direct":
         raise ValueError(
             "train.method: direct adaptation trains nothing; evaluate the encoder as it is, with"

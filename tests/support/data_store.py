@@ -8,6 +8,7 @@ from typing import Any
 
 from fmray.config import ScratchConfig, ShapesConfig
 from fmray.data import shapes
+from fmray.data.images import DECODER_VERSION
 from fmray.data.ingest import ShardTask, write_shard
 from fmray.data.processor import fingerprint, scratch_processor
 from fmray.data.store import Manifest
@@ -44,7 +45,7 @@ def make_store(
         assert not result.bad_rows
         counts["rows"] += result.rows
         counts["answers"] += result.answers
-    settings = {"max_length": max_length}
+    settings = {"max_length": max_length, "decoder": DECODER_VERSION}
     Manifest(settings, fingerprint(processor), {"train": counts}, bad_rows=0).write(store)
     return store
 

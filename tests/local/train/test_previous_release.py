@@ -28,7 +28,9 @@ def previous(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def test_a_run_resumes_and_takes_the_same_steps(previous: Path) -> None:
+def test_a_run_resumes_and_takes_the_same_steps(
+    previous: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """Steps 3 and 4 have the losses, gradient norms and scores that the previous release logged."""
     run_dir = previous / "runs" / "run"
     wanted = read_log(run_dir / "log.jsonl")
@@ -36,6 +38,7 @@ def test_a_run_resumes_and_takes_the_same_steps(previous: Path) -> None:
     loaded = load(run_dir / "recipe.yaml", overrides)
     assert isinstance(loaded.recipe, AdaLlavaRecipe)
     train(loaded, "run")
+    assert "made with another version of the image decoder" in capsys.readouterr().out
     lines = read_log(run_dir / "log.jsonl")
     assert [line["step"] for line in lines] == [1, 2, 3, 4, 4]
     assert lines[:2] == wanted[:2]
