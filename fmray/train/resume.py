@@ -105,12 +105,12 @@ def check_resume(
         now: its `run_settings`.
         where: name of the checkpoint, for messages.
     """
-    free = _FREE[recipe.kind] | _SCHEDULE
-    # an earlier version of fmray has stored neither the settings of the choice of tasks, nor those
-    # that did not exist, which had their defaults
-    choice = {name: now[name] for name in now if name.partition(".")[0] in _CHOICE}
-    defaults = _settings(type(recipe)(name="defaults")) | choice
-    return compare(state.settings, now, where, defaults, free)
+    before, free = state.settings, _FREE[recipe.kind] | _SCHEDULE
+    # settings that did not exist yet had their defaults
+    defaults = _settings(type(recipe)(name="defaults"))
+    if "select.method" not in before:  # an earlier version of fmray did not store these
+        defaults |= {name: now[name] for name in now if name.partition(".")[0] in _CHOICE}
+    return compare(before, now, where, defaults, free)
 
 
 def compare(

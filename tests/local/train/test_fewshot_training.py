@@ -71,6 +71,7 @@ def test_resumed_run_ends_with_the_same_weights(
     for section, key, old, new in (
         ("train", "temperature", 10.0, 5.0),
         ("select", "method", "all", "random"),
+        ("target", "collection", "target", "sea"),
     ):
         other = sections | {section: sections.get(section, {}) | {key: new}}
         with pytest.raises(ValueError, match=rf"{section}\.{key} was {old!r} and is {new!r}"):
