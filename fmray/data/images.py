@@ -19,6 +19,7 @@ from __future__ import annotations
 import functools
 import io
 import re
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,6 +31,9 @@ DECODER_VERSION = 2  # increase it when an image gets other pixels: old stores b
 
 # Pillow's formats without those that run programs, render, or recognise a file by next to nothing
 Image.init()
+# Pillow warns of damaged metadata on the terminal; what matters to a user is in `DecodedImage`
+warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.")
+warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 FORMATS = tuple(
     name
     for name in ("AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")
