@@ -14,6 +14,7 @@ import os
 import platform
 import shutil
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, requires, version
 from importlib.util import find_spec
@@ -45,7 +46,8 @@ from fmray.data.processor import load_processor
 from fmray.data.store import StoreSplit
 from fmray.fewshot import create_encoder
 from fmray.fewshot.encoders import check_files
-from fmray.runtime.cluster import check_answers
+from fmray.runtime.cluster import NoClusterError, check_answers, connect
+from fmray.runtime.exposure import listening
 from fmray.runtime.files import check_weights
 from fmray.runtime.gpu_memory import (
     CPU_RESERVE,
@@ -95,6 +97,7 @@ def _findings(loaded: LoadedRecipe[BaseRecipe] | None) -> Iterator[Finding]:
     cluster = _cluster(loaded.recipe.cluster.address if loaded else None)
     machines = cluster or [_this_machine()]
     yield from _resources(machines, connected=cluster is not None)
+    yield from listening()
     if loaded is not None:
         yield from CHECKS[loaded.recipe.kind](loaded, machines)
 
@@ -166,7 +169,10 @@ def _cluster(address: str | None) -> list[Machine] | None:
                 f"could not be joined within {JOIN_SECONDS} s; stop its remains with `ray stop`, "
                 "or set RAY_ADDRESS to another one"
             )
-        return receiver.recv()
+        answer = receiver.recv()
+        if isinstance(answer, str):
+            raise ValueError(answer)
+        return answer
     except EOFError as error:
         raise ValueError("Ray failed to join the cluster; the reason is above") from error
     finally:
@@ -175,14 +181,14 @@ def _cluster(address: str | None) -> list[Machine] | None:
 
 
 def _send_machines(address: str, sender: Connection) -> None:
-    import ray
-
     try:
-        ray.init(address=address, log_to_driver=False, logging_level="ERROR")
-    except ConnectionError:  # "auto" found none on this machine
+        with ExitStack() as stack:
+            connect(address, log_to_driver=False, stack=stack, existing=True)
+            sender.send(machines_of_cluster())
+    except NoClusterError:
         sender.send(None)
-    else:
-        sender.send(machines_of_cluster())
+    except ValueError as error:
+        sender.send(str(error))
 
 
 def _this_machine() -> Machine:

@@ -18,10 +18,19 @@ if TYPE_CHECKING:
     from deepspeed.comm.comm import cdb as deepspeed_backend
     from deepspeed.ops import __compatible_ops__ as deepspeed_compatible_ops
     from deepspeed.runtime.zero.utils import is_zero_param
+    from ray._private import ray_constants
+    from ray._private.authentication.authentication_token_setup import (
+        maybe_enable_token_auth_if_token_available as use_token_if_available,
+    )
+    from ray._private.grpc_utils import init_grpc_channel
+    from ray._private.services import get_ray_address_from_environment as address_of_this_machine
     from ray._private.state import state as cluster_state
+    from ray.core.generated.gcs_service_pb2 import InternalKVGetRequest
+    from ray.core.generated.gcs_service_pb2_grpc import InternalKVGcsServiceStub
     from ray.data._internal.cluster_autoscaler.default_autoscaling_coordinator import (
         get_or_create_autoscaling_coordinator,
     )
+    from ray.serve._private import replica as serve_replica
     from ray.train.v2._internal.constants import ENV_VARS_TO_PROPAGATE
     from ray.train.v2._internal.exceptions import (
         WorkerGroupStartupTimeoutError,
@@ -35,15 +44,22 @@ __all__ = [
     "TESTED",
     "ControllerCallback",
     "InitializingState",
+    "InternalKVGcsServiceStub",
+    "InternalKVGetRequest",
     "WorkerGroupStartupTimeoutError",
     "WorkerHealthCheckFailedError",
+    "address_of_this_machine",
     "check_ray",
     "cluster_state",
     "convert_to_universal",
     "deepspeed_backend",
     "deepspeed_compatible_ops",
     "get_or_create_autoscaling_coordinator",
+    "init_grpc_channel",
     "is_zero_param",
+    "ray_constants",
+    "serve_replica",
+    "use_token_if_available",
 ]
 
 #: The minor versions that pyproject.toml pins.
@@ -53,6 +69,24 @@ TESTED = {"ray": "2.60", "deepspeed": "0.19"}
 NAMES = {
     # Lists draining nodes: no public API does.
     "cluster_state": ("ray._private.state", "state"),
+    # Ray's switch for a cluster on the loopback interface, read at each start.
+    "ray_constants": ("ray._private", "ray_constants"),
+    # Finds a cluster on this machine, as `ray.init` does.
+    "address_of_this_machine": ("ray._private.services", "get_ray_address_from_environment"),
+    # Asks a head node one question: `ray.init` retries half a minute before it fails.
+    "init_grpc_channel": ("ray._private.grpc_utils", "init_grpc_channel"),
+    "InternalKVGcsServiceStub": (
+        "ray.core.generated.gcs_service_pb2_grpc",
+        "InternalKVGcsServiceStub",
+    ),
+    "InternalKVGetRequest": ("ray.core.generated.gcs_service_pb2", "InternalKVGetRequest"),
+    # Opens a port on all addresses for calls from other deployments.
+    "serve_replica": ("ray.serve._private", "replica"),
+    # Uses a token that lies in the user's home, as `ray.init` does for a cluster on this machine.
+    "use_token_if_available": (
+        "ray._private.authentication.authentication_token_setup",
+        "maybe_enable_token_auth_if_token_available",
+    ),
     # Holds the resources that elastic workers have reserved.
     "get_or_create_autoscaling_coordinator": (
         "ray.data._internal.cluster_autoscaler.default_autoscaling_coordinator",

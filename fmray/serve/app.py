@@ -22,6 +22,7 @@ from ray.serve.handle import DeploymentHandle
 from ray.serve.schema import LoggingConfig
 
 from fmray.config.serve import ServeConfig
+from fmray.runtime.exposure import bind_replica
 from fmray.serve.keys import load_keys
 from fmray.serve.metrics import Metrics, MetricsBoard, render
 
@@ -41,6 +42,7 @@ class Replica:
     ) -> None:
         from fmray.serve.replica import load_chat_model
 
+        bind_replica()
         self._model = load_chat_model(settings, Path(directory))
         gc.collect()
         gc.freeze()  # keeps the garbage collector from scanning the model between two tokens
@@ -92,6 +94,14 @@ class Replica:
             await asyncio.to_thread(self._model.close)
 
 
+class Board(MetricsBoard):
+    """`MetricsBoard` as a deployment."""
+
+    def __init__(self) -> None:
+        bind_replica()
+        super().__init__()
+
+
 def build(settings: ServeConfig) -> serve.Application:
     """Return the application with these settings.
 
@@ -105,7 +115,7 @@ def build(settings: ServeConfig) -> serve.Application:
     board = None
     if settings.max_replicas > 1:
         board = (
-            serve.deployment(MetricsBoard, name="board")
+            serve.deployment(Board, name="board")
             .options(num_replicas=1, ray_actor_options={"num_cpus": 0})
             .bind()
         )
