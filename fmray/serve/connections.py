@@ -2,10 +2,10 @@
 
 uvicorn's fast parser (httptools) reads headers of any size and waits for them without a limit.
 `LimitedProtocol` bounds a request's head in bytes, headers and seconds, the number of connections
-that wait for one, and the time for which a client reads nothing of its response. `fmray serve
---local` uses it. Ray Serve's proxy runs uvicorn too, in a process of its own, which calls
-`limit_connections` if the environment variable `HOOK` names it when the node starts: `fmray serve`
-and the image of `cluster/Dockerfile` set it.
+that wait for one (idle ones included), and the time for which a client reads nothing of its
+response. `fmray serve --local` uses it. Ray Serve's proxy runs uvicorn too, in a process of its
+own, which calls `limit_connections` if the environment variable `HOOK` names it when the node
+starts: `fmray serve` and the image of `cluster/Dockerfile` set it.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ _TOO_MANY = 431, f"more than {MAX_HEADERS} headers", "headers_too_large"
 _VERSION = 400, "the HTTP version is not 1.0 or 1.1", "http_version"
 
 # Connections that wait for a head, or for the rest of a body after its response; oldest first.
+# Those between two requests count too: else a connection with one short request would escape.
 _waiting: dict[LimitedProtocol, None] = {}
 
 
@@ -83,6 +84,9 @@ class LimitedProtocol(HttpToolsProtocol):
         if self.transport.is_closing() or self.transport.get_protocol() is not self:  # a WebSocket
             return
         self._timer = self.loop.call_later(HEAD_TIMEOUT_S, self.transport.abort)
+        self._count()
+
+    def _count(self) -> None:
         _waiting[self] = None
         if len(_waiting) > MAX_WAITING:
             oldest = next(iter(_waiting))
@@ -164,5 +168,9 @@ class LimitedProtocol(HttpToolsProtocol):
     def on_response_complete(self) -> None:
         """Wait for the next request, or for the rest of a body that nobody reads."""
         super().on_response_complete()
-        if self.cycle.response_complete and self.cycle.more_body:
+        if not self.cycle.response_complete or self.transport.is_closing():
+            return
+        if self.cycle.more_body:
             self._wait()
+        else:
+            self._count()  # uvicorn's own timer ends it
