@@ -129,10 +129,20 @@ def all_finite(tensors: Iterable[Tensor]) -> bool:
 
 def weights_finite(module: nn.Module, worker: Worker) -> bool:
     """Return whether the trained weights are finite on every rank, shards included; collective."""
-    # under ZeRO-3 a parameter is empty between the passes, and its shard is in `ds_tensor`
-    weights = [getattr(p, "ds_tensor", p) for p in module.parameters() if p.requires_grad]
+    weights = [_own_values(p, worker.rank) for p in module.parameters() if p.requires_grad]
     [bad] = worker.sum([not all_finite(weights)])
     return not bad
+
+
+def _own_values(parameter: nn.Parameter, rank: int) -> Tensor:
+    """Return a parameter; under ZeRO-3, where it is empty between the passes, this rank's shard.
+
+    DeepSpeed does not initialize the padding that makes all shards equally long: it may be NaN.
+    """
+    shard = getattr(parameter, "ds_tensor", None)
+    if shard is None:
+        return parameter
+    return shard[: max(0, parameter.ds_numel - rank * shard.numel())]
 
 
 def name_samples(worker: Worker, group: dist.ProcessGroup | None = None) -> str:

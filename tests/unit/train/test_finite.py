@@ -28,6 +28,7 @@ from fmray.train.finite import (
     Spikes,
     all_finite,
     name_samples,
+    weights_finite,
 )
 from fmray.train.method import Worker
 
@@ -198,3 +199,19 @@ def test_all_kinds_of_weights_are_looked_at() -> None:
         assert not all_finite([*good, torch.tensor([1.0, bad])])
         assert not all_finite([*good, torch.tensor([bad], dtype=torch.bfloat16)])
     assert all_finite([torch.tensor([3e38, -3e38])])
+
+
+@pytest.mark.parametrize(
+    ("rank", "shard", "finite"),
+    [
+        (1, [1.0, NAN], True),  # 3 values on 2 ranks: the last is padding
+        (1, [NAN, 0.0], False),
+        (2, [NAN, NAN], True),  # of 4 ranks: padding only
+        (0, [1.0, NAN], False),
+    ],
+)
+def test_padding_of_shards_is_not_looked_at(rank: int, shard: list[float], finite: bool) -> None:
+    module = nn.Linear(1, 1, bias=False)
+    module.weight.ds_numel, module.weight.ds_tensor = 3, torch.tensor(shard)
+    worker = Worker(rank, 1, torch.device("cpu"))  # one rank's verdict
+    assert weights_finite(module, worker) is finite
