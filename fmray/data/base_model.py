@@ -67,8 +67,7 @@ def check_base(
 
 def _check(source: str, revision: str | None, processor: ProcessorMixin | None) -> ProcessorMixin:
     folder = local_folder(source, revision)
-    if folder is not None:
-        _check_files(folder, source)
+    weights = {} if folder is None else _check_files(folder, source)
     name = str(folder or source)
     if processor is None:
         processor = load_processor(name, revision)
@@ -82,16 +81,20 @@ def _check(source: str, revision: str | None, processor: ProcessorMixin | None) 
         )
     _check_tokens(source, config, processor)
     _check_image(source, config, processor)
-    if folder is not None and not getattr(config, "quantization_config", None):
-        _check_tensors(source, config, weight_files(folder))
+    if not getattr(config, "quantization_config", None):
+        _check_tensors(source, config, weights)
     return processor
 
 
 # --- Files ---
 
 
-def _check_files(folder: Path, source: str) -> None:
-    """Check that the files of a model are what their names say, and that none is missing."""
+def _check_files(folder: Path, source: str) -> dict[Path, set[str]]:
+    """Check that the files of a model are what their names say, and that none is missing.
+
+    Returns:
+        `weight_files`; {} if the hub's cache lacks some.
+    """
     if not (folder / "config.json").is_file():
         adapter = folder / "adapter_config.json"
         if adapter.is_file():
@@ -108,9 +111,12 @@ def _check_files(folder: Path, source: str) -> None:
             check_content(folder / other)
     _check_original(source, read_json(folder / "config.json"))
     is_cache = not Path(source).is_dir()  # of the hub: weights may come later
-    if not is_cache and not weight_files(folder):
+    weights = weight_files(folder, partial=is_cache)
+    if weights:
+        check_weights(folder)
+    elif not is_cache:
         raise ValueError(f"{source}: no weights (model.safetensors); copy or download them")
-    check_weights(folder)
+    return weights
 
 
 def _check_original(source: str, config: dict[str, Any]) -> None:

@@ -245,8 +245,11 @@ def check_weights(path: Path) -> None:
             _check_torch_file(file)
 
 
-def weight_files(folder: Path) -> dict[Path, set[str]]:
+def weight_files(folder: Path, partial: bool = False) -> dict[Path, set[str]]:
     """Return the files that transformers loads weights from; {} if the folder has none.
+
+    Args:
+        partial: return {} if files are missing: the hub's cache may lack some.
 
     Returns:
         By file, the tensors that the index lists for it (none for a single file).
@@ -267,6 +270,8 @@ def weight_files(folder: Path) -> dict[Path, set[str]]:
         except (KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"{index}: not an index of weights; {AGAIN}") from error
         missing = sorted(file.name for file in files if not file.is_file())
+        if missing and partial:
+            return {}
         if missing:
             raise ValueError(
                 f"{folder}: {len(missing)} of the {len(files)} files that {index.name} lists are"

@@ -227,6 +227,17 @@ def test_good_models_pass(base: Path) -> None:
     check_base(str(base))
 
 
+def test_weights_that_the_cache_of_the_hub_lacks_come_later(
+    base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("fmray.data.base_model.local_folder", lambda *_: base)
+    without_a_shard(base)
+    check_base("someone/a-model")
+    for file in base.glob("*.safetensors"):
+        file.unlink()
+    check_base("someone/a-model")
+
+
 def test_a_tokenizer_without_pad_token_pads_with_its_end_token(base: Path) -> None:
     processor = load_processor(base)
     processor.tokenizer.pad_token = None
