@@ -22,6 +22,12 @@ class NotFinite(ValueError):
     """Features or scores that should be finite are not."""
 
 
+def first_line(error: Exception) -> str:
+    """Return the first line of an error's text; the name of its class if it has none."""
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
+
+
 def exit_code(function: Callable[..., int | None], *arguments: object) -> int:
     """Call `function` and return the exit code of its outcome.
 

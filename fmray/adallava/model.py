@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+import transformers
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -208,7 +209,8 @@ class AdaptiveVLM(nn.Module):
             description.penalty,
         )
         store.copy_weights(weights, model._adaptive_state(), path)
-        prove(model)
+        if description.proven != transformers.__version__:
+            prove(model)
         return model.eval()
 
     def save_pretrained(self, path: str | Path, include_base: bool = True) -> None:
@@ -234,6 +236,7 @@ class AdaptiveVLM(nn.Module):
             self.tau,
             self.penalty,
             reference,
+            transformers.__version__,  # `from_base` or `from_pretrained` has proven it
         )
         store.write(Path(path), self.base, description, self._adaptive_state())
 

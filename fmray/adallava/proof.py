@@ -17,7 +17,12 @@ from fmray.adallava.execution import LayerCache, LayerInputs
 TOKENS = 8
 IMAGE_TOKENS = ("image_token_id", "video_token_id", "image_token_index", "video_token_index")
 #: largest difference of logits, relative to the largest logit; the same kernels run in both
-TOLERANCE = {torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 6e-2}
+TOLERANCE = {
+    torch.float64: 1e-4,
+    torch.float32: 1e-4,
+    torch.float16: 2e-2,
+    torch.bfloat16: 6e-2,
+}
 
 
 @torch.no_grad()
@@ -104,7 +109,7 @@ def _differences(model: nn.Module, row: Mapping[str, Tensor]) -> dict[str, float
             model(**row, plan=plan, execution=kind).logits for kind in ("masked", "skipped")
         )
         pairs.append(("skipping layers (against masking them)", skipped, masked))
-    largest = float(stock.float().abs().max())
+    largest = float(stock.float().abs().max()) or 1.0
     return {
         name: float((ours.float() - theirs.float()).abs().max()) / largest
         for name, ours, theirs in pairs

@@ -41,6 +41,7 @@ class Description:
     tau: float
     penalty: float
     base: str | None = None  # where the base was loaded from; None: it is in the same directory
+    proven: str | None = None  # version of transformers that the model was proven with
 
 
 def is_adaptive(path: str | Path) -> bool:
@@ -87,11 +88,13 @@ def read(path: Path) -> tuple[Description, dict[str, Tensor]]:
     if version != FORMAT:
         raise ValueError(f"{file}: format {version!r}; this version of fmray reads format {FORMAT}")
     names = Description.__dataclass_fields__.keys()
-    missing = names - fields.keys()
+    missing = names - fields.keys() - {"proven"}  # which earlier versions did not write
     if missing:
         raise ValueError(f"{file}: missing {', '.join(sorted(missing))}")
     layout = SwitchLayout.from_dict(fields["layout"])
-    description = Description(**{name: fields[name] for name in names} | {"layout": layout})
+    description = Description(
+        **{name: fields[name] for name in names if name in fields} | {"layout": layout}
+    )
     weights = path / WEIGHTS
     if not weights.is_file():
         raise ValueError(f"{path}: {WEIGHTS} is missing; {DESCRIPTION} is there")

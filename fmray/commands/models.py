@@ -9,6 +9,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from fmray.errors import first_line
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `fmray models`."""
@@ -62,8 +64,7 @@ def _check(arguments: argparse.Namespace) -> int:
     try:
         base = load_base(source, dtype=getattr(torch, arguments.dtype), **options).eval()
     except (OSError, ValueError, ImportError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise ValueError(f"{arguments.source} does not load: {reason}") from error
+        raise ValueError(f"{arguments.source} does not load: {first_line(error)}") from error
 
     # a row with an image, as its processor makes it
     row = None

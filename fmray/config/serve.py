@@ -196,11 +196,11 @@ class ServeConfig(Section):
             limit, value = getattr(self, larger), getattr(self, smaller)
             if limit is not None and limit < value:
                 yield larger, f"{limit} is smaller than {smaller} ({value})"
-        if self.image_seconds >= self.health_timeout_s:
+        if 2 * self.image_seconds > self.health_timeout_s:
             yield (
                 "image_timeout_s",
-                f"{self.image_seconds:g} is not smaller than health_timeout_s "
-                f"({self.health_timeout_s:g}), and health checks send an image",
+                f"{self.image_seconds:g} is more than half of health_timeout_s "
+                f"({self.health_timeout_s:g}), and health checks wait for an image",
             )
 
     @property

@@ -9,6 +9,7 @@ one line there and not a traceback in every worker.
 from __future__ import annotations
 
 import inspect
+import pickle
 import re
 from functools import partial
 from pathlib import Path
@@ -25,6 +26,7 @@ from transformers.utils import logging as transformers_logging
 from fmray.adallava.store import DESCRIPTION, is_adaptive
 from fmray.data.processor import load_processor
 from fmray.data.records import encode
+from fmray.errors import first_line
 from fmray.runtime.files import check_content, check_weights, read_json, tensor_shapes, weight_files
 
 if TYPE_CHECKING:
@@ -32,6 +34,15 @@ if TYPE_CHECKING:
 
 IMAGE_SIZE = (400, 300)  # of the image that is tried: what most photographs are, wider than high
 #: Files of a model that are not JSON or weights, by the content that a failed download leaves.
+JSON_FILES = (
+    "*config.json",
+    "*index.json",
+    "tokenizer.json",
+    "vocab.json",
+    "added_tokens.json",
+    "special_tokens_map.json",
+    "chat_template.json",
+)
 OTHER_FILES = ("tokenizer.model", "vocab.txt", "merges.txt", "chat_template.jinja")
 
 
@@ -104,8 +115,9 @@ def _check_files(folder: Path, source: str) -> dict[Path, set[str]]:
                 " and save the result with its processor, or name the base model"
             )
         raise ValueError(f"{source}: no config.json; name the folder of a model")
-    for file in sorted(folder.glob("*.json")):
-        read_json(file)
+    for pattern in JSON_FILES:
+        for file in sorted(folder.glob(pattern)):
+            read_json(file)
     for other in OTHER_FILES:
         if (folder / other).is_file():
             check_content(folder / other)
@@ -267,7 +279,13 @@ def _check_tensors(source: str, config: PreTrainedConfig, files: dict[Path, set[
             empty = partial(torch.empty, device="meta")
             state |= {name: empty(shape) for name, shape in tensor_shapes(file).items()}
         else:
-            state |= torch.load(file, map_location="meta", weights_only=True)
+            try:
+                state |= torch.load(file, map_location="meta", weights_only=True)
+            except (pickle.UnpicklingError, RuntimeError, EOFError, TypeError) as error:
+                raise ValueError(
+                    f"{file}: not a plain state dict ({first_line(error)[:200]}); save the weights"
+                    " as safetensors"
+                ) from error
     if not state:
         return
     verbosity = transformers_logging.get_verbosity()

@@ -428,9 +428,16 @@ def finished_part(task: ShardTask) -> ShardResult | None:
 
 
 def has_new_images(task: ShardTask) -> bool:
-    """Return whether a part differs from its task in the image files only."""
+    """Return whether a part differs from its task in the image files only.
+
+    Parts with bad rows have no hashes of their images, and are not known to differ.
+    """
     metadata = _metadata(task)
-    return metadata is not None and _images_replaced(task, metadata)
+    return (
+        metadata is not None
+        and task.check_images in json.loads(metadata[b"fmray.images"])
+        and _images_replaced(task, metadata)
+    )
 
 
 def _metadata(task: ShardTask) -> dict[bytes, bytes] | None:

@@ -431,9 +431,16 @@ def _reason(trial: Trial) -> str:
 
 
 def _remove_other_values(folder: Path, loaded: LoadedRecipe[Any]) -> None:
-    """Remove the folder of an interrupted trial of the same number, if it had other values."""
+    """Remove the folder of an interrupted trial of the same number, if it had other values.
+
+    A recipe that is no longer valid, of an earlier version, is one with other values.
+    """
     recipe = folder / "recipe.yaml"
-    if recipe.is_file() and not same_training(
-        load(recipe, kinds=(type(loaded.recipe),)).recipe, loaded.recipe
-    ):
+    if not recipe.is_file():
+        return
+    try:
+        same = same_training(load(recipe, kinds=(type(loaded.recipe),)).recipe, loaded.recipe)
+    except ConfigError:
+        same = False
+    if not same:
         shutil.rmtree(folder)

@@ -168,12 +168,26 @@ def compare(
 
 
 def same_training(recipe: Recipe, other: Recipe) -> bool:
-    """Return whether two recipes differ at most in places, names, cluster and tracking."""
+    """Return whether two recipes differ at most in places, names, cluster and tracking.
+
+    The model may have moved, but not to a folder of another name: a search may vary it.
+    """
     left, right = (
         without_places(flatten_settings(r.model_dump(exclude={"name", "cluster", "tracking"})))
         for r in (recipe, other)
     )
-    return all(left.get(name) == right.get(name) for name in (left | right).keys() - _MODEL)
+    return all(
+        left.get(name) == right.get(name)
+        or (name in _MODEL and _same_name(left.get(name), right.get(name)))
+        for name in left | right
+    )
+
+
+def _same_name(old: Any, new: Any) -> bool:
+    """Return whether two absolute paths may be of one folder that was moved."""
+    if not all(isinstance(value, str) and Path(value).is_absolute() for value in (old, new)):
+        return False
+    return Path(old).name == Path(new).name
 
 
 def without_places(settings: dict[str, Any]) -> dict[str, Any]:

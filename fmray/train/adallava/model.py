@@ -30,6 +30,7 @@ from fmray.adallava import AdaptiveVLM, SwitchLayout
 from fmray.adallava.presets import preset
 from fmray.adallava.store import DESCRIPTION, is_adaptive
 from fmray.config import AdaLlavaRecipe, AdaptiveConfig, ModelConfig, ScratchConfig
+from fmray.errors import first_line
 from fmray.runtime.gpu_memory import Sizes
 
 if TYPE_CHECKING:
@@ -234,9 +235,9 @@ def _load_base(config: ModelConfig, processor: ProcessorMixin) -> nn.Module:
             attn_implementation=config.attention,
         )
     except (OSError, ImportError, SafetensorError) as error:
-        reason = str(error).strip().splitlines()[0]
         raise ValueError(
-            f"model.source {config.source} (attention {config.attention}) does not load: {reason}"
+            f"model.source {config.source} (attention {config.attention}) does not load:"
+            f" {first_line(error)}"
         ) from error
 
 

@@ -323,6 +323,8 @@ def _train(
     check.weights(trained.train.steps, weights_finite(learner, worker))
     seconds = sum(trained.train.episodes_per_step / metrics["episodes_per_s"] for metrics in steps)
     last = steps[-max(1, len(steps) // 10) :]
+    if not last:
+        raise NotFinite("every training step was skipped, because none was finite")
     return seconds, sum(metrics["loss"] for metrics in last) / len(last)
 
 

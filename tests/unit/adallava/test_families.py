@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
 import pytest
 import torch
 from support.tiled_models import llava_next, llava_onevision
@@ -168,7 +171,7 @@ def test_a_piece_that_is_left_out_is_found() -> None:
 # --- Text models ---
 
 
-def test_a_text_model_is_saved_loaded_and_answers(tmp_path) -> None:
+def test_a_text_model_is_saved_loaded_and_answers(tmp_path: Path) -> None:
     torch.manual_seed(0)
     base = LlamaForCausalLM(text_config("llama", layers=4)).eval()
     model = adaptive(base, latency_token="probe")
@@ -187,3 +190,21 @@ def test_proof_without_weights_is_an_error() -> None:
         base = tiny_llava()
     with pytest.raises(ValueError, match="without weights proves nothing"):
         prove(adaptive(base))
+
+
+def test_a_loaded_model_is_proven_once_per_version(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    adaptive(tiny_llava(layers=4)).save_pretrained(tmp_path)
+    proofs: list[str] = []
+    monkeypatch.setattr("fmray.adallava.model.prove", lambda model: proofs.append("proven"))
+    AdaptiveVLM.from_pretrained(tmp_path)
+    assert proofs == []
+    file = tmp_path / "adaptive.json"
+    values = json.loads(file.read_text())
+    del values["proven"]  # written by an earlier version of fmray
+    file.write_text(json.dumps(values))
+    AdaptiveVLM.from_pretrained(tmp_path)
+    file.write_text(json.dumps(values | {"proven": "5.0.0"}))
+    AdaptiveVLM.from_pretrained(tmp_path)
+    assert proofs == ["proven"] * 2

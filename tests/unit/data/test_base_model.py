@@ -326,3 +326,17 @@ def test_a_cut_checkpoint_of_an_encoder_is_one_line(tmp_path: Path, suffix: str)
     cut(file.name)(tmp_path)
     with pytest.raises(ValueError, match="cut: it"):
         create_encoder("timm/resnet18", checkpoint=file)
+
+
+def test_json_of_others_in_the_folder_is_ignored(base: Path) -> None:
+    (base / "notes.json").write_text('{"a": 1}\n{"a": 2}\n')
+    (base / "empty.json").write_text("")
+    check_base(str(base))
+
+
+def test_weights_that_are_no_plain_state_dict_are_one_line(base: Path) -> None:
+    (base / "model.safetensors").unlink()
+    torch.save({"weight": Path("x")}, base / "pytorch_model.bin")
+    with pytest.raises(ValueError, match="not a plain state dict") as refusal:
+        check_base(str(base))
+    assert "\n" not in str(refusal.value)
