@@ -410,6 +410,8 @@ if RELAY in os.environ:  # a worker or a submitted job; `open_log` may not be ca
 def changed_settings(loaded: LoadedRecipe[Any], path: Path | None = None) -> str:
     """The settings that differ from the defaults, by the file or option that sets them.
 
+    Those of a recipe that is extended are counted: the full recipe lists them.
+
     Args:
         path: where the full recipe lies.
     """
@@ -417,20 +419,27 @@ def changed_settings(loaded: LoadedRecipe[Any], path: Path | None = None) -> str
     for key, value in _changes(loaded.recipe, ""):
         origin = loaded.origins.get(key, "default")
         if origin != "default":
-            # `/somewhere/recipe.yaml:12` -> `recipe.yaml`; the full recipe has the lines
-            source = re.sub(r":\d+$", "", origin).rpartition("/")[2]
+            source = _file_of(origin)
             section, _, name = key.rpartition(".")
             text = dump_value(value).replace(f"{Path.cwd()}/", "")
             text = text if len(text) <= VALUE_LENGTH else text[: VALUE_LENGTH - 3] + "..."
             groups.setdefault(source, {}).setdefault(section, []).append(f"{name}={text}")
     where = f" (full recipe: {path})" if path is not None else ""
     lines = [f"settings that differ from the defaults{where}:"]
+    own = _file_of(loaded.origins.get("name", ""))
     for source, sections in groups.items():
         text = f"  {source}: {', '.join(_shortened(*item) for item in sections.items())}"
+        if source not in ("", own) and not source.startswith("-"):
+            text = f"  {source}, which it extends: {sum(map(len, sections.values()))} settings"
         lines += textwrap.wrap(
             text, WIDTH, subsequent_indent="    ", break_long_words=False, break_on_hyphens=False
         )
     return "\n".join(lines)
+
+
+def _file_of(origin: str) -> str:
+    """`/somewhere/recipe.yaml:12` -> `recipe.yaml`; the full recipe has the lines."""
+    return re.sub(r":\d+$", "", origin).rpartition("/")[2]
 
 
 def _shortened(section: str, settings: list[str]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,6 +17,8 @@ from fmray.data import ingest
 from fmray.runtime.run_log import read_log
 
 ADAPTIVE = {"first": 1}
+#: what other tests cover too, and only a complete run tries again
+FULL = pytest.mark.skipif("FMRAY_TEST_FULL" not in os.environ, reason="FMRAY_TEST_FULL is not set")
 
 
 def load_recipe(store: Path, storage: Path, **sections: Any) -> LoadedRecipe:

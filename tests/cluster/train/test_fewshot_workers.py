@@ -11,7 +11,7 @@ import pytest
 import torch
 from support.fewshot import TRAIN, fewshot_recipe, start_encoder, weights
 from support.selection import color_store
-from support.training import forget_after, losses
+from support.training import FULL, forget_after, losses
 
 from fmray.data.image_store import ImageStore
 from fmray.train.fewshot.compare import compare
@@ -33,7 +33,8 @@ def start(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize(
-    ("method", "strategy"), [("multitask", "ddp"), ("maml", "ddp"), ("lp_ft", "zero")]
+    ("method", "strategy"),
+    [("multitask", "ddp"), pytest.param("maml", "ddp", marks=FULL), ("lp_ft", "zero")],
 )
 def test_two_workers_learn_the_same_as_one_and_one_can_resume(
     store, start: Path, tmp_path: Path, method: str, strategy: str

@@ -14,7 +14,7 @@ from typing import Any
 import mlflow
 import pytest
 import ray
-from support.training import ADAPTIVE, forget_after, load_recipe, losses, make_store
+from support.training import ADAPTIVE, FULL, forget_after, load_recipe, losses, make_store
 
 from fmray.errors import exit_code
 from fmray.runtime.run_log import read_log, read_status
@@ -57,7 +57,9 @@ def alone(store: Path, tmp_path_factory: pytest.TempPathFactory) -> Result:
     return train(load_recipe(store, tmp_path_factory.mktemp("alone"), **sections), "alone")
 
 
-@pytest.mark.parametrize("stage", [1, 2, 3])
+@pytest.mark.parametrize(  # without Ray, tests/local/train/test_world_sizes.py tries all stages
+    "stage", [pytest.param(1, marks=FULL), pytest.param(2, marks=FULL), 3]
+)
 def test_two_workers_compute_the_same_as_one_and_one_can_resume(
     store: Path, tmp_path: Path, alone: Result, stage: int
 ) -> None:

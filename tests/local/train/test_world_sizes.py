@@ -7,14 +7,13 @@ resumed without its optimizer state differs by more than ten times that.
 
 from __future__ import annotations
 
-import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from support.ranks import train_on
-from support.training import ADAPTIVE, load_recipe, losses, make_store
+from support.training import ADAPTIVE, FULL, load_recipe, losses, make_store
 
 from fmray.config import LoadedRecipe
 
@@ -30,7 +29,6 @@ CORE = [  # each stage in both dtypes, each move with and without partitioned we
     ("bfloat16", 2, 2, 1),
     ("bfloat16", 3, 2, 3),
 ]
-FULL = pytest.mark.skipif("FMRAY_TEST_FULL" not in os.environ, reason="FMRAY_TEST_FULL is not set")
 REST = [
     pytest.param(*cell, marks=FULL)
     for dtype in TOLERANCE
