@@ -41,6 +41,7 @@ LONGEST_SECONDS = 60.0  # ... at most, unless it advances by LINE_SHARE earlier
 LINE_SHARE = 0.25
 RELAY_SECONDS = 1.0  # between two updates that are sent to the process with the terminal
 WIDTH = 100
+FEW_SETTINGS = 8  # of an extended recipe
 VALUE_LENGTH = 60  # longer values of settings are cut
 NOTE = "full log: "
 
@@ -410,7 +411,7 @@ if RELAY in os.environ:  # a worker or a submitted job; `open_log` may not be ca
 def changed_settings(loaded: LoadedRecipe[Any], path: Path | None = None) -> str:
     """The settings that differ from the defaults, by the file or option that sets them.
 
-    Those of a recipe that is extended are counted: the full recipe lists them.
+    If a recipe that is extended has many, they are counted: the full recipe lists them.
 
     Args:
         path: where the full recipe lies.
@@ -429,8 +430,9 @@ def changed_settings(loaded: LoadedRecipe[Any], path: Path | None = None) -> str
     own = _file_of(loaded.origins.get("name", ""))
     for source, sections in groups.items():
         text = f"  {source}: {', '.join(_shortened(*item) for item in sections.items())}"
-        if source not in ("", own) and not source.startswith("-"):
-            text = f"  {source}, which it extends: {sum(map(len, sections.values()))} settings"
+        count = sum(map(len, sections.values()))
+        if source not in ("", own) and not source.startswith("-") and count > FEW_SETTINGS:
+            text = f"  {source}, which it extends: {count} settings"
         lines += textwrap.wrap(
             text, WIDTH, subsequent_indent="    ", break_long_words=False, break_on_hyphens=False
         )

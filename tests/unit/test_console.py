@@ -173,6 +173,13 @@ def test_changed_settings_leave_the_defaults_out(tmp_path: Path) -> None:
     assert lines[-1] == "  parent.yaml: train.weight_decay=0.25"
     assert "...\n" in text and max(map(len, lines)) <= 100
 
+    # many of a parent are counted
+    keys = ("lr: 1", "steps: 9", "epochs: 2", "gradient_clip: 2", "global_batch: 2", "eval_rows: 2")
+    more = ("micro_batch: 1", "checkpoint_every: 7", "keep_checkpoints: 5")
+    (tmp_path / "parent.yaml").write_text(f"train: {{{', '.join(keys + more)}}}\n")
+    text = changed_settings(load(tmp_path / "child.yaml"))
+    assert text.splitlines()[-1] == "  parent.yaml, which it extends: 9 settings"
+
 
 def test_progress_lines_of_short_and_long_tasks(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
