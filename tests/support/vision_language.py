@@ -23,6 +23,23 @@ from torch import Tensor, nn
 Row = dict[str, Tensor]
 TEXT: dict[str, Any] = {"layers": 4, "hidden": 32, "intermediate": 64}
 ROPE = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 3, 3]}
+PIXTRAL = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "image_size": 16,
+    "patch_size": 4,
+}
+GRID_VISION = {  # of the families that describe an image by its grid of patches
+    "hidden_size": 32,
+    "out_hidden_size": 64,
+    "intermediate_size": 48,
+    "num_heads": 2,
+    "patch_size": 4,
+    "spatial_merge_size": 2,
+    "temporal_patch_size": 2,
+}
 GRID_IDS = {"vision_start_token_id": 4, "vision_end_token_id": 5, "video_token_id": 6}
 
 
@@ -51,6 +68,19 @@ def pixels(*shape: int) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(1))
 
 
+def _padded_image() -> Row:
+    """Return an image whose lower half is padding."""
+    return {"pixel_values": pixels(1, 3, 16, 16), "image_sizes": torch.tensor([[8, 16]])}
+
+
+def _grid_image() -> Row:
+    """Return an image of 4 x 4 patches."""
+    return {
+        "pixel_values": pixels(16, 3 * 2 * 4 * 4),
+        "image_grid_thw": torch.tensor([[1, 4, 4]]),
+    }
+
+
 def _internvl() -> tuple[nn.Module, Row]:
     vision = {**VISION, "image_size": [16, 16], "patch_size": [4, 4]}
     config = hf.InternVLConfig(
@@ -63,41 +93,25 @@ def _internvl() -> tuple[nn.Module, Row]:
 
 
 def _mistral3() -> tuple[nn.Module, Row]:
-    vision = hf.PixtralVisionConfig(
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        image_size=16,
-        patch_size=4,
-    )
     text = hf.MistralConfig(**text_sizes(**TEXT), num_key_value_heads=2, sliding_window=None)
     config = hf.Mistral3Config(
-        vision_config=vision, text_config=text, image_token_id=IMAGE, spatial_merge_size=2
+        vision_config=hf.PixtralVisionConfig(**PIXTRAL),
+        text_config=text,
+        image_token_id=IMAGE,
+        spatial_merge_size=2,
     )
-    sizes = torch.tensor([[8, 16]])
-    images = {"pixel_values": pixels(1, 3, 16, 16), "image_sizes": sizes}  # padded below
-    return hf.Mistral3ForConditionalGeneration(config), images
+    return hf.Mistral3ForConditionalGeneration(config), _padded_image()
 
 
 def _pixtral() -> tuple[nn.Module, Row]:
-    vision = hf.PixtralVisionConfig(
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        image_size=16,
-        patch_size=4,
-    )
     config = hf.LlavaConfig(
-        vision_config=vision,
+        vision_config=hf.PixtralVisionConfig(**PIXTRAL),
         text_config=text_config("llama", **TEXT),
         image_token_id=IMAGE,
         vision_feature_layer=-1,
         vision_feature_select_strategy="full",
     )
-    images = {"pixel_values": pixels(1, 3, 16, 16), "image_sizes": torch.tensor([[8, 16]])}
-    return hf.LlavaForConditionalGeneration(config), images
+    return hf.LlavaForConditionalGeneration(config), _padded_image()
 
 
 def _vipllava() -> tuple[nn.Module, Row]:
@@ -140,81 +154,46 @@ def _idefics(name: str) -> Callable[[], tuple[nn.Module, Row]]:
 
 def _glm4v() -> tuple[nn.Module, Row]:
     text = text_sizes(layers=4) | {"num_key_value_heads": 2, "rope_parameters": ROPE}
-    vision = {
-        "depth": 2,
-        "hidden_size": 32,
-        "intermediate_size": 48,
-        "out_hidden_size": 64,
-        "num_heads": 2,
-        "patch_size": 4,
-        "image_size": 16,
-        "spatial_merge_size": 2,
-        "temporal_patch_size": 2,
-    }
     config = hf.Glm4vConfig(
         text_config=text,
-        vision_config=vision,
+        vision_config=GRID_VISION | {"depth": 2, "image_size": 16},
         image_token_id=IMAGE,
         image_start_token_id=4,
         image_end_token_id=5,
         video_token_id=6,
     )
-    images = {
-        "pixel_values": pixels(16, 3 * 2 * 4 * 4),
-        "image_grid_thw": torch.tensor([[1, 4, 4]]),
-    }
-    return hf.Glm4vForConditionalGeneration(config), images
+    return hf.Glm4vForConditionalGeneration(config), _grid_image()
 
 
 def _qwen2_5_vl() -> tuple[nn.Module, Row]:
     config = hf.Qwen2_5_VLConfig(
         text_config=text_sizes(layers=4) | {"num_key_value_heads": 2, "rope_parameters": ROPE},
-        vision_config={
+        vision_config=GRID_VISION
+        | {
             "depth": 2,
-            "hidden_size": 32,
-            "out_hidden_size": 64,
-            "intermediate_size": 48,
-            "num_heads": 2,
-            "patch_size": 4,
-            "spatial_merge_size": 2,
-            "temporal_patch_size": 2,
             "window_size": 16,
             "fullatt_block_indexes": [1],
         },
         image_token_id=IMAGE,
         **GRID_IDS,
     )
-    images = {
-        "pixel_values": pixels(16, 3 * 2 * 4 * 4),
-        "image_grid_thw": torch.tensor([[1, 4, 4]]),
-    }
-    return hf.Qwen2_5_VLForConditionalGeneration(config), images
+    return hf.Qwen2_5_VLForConditionalGeneration(config), _grid_image()
 
 
 def _qwen3_vl() -> tuple[nn.Module, Row]:
     config = hf.Qwen3VLConfig(
         text_config=text_sizes(layers=4)
         | {"num_key_value_heads": 2, "head_dim": 16, "rope_parameters": ROPE},
-        vision_config={
+        vision_config=GRID_VISION
+        | {
             "depth": 3,
-            "hidden_size": 32,
-            "out_hidden_size": 64,
-            "intermediate_size": 48,
-            "num_heads": 2,
-            "patch_size": 4,
-            "spatial_merge_size": 2,
-            "temporal_patch_size": 2,
             "num_position_embeddings": 16,
             "deepstack_visual_indexes": [0, 1],
         },
         image_token_id=IMAGE,
         **GRID_IDS,
     )
-    images = {
-        "pixel_values": pixels(16, 3 * 2 * 4 * 4),
-        "image_grid_thw": torch.tensor([[1, 4, 4]]),
-    }
-    return hf.Qwen3VLForConditionalGeneration(config), images
+    return hf.Qwen3VLForConditionalGeneration(config), _grid_image()
 
 
 def _qwen2_vl() -> tuple[nn.Module, Row]:
