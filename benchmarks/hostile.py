@@ -3,10 +3,12 @@
     PYTHONPATH=tests python benchmarks/hostile.py [--turns 4] [--model DIRECTORY]
 
 Starts `fmray serve --local` with a tiny model (or the one given) and two keys. One caller asks with
-and without images, first in quiet, then while the other sends all hostile inputs of
-`tests/support/hostile.py`, one after the other, again and again.
-Prints the wrong outcomes, the first caller's latencies in both phases and their ratio, the
-failures, and the memory of the server and of its processes before and after.
+and without images, in turns: in quiet, while the other sends the hostile inputs of
+`tests/support/hostile.py` at five a second, and while he sends them one after the other without a
+pause, which takes all that the machine has left.
+Prints the wrong outcomes, the first caller's latencies in each phase and their ratios to those in
+quiet, the inputs that held him up longest, his failures, and the memory of the server and of its
+processes before and after.
 
 Then compares the latency of a JPEG of 1000 x 800 pixels decoded in a process of the pool with that
 in this process.
@@ -31,7 +33,7 @@ import httpx
 import numpy as np
 import psutil
 from PIL import Image
-from support.hostile import BODIES, IMAGES, RAW, attack
+from support.hostile import Sent, attack
 from support.serving import (
     Answer,
     Load,
@@ -46,6 +48,7 @@ from fmray.serve.image_pool import ImageProcess
 from fmray.serve.images import read_images
 
 TURN_SECONDS = 8.0
+PAUSE = 0.2  # seconds between the inputs of the slow attack
 ALICE, MALLORY = "sk-alice-0123456789", "sk-mallory-0123456789"
 
 
@@ -91,12 +94,18 @@ def quantiles(answers: list[Answer], kind: int) -> tuple[float, float]:
     return 1e3 * parts[9], 1e3 * parts[18]
 
 
-def attacks(url: str, seconds: float) -> list[dict[str, str]]:
+def attacks(url: str, seconds: float) -> list[Sent]:
     """Send all hostile inputs one after the other, again until the time is up."""
-    end, outcomes = time.monotonic() + seconds, []
+    end, sent = time.monotonic() + seconds, []
     while time.monotonic() < end:
-        outcomes.append(attack(url, MALLORY))
-    return outcomes
+        sent += attack(url, MALLORY)
+    return sent
+
+
+def held_up(sent: Sent, answers: list[Answer]) -> float:
+    """Return the longest wait, in ms, of the questions that an input may have held up."""
+    near = [a for a in answers if a.end > sent.start and a.start < sent.end + 0.02]
+    return 1e3 * max((a.end - a.start for a in near), default=0.0)
 
 
 def measure(url: str, name: str, process: psutil.Process, turns: int) -> None:
@@ -119,26 +128,41 @@ def measure(url: str, name: str, process: psutil.Process, turns: int) -> None:
         before = memory(process)
         # Phases in turns: the machine's speed changes. The attacker is a process of its own with
         # the lowest priority, for it would be on another machine.
-        quiet: list[Answer] = []
-        hostile: list[Answer] = []
-        outcomes: list[dict[str, str]] = []
+        phases: dict[str, list[Answer]] = {"quiet": [], "5 a second": [], "no pause": []}
+        sent: list[Sent] = []
+        slow: list[Sent] = []
         with multiprocessing.get_context("spawn").Pool(1, os.nice, (19,)) as pool:
             pool.apply(attacks, (url, 0.0))
             for _ in range(turns):
-                quiet += phase(lambda: time.sleep(TURN_SECONDS))
-                hostile += phase(lambda: outcomes.extend(pool.apply(attacks, (url, TURN_SECONDS))))
+                phases["quiet"] += phase(lambda: time.sleep(TURN_SECONDS))
+                phases["5 a second"] += phase(
+                    lambda: slow.extend(pool.apply(attack, (url, MALLORY, PAUSE)))
+                )
+                phases["no pause"] += phase(
+                    lambda: sent.extend(pool.apply(attacks, (url, TURN_SECONDS)))
+                )
         after = memory(process)
         ready = client.get("/readyz").status_code
-    number = len(RAW) + len(IMAGES) + len(BODIES)
-    print(f"{number} hostile inputs, {len(outcomes)} times; wrong: {outcomes}")
+    wrong = [(one.name, one.wrong) for one in slow + sent if one.wrong]
+    names = {one.name for one in slow}
+    print(f"{len(names)} hostile inputs, sent {len(slow) + len(sent)} times; wrong: {wrong}")
     for number, kind in enumerate(("text", "image")):
-        calm, busy = (quantiles(answers, number) for answers in (quiet, hostile))
-        print(
-            f"{kind:6s} quiet p50 {calm[0]:6.0f} p95 {calm[1]:6.0f} ms; "
-            f"attacked p50 {busy[0]:6.0f} p95 {busy[1]:6.0f} ms; "
-            f"ratio p50 {busy[0] / calm[0]:.2f} p95 {busy[1] / calm[1]:.2f}"
+        calm = quantiles(phases["quiet"], number)
+        for name, answers in phases.items():
+            p50, p95 = quantiles(answers, number)
+            print(
+                f"{kind:6s} {name:11s} p50 {p50:5.0f} ms ({p50 / calm[0]:.2f} x)"
+                f"  p95 {p95:5.0f} ms ({p95 / calm[1]:.2f} x)"
+            )
+    waits = {
+        name: statistics.median(
+            held_up(one, phases["5 a second"]) for one in slow if one.name == name
         )
-    failures = [sum(answer.status != 200 for answer in part) for part in (quiet, hostile)]
+        for name in names
+    }
+    for name in sorted(names, key=waits.__getitem__, reverse=True)[:5]:
+        print(f"held up longest, ms: {waits[name]:5.0f}  {name}")
+    failures = [sum(answer.status != 200 for answer in part) for part in phases.values()]
     print(f"failures of the other caller: {failures}; readyz {ready}")
     print("MiB before: server {:.0f}, children {:.0f}".format(*before))
     print("MiB after:  server {:.0f}, children {:.0f}".format(*after))

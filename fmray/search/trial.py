@@ -22,13 +22,8 @@ from ray import tune
 from ray.train import Checkpoint
 from ray.tune.integration.ray_train import TuneReportCallback
 
-from fmray.adallava import AdaptiveVLM
-from fmray.adallava.passes import prompt_ends
 from fmray.config import AdaLlavaRecipe, BaseRecipe, LoadedRecipe, TrackingConfig, load
 from fmray.config.fewshot import FewshotRecipe
-from fmray.data.loader import evaluation_batches
-from fmray.data.processor import load_processor
-from fmray.train.adallava.batches import model_inputs
 from fmray.train.launch import Result, check_trainable, train
 
 #: metrics of a trial; those that depend on a budget are means over the budgets
@@ -210,6 +205,13 @@ def measure_latency(
     Args:
         threads: CPU threads of torch.
     """
+    # slow to import, and every trial imports this module, also those that need no latency
+    from fmray.adallava import AdaptiveVLM
+    from fmray.adallava.passes import prompt_ends
+    from fmray.data.loader import evaluation_batches
+    from fmray.data.processor import load_processor
+    from fmray.train.adallava.batches import model_inputs
+
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.set_num_threads(threads)
     model = AdaptiveVLM.from_pretrained(model_dir).to(device).eval()

@@ -35,6 +35,7 @@ def main(socket: int, pixels: int, memory_mib: int, seconds: float) -> None:
         seconds: Limit per request. The pool ends the process first, unless it has died itself.
     """
     connection = Connection(socket)
+    os.nice(5)  # the replica answers the others first
     for limit, value in ((resource.RLIMIT_AS, memory_mib * 2**20), (resource.RLIMIT_CORE, 0)):
         resource.setrlimit(limit, (value, value))
     # From here on libraries would only write warnings about what they decode.

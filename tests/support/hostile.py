@@ -10,8 +10,10 @@ import io
 import json
 import socket
 import struct
+import time
 import zlib
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import httpx
@@ -451,16 +453,31 @@ BODIES: dict[str, Any] = {f"image: {name}": chat(url) for name, url in URLS.item
 # --- An attack ---
 
 
-def attack(url: str, key: str) -> dict[str, str]:
-    """Send all hostile inputs, one after the other; return what else than a refusal came.
+@dataclass(frozen=True)
+class Sent:
+    """One hostile input that was sent."""
+
+    name: str
+    start: float  # of the monotonic clock
+    end: float
+    wrong: str  # what else than a refusal came
+
+
+def attack(url: str, key: str, pause: float = 0.0) -> list[Sent]:
+    """Send all hostile inputs, one after the other.
 
     An image may also be answered, and a raw request too. The server may close the connection
     instead of a response to a raw request.
+
+    Args:
+        pause: seconds before each.
     """
     address = url.removeprefix("http://").rsplit(":", 1)
     key_header = b"authorization: Bearer " + key.encode() + b"\r\n"
 
-    def send(kind: str, name: str, value: Any) -> tuple[str, str]:
+    def send(kind: str, name: str, value: Any) -> Sent:
+        time.sleep(pause)
+        start = time.monotonic()
         if kind == "raw":
             request = value.replace(b"\r\nhost:", b"\r\n" + key_header + b"host:", 1)
             status = _send_raw(address[0], int(address[1]), request, name not in INCOMPLETE)
@@ -470,15 +487,15 @@ def attack(url: str, key: str) -> dict[str, str]:
             response = client.post("/v1/chat/completions", content=content)
             status = response.status_code
             wrong = not (400 <= status < 500 or (kind == "image" and status == 200))
-        return f"{kind}: {name}", f"status {status}" if wrong else ""
+        reason = f"status {status}" if wrong else ""
+        return Sent(f"{kind}: {name}", start, time.monotonic(), reason)
 
     jobs = [("raw", *item) for item in RAW.items()]
     jobs += [("image", name, chat(data_url(image), max_tokens=2)) for name, image in IMAGES.items()]
     jobs += [("body", *item) for item in BODIES.items()]
     headers = {"authorization": f"Bearer {key}", "content-type": "application/json"}
     with httpx.Client(base_url=url, headers=headers, timeout=60) as client:
-        outcomes = [send(*job) for job in jobs]
-    return {name: wrong for name, wrong in outcomes if wrong}
+        return [send(*job) for job in jobs]
 
 
 def _send_raw(host: str, port: int, request: bytes, complete: bool) -> int:
