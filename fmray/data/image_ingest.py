@@ -10,7 +10,6 @@ missing, and a changed recipe remakes only the collections that it changes.
 from __future__ import annotations
 
 import csv
-import hashlib
 import io
 import json
 import shutil
@@ -47,7 +46,7 @@ from fmray.data.images import DECODER_VERSION, describe_changes
 from fmray.data.ray_tasks import run_tasks
 from fmray.data.records import BadRow, stop_at_bad_rows
 from fmray.runtime.console import say, track
-from fmray.runtime.files import atomic_path, dumps, write_atomic, write_json
+from fmray.runtime.files import atomic_path, digest_of, write_atomic, write_json
 
 DUPLICATES_ROWS = 2_000_000  # rows whose digests one task compares, about
 DUPLICATES = ("collection", "class_name", "source", "kept_class_name", "kept_source")
@@ -136,7 +135,7 @@ def _key(collection: Collection, recipe: FewshotRecipe) -> str:
         "rows_per_group": recipe.images.rows_per_group,
         "on_bad_row": recipe.images.on_bad_row,
     }
-    return hashlib.sha256(dumps(values, sort_keys=True).encode()).hexdigest()
+    return digest_of(values)
 
 
 def _read_content(store: Path, name: str, key: str) -> _Content | None:
@@ -336,7 +335,7 @@ def _collect(
     for path in (store / "images" / collection.name).glob("*/part-*"):
         if str(path.relative_to(store)) not in files:
             path.unlink()  # of an earlier version
-    digest = hashlib.sha256(dumps([names, digests]).encode()).hexdigest()
+    digest = digest_of([names, digests])
     return _Content(key, digest, index, duplicates, [asdict(row) for row in bad])
 
 
@@ -353,7 +352,7 @@ def _complete(store: Path, recipe: FewshotRecipe, contents: dict[str, _Content])
     manifest = ImageManifest(
         version=int(VERSION),
         collections={name: content.key for name, content in contents.items()},
-        fingerprint=hashlib.sha256(dumps(digests).encode()).hexdigest()[:16],
+        fingerprint=digest_of(digests)[:16],
         rows=sum(row["count"] for row in index),
         duplicates=len(duplicates),
         bad_rows=len(bad),

@@ -28,7 +28,7 @@ from fmray.data.image_sources import Piece, SourceImage, read_piece
 from fmray.data.image_store import IMAGE_SCHEMA
 from fmray.data.images import DECODER_VERSION
 from fmray.data.records import BadRow
-from fmray.runtime.files import atomic_path, dumps, write_json
+from fmray.runtime.files import atomic_path, digest_of, dumps, write_json
 
 VERSION = "1"  # increase it when a changed format or check makes old runs and parts stale
 PORTION = 64 * 2**20  # bytes of images in a task's memory and in a part, about
@@ -70,7 +70,7 @@ class SortTask:
     def key(self) -> str:
         """Return a hash of everything that decides the runs."""
         values = asdict(self) | {"version": VERSION, "decoder": DECODER_VERSION, "path": None}
-        return hashlib.sha256(dumps(values, sort_keys=True).encode()).hexdigest()
+        return digest_of(values)
 
 
 @dataclass(frozen=True)
@@ -125,7 +125,7 @@ class PartTask:
     def key(self) -> str:
         """Return a hash of everything that decides the part's content."""
         values = [VERSION, self.collection_key, *map(asdict, self.slices)]
-        return hashlib.sha256(dumps(values, sort_keys=True).encode()).hexdigest()
+        return digest_of(values)
 
 
 @dataclass(frozen=True)

@@ -55,7 +55,7 @@ from fmray.data.records import (
 )
 from fmray.data.store import Manifest
 from fmray.runtime.console import say, track
-from fmray.runtime.files import atomic_folder, atomic_path, dumps, find_file, sha256
+from fmray.runtime.files import atomic_folder, atomic_path, digest_of, dumps, find_file, sha256
 
 if TYPE_CHECKING:
     from transformers import ProcessorMixin
@@ -281,7 +281,7 @@ def _plan_shards(
                 shapes=dumps(settings["shapes"]),
                 write_bad=recipe.data.on_bad_row == "skip",
                 check_images=check,
-                images=_digest([[name, stamps[name]] for name in _image_names(content)]),
+                images=digest_of([[name, stamps[name]] for name in _image_names(content)]),
             )
             tasks.append(task)
     return tasks
@@ -324,7 +324,7 @@ def _content(tasks: list[ShardTask], results: dict[str, ShardResult]) -> dict[st
         groups: dict[str, list[str]] = {}
         for task in tasks:
             groups.setdefault(task.split, []).extend(getattr(results[task.path], name))
-        content[name] = _digest(groups)
+        content[name] = digest_of(groups)
     return content
 
 
@@ -481,16 +481,16 @@ def write_shard(task: ShardTask) -> ShardResult:
         rows=len(good),
         answers=sum(len(row["turn_tokens"]) for row in good),
         bad_rows=bad,
-        records=[_digest(group) for group in _row_groups(texts)],
-        images=[_digest(group) for group in _row_groups(hashes)],
+        records=[digest_of(group) for group in _row_groups(texts)],
+        images=[digest_of(group) for group in _row_groups(hashes)],
         image_changes=dict(changes),  # no Counter: `asdict` would break it
         answer_counts=dict(counts),
     )
     if bad and not task.write_bad:
         return result
-    state = {"stat": _digest([[name, stamps[name]] for name in names])}
+    state = {"stat": digest_of([[name, stamps[name]] for name in names])}
     if not bad:  # otherwise the part is written again in any case
-        state["hash"] = _digest(list(zip(names, filter(None, hashes), strict=True)))
+        state["hash"] = digest_of(list(zip(names, filter(None, hashes), strict=True)))
 
     # write the part
     metadata = {
@@ -515,11 +515,6 @@ def write_shard(task: ShardTask) -> ShardResult:
 def _row_groups(rows: list[Any]) -> Iterator[list[Any]]:
     for start in range(0, len(rows), ROW_GROUP):
         yield rows[start : start + ROW_GROUP]
-
-
-def _digest(value: Any) -> str:
-    """Return the SHA-256 of a JSON value."""
-    return hashlib.sha256(dumps(value, sort_keys=True).encode()).hexdigest()
 
 
 def _check(

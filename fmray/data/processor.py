@@ -7,7 +7,6 @@ and `fingerprint` identifies them.
 
 from __future__ import annotations
 
-import hashlib
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
@@ -19,7 +18,7 @@ from tokenizers.pre_tokenizers import Whitespace
 from transformers import AutoProcessor, CLIPImageProcessor, LlavaProcessor, PreTrainedTokenizerFast
 
 from fmray.config import ScratchConfig
-from fmray.runtime.files import dumps
+from fmray.runtime.files import digest_of
 
 if TYPE_CHECKING:
     from transformers import ProcessorMixin
@@ -151,4 +150,4 @@ def fingerprint(processor: ProcessorMixin) -> str:
         "patch_size": getattr(processor, "patch_size", None),
         "chat_template": processor.chat_template,
     }
-    return hashlib.sha256(dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
+    return digest_of(parts, default=str)

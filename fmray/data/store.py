@@ -6,7 +6,6 @@ and `manifest.json`. The manifest is written last; a folder without one is not a
 
 from __future__ import annotations
 
-import hashlib
 import json
 import threading
 from collections import OrderedDict
@@ -21,7 +20,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from fmray.data.images import describe_changes
-from fmray.runtime.files import dumps, sha256, write_json
+from fmray.runtime.files import digest_of, sha256, write_json
 
 CACHE_BYTES = 3 * 2**30  # of row groups kept in memory
 MANY_UNKNOWN = 0.01  # share of unknown words in answers that asks for a remedy
@@ -92,7 +91,7 @@ class Manifest(StoreManifest):
         if not self.content:
             return sha256(self.path(store))
         values = {"processor": self.processor, **self.content}
-        return hashlib.sha256(dumps(values, sort_keys=True).encode()).hexdigest()
+        return digest_of(values)
 
     def summary(self) -> str:
         """Return the counts as text."""

@@ -215,6 +215,15 @@ def fault(
     return None
 
 
+def digest_of(value: Any, **options: Any) -> str:
+    """Return the SHA-256, in hex digits, of a value's JSON with sorted keys.
+
+    Args:
+        options: of `json.dumps`.
+    """
+    return hashlib.sha256(dumps(value, sort_keys=True, **options).encode()).hexdigest()
+
+
 def sha256(path: Path) -> str:
     """Return the SHA-256 of a file in hex digits."""
     with path.open("rb") as file:

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import hashlib
 import io
 import json
 import re
@@ -75,7 +74,7 @@ def flatten_settings(values: dict[str, Any]) -> dict[str, Any]:
 
 def settings_hash(settings: dict[str, Any]) -> str:
     """Return twelve hex digits of the SHA-256 of the settings."""
-    return hashlib.sha256(files.dumps(settings, sort_keys=True).encode()).hexdigest()[:12]
+    return files.digest_of(settings)[:12]
 
 
 def read_state(checkpoint: Path) -> TrainState:

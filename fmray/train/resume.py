@@ -19,7 +19,7 @@ from fmray.config import AdaLlavaRecipe
 from fmray.config.fewshot import FewshotRecipe
 from fmray.data.image_store import ImageManifest
 from fmray.data.store import Manifest
-from fmray.runtime.files import dumps, read_header, read_json, weight_files
+from fmray.runtime.files import digest_of, dumps, read_header, read_json, weight_files
 from fmray.train.checkpoint import TrainState, flatten_settings
 
 Recipe = AdaLlavaRecipe | FewshotRecipe
@@ -268,7 +268,7 @@ def model_digest(source: str | Path, revision: str | None = None) -> str | None:
     parts |= {name: read_json(path / name) for name in _CONFIGS if (path / name).is_file()}
     base = parts.get(_ADAPTIVE, {}).pop("base", None)  # where an adaptive model has its base
     parts["base"] = base and model_digest(base)
-    return _hash(parts) if weights else None
+    return digest_of(parts) if weights else None
 
 
 def _sample(file: Path) -> str:
@@ -281,14 +281,10 @@ def _sample(file: Path) -> str:
     else:
         tensors, block = {}, max(_SAMPLE, size // _BLOCKS)
         ranges = [(begin, min(begin + block, size)) for begin in range(0, size, block)]
-    digest = hashlib.sha256(_hash([size, tensors]).encode())
+    digest = hashlib.sha256(digest_of([size, tensors]).encode())
     with file.open("rb", buffering=0) as data:
         for begin, end in ranges:
             count = min(_SAMPLE, end - begin)
             data.seek(begin + (end - begin - count) // 2)
             digest.update(data.read(count))
     return digest.hexdigest()
-
-
-def _hash(value: Any) -> str:
-    return hashlib.sha256(dumps(value, sort_keys=True).encode()).hexdigest()

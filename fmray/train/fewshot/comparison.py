@@ -25,7 +25,7 @@ from fmray.data.image_store import ImageStore
 from fmray.errors import NotFinite
 from fmray.fewshot import Encoder, Interval, confidence_interval, paired_interval
 from fmray.runtime.console import say
-from fmray.runtime.files import atomic_path, dumps
+from fmray.runtime.files import atomic_path, digest_of, dumps
 from fmray.train.engine import make_engine
 from fmray.train.fewshot.encoder import ImageReader, load_encoder
 from fmray.train.fewshot.evaluate import (
@@ -369,4 +369,4 @@ def weights_digest(encoder: Encoder) -> str:
 
 def digest(settings: Mapping[str, Any]) -> str:
     """Return 16 hex digits of the SHA-256 of settings."""
-    return hashlib.sha256(dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
+    return digest_of(settings)[:16]
