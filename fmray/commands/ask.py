@@ -60,7 +60,7 @@ def run(options: argparse.Namespace) -> int:
 
     from fmray.adallava import AdaptiveVLM
     from fmray.data.processor import load_processor
-    from fmray.data.records import chat_messages, find_control_token
+    from fmray.data.records import chat_messages, find_control_token, needs_special_tokens
 
     disable_progress_bar()  # of loading weights
     model = AdaptiveVLM.from_pretrained(directory)
@@ -70,11 +70,9 @@ def run(options: argparse.Namespace) -> int:
     if control is not None:
         raise ValueError(f"the question {control.removeprefix('turn 0 ')}")
     text = processor.apply_chat_template(chat_messages(question), add_generation_prompt=True)
-    bos = processor.tokenizer.bos_token
-    # as in training: no second BOS token if the template writes it
-    add_bos = not (bos and text.startswith(bos))
+    special = needs_special_tokens(processor, text)
     inputs = dict(
-        processor(images=decoded.image, text=text, return_tensors="pt", add_special_tokens=add_bos)
+        processor(images=decoded.image, text=text, return_tensors="pt", add_special_tokens=special)
     )
     inputs.pop("token_type_ids", None)
     start = time.perf_counter()

@@ -53,6 +53,7 @@ def _check(arguments: argparse.Namespace) -> int:
     from fmray.adallava.families import load_base, takes_images
     from fmray.adallava.proof import prove
     from fmray.data.processor import load_processor
+    from fmray.data.records import needs_special_tokens
 
     # the model, as transformers loads it
     disable_progress_bar()
@@ -75,7 +76,10 @@ def _check(arguments: argparse.Namespace) -> int:
             [{"role": "user", "content": content}], add_generation_prompt=True
         )
         image = Image.linear_gradient("L").convert("RGB")
-        made = processor(images=[image], text=[text], return_tensors="pt")
+        special = needs_special_tokens(processor, text)
+        made = processor(
+            images=[image], text=[text], return_tensors="pt", add_special_tokens=special
+        )
         row = {
             name: value.to(base.dtype) if value.is_floating_point() else value
             for name, value in made.items()

@@ -382,6 +382,13 @@ def chat_messages(conversation: Sequence[dict[str, str]]) -> list[dict[str, Any]
     return messages
 
 
+def needs_special_tokens(processor: ProcessorMixin, text: str) -> bool:
+    """Return `add_special_tokens` for a rendered text, as apply_chat_template sets it: no second
+    BOS token if the template writes it."""
+    bos = processor.tokenizer.bos_token
+    return not (bos and text.startswith(bos))
+
+
 def encode(processor: ProcessorMixin, conversation: Sequence[dict[str, str]]) -> Encoded:
     """Render a conversation with the chat template, tokenize it, and locate the answers.
 
@@ -395,10 +402,8 @@ def encode(processor: ProcessorMixin, conversation: Sequence[dict[str, str]]) ->
     """
     text, spans = _render(processor, chat_messages(conversation))
     tokenizer = processor.tokenizer
-    bos = tokenizer.bos_token
-    # like apply_chat_template: no second BOS token if the template writes it
-    add_special_tokens = not (bos and text.startswith(bos))
-    tokens = tokenizer(text, return_offsets_mapping=True, add_special_tokens=add_special_tokens)
+    special = needs_special_tokens(processor, text)
+    tokens = tokenizer(text, return_offsets_mapping=True, add_special_tokens=special)
     ids = np.array(tokens["input_ids"], dtype=np.int64)
 
     # character spans of the answers -> token spans

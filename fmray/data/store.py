@@ -20,6 +20,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from fmray.data.images import describe_changes
+from fmray.runtime.console import count_of
 from fmray.runtime.files import digest_of, sha256, write_json
 
 CACHE_BYTES = 3 * 2**30  # of row groups kept in memory
@@ -107,13 +108,13 @@ class Manifest(StoreManifest):
         """Yield a line for each part of the records that is not used or cannot be learned."""
         for key, count in self.unused_keys.items():
             have = "has" if count == 1 else "have"
-            yield f"  {_number(count, 'record')} {have} `{key}`, which is not used"
+            yield f"  {count_of(count, 'record')} {have} `{key}`, which is not used"
         long, unknown, words = (
             self.answer_counts.get(name, 0) for name in ("too_long", "unknown", "words")
         )
         if long:
             limit = f"more than {self.settings['max_length']} tokens (data.max_length)"
-            yield f"  {_number(long, 'answer')} of {limit}: not used"
+            yield f"  {count_of(long, 'answer')} of {limit}: not used"
         if unknown:
             share = f"{unknown / words:.1%} of the words in answers ({unknown} of {words})"
             remedy = "raise model.scratch.max_vocabulary (words are split at spaces)"
@@ -136,9 +137,9 @@ class Samples:
     left_out: int  # answers that end after so many tokens
 
     def __str__(self) -> str:
-        text = f"{_number(len(self.row), 'sample')} of {_number(len(np.unique(self.row)), 'row')}"
+        text = f"{count_of(len(self.row), 'sample')} of {count_of(len(np.unique(self.row)), 'row')}"
         if self.left_out:
-            answers = _number(self.left_out, "answer")
+            answers = count_of(self.left_out, "answer")
             text += f" ({answers} of more than {self.max_length} tokens left out)"
         return text
 
@@ -255,10 +256,6 @@ class StoreSplit:
                 _, dropped = self._cache.popitem(last=False)
                 self._cached_bytes -= dropped.nbytes
             return table
-
-
-def _number(count: int, noun: str) -> str:
-    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
 
 
 def _tag_codes(rows: list[list[str] | None], turns: np.ndarray) -> tuple[list[str], np.ndarray]:

@@ -408,6 +408,11 @@ if RELAY in os.environ:  # a worker or a submitted job; `open_log` may not be ca
     logging.getLogger("fmray").addHandler(_Warnings())
 
 
+def count_of(count: int, noun: str) -> str:
+    """Return a count with its noun in singular or plural."""
+    return f"{count} {noun}" + ("" if count == 1 else "s")
+
+
 def changed_settings(loaded: LoadedRecipe[Any], path: Path | None = None) -> str:
     """The settings that differ from the defaults, by the file or option that sets them.
 

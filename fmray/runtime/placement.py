@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from fmray.config import AdaLlavaRecipe, BaseRecipe, ClusterConfig
+from fmray.runtime.console import count_of
 
 EPSILON = 1e-6  # Ray counts in ten-thousandths; 3 x 0.1 must fit into 0.3
 
@@ -133,11 +134,6 @@ def resources(cluster: ClusterConfig) -> str:
     """Return the resources of a worker as text, such as "2 CPU and 1 GPU"."""
     gpus = f" and {cluster.gpus_per_worker:g} GPU" if cluster.gpus_per_worker else ""
     return f"{cluster.cpus_per_worker:g} CPU{gpus}"
-
-
-def count_of(count: int, noun: str) -> str:
-    """Return a count with its noun in singular or plural."""
-    return f"{count} {noun}" + ("" if count == 1 else "s")
 
 
 # --- Trials of a search ---

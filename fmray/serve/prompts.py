@@ -17,7 +17,7 @@ from torch import Tensor
 
 from fmray.config.serve import ServeConfig
 from fmray.data.processor import fingerprint
-from fmray.data.records import control_tokens
+from fmray.data.records import control_tokens, needs_special_tokens
 from fmray.engine.policy import Ask
 from fmray.engine.requests import Sampling
 from fmray.serve.images import Decode, RequestImage, read_images
@@ -115,15 +115,13 @@ class PromptBuilder:
                     "messages", "this model's chat template rejects this order of roles"
                 ) from None
             self._check_control_tokens(text, neutral)
-            bos = processor.tokenizer.bos_token
             try:
                 inputs = dict(
                     processor(
                         images=[image.image for image in images] or None,
                         text=text,
                         return_tensors="pt",
-                        # As in training: no second <s> if the template writes the first one itself.
-                        add_special_tokens=not (bos and text.startswith(bos)),
+                        add_special_tokens=needs_special_tokens(processor, text),
                     )
                 )
             except ValueError:

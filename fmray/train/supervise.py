@@ -44,7 +44,6 @@ from ray.train.torch import TorchConfig, TorchTrainer
 from fmray.config import BaseRecipe
 from fmray.errors import GaveUp, raised_by_fmray
 from fmray.runtime import console, ray_private
-from fmray.runtime.placement import count_of
 from fmray.runtime.run_log import event
 from fmray.runtime.tracking import Run
 from fmray.train.checkpoint import STORAGE_HOURS
@@ -216,7 +215,7 @@ def failure_reason(error: Exception) -> str:
     if isinstance(error, ControllerError):
         cause = error.controller_failure
         if isinstance(cause, ray_private.WorkerGroupStartupTimeoutError):
-            workers = count_of(cause.num_workers, "worker")
+            workers = console.count_of(cause.num_workers, "worker")
             return f"{workers} could not be placed within cluster.timeout_s"
         return f"the workers did not start: {_short(cause)}"
     return f"Ray's training controller died: {_short(error)}"
