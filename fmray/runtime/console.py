@@ -40,7 +40,7 @@ LINE_SECONDS = 10.0  # at least, between two progress lines of a task
 LONGEST_SECONDS = 60.0  # ... at most, unless it advances by LINE_SHARE earlier
 LINE_SHARE = 0.25
 RELAY_SECONDS = 1.0  # between two updates that are sent to the process with the terminal
-WIDTH = 100
+WIDTH = 120
 FEW_SETTINGS = 8  # of an extended recipe
 VALUE_LENGTH = 60  # longer values of settings are cut
 NOTE = "full log: "
@@ -306,12 +306,16 @@ class _Display(Protocol):
 
 
 class _Lines:
-    """Plain lines; of progress at most five for a short task, and one a minute for a long one."""
+    """Plain lines; of progress at most four for a short task, and one a minute for a long one.
+
+    After such lines the end has none: a summary follows.
+    """
 
     def __init__(self, file: TextIO, verbose: bool) -> None:
         self._file, self._verbose = file, verbose
         self._shown: dict[str, tuple[float, int]] = {}  # task -> time and step of its last line,
         # or of its start, which the task itself has reported
+        self._lines: set[str] = set()  # tasks with lines
 
     def line(self, text: str) -> None:
         print(text, file=self._file, flush=True)
@@ -324,8 +328,10 @@ class _Lines:
         advanced = step.done - done >= LINE_SHARE * step.total
         seconds = now - before
         due = seconds >= LONGEST_SECONDS or (seconds >= LINE_SECONDS and advanced)
-        if due or step.done >= step.total:
+        ended = step.done >= step.total
+        if (ended and step.task not in self._lines) or (due and not ended):
             self._shown[step.task] = (now, step.done)
+            self._lines.add(step.task)
             self.line(str(step))
 
     def foreign(self, text: str) -> None:

@@ -28,7 +28,7 @@ from pydantic_core import ErrorDetails
 from fmray.config.yaml_file import reason_of
 
 MAX_DEPTH = 32
-MAX_VALUES = 50_000
+MAX_VALUES = 20_000
 MAX_MESSAGES = 1000  # validation holds the interpreter: other requests wait for it
 _MAX_URL_LENGTH = 24 * 2**20  # base64; the limit on the complete body is lower by default
 # Unsupported fields of OpenAI, vLLM or SGLang -> the values that are accepted because they have no

@@ -62,7 +62,8 @@ def test_output_is_short_and_only_fmrays(quickstart: tuple[Path, str]) -> None:
     assert [line[3:6] for line in lines if line.startswith("== ")] == ["1/4", "2/4", "3/4", "4/4"]
     assert output.count("settings that differ from the defaults (full recipe: ") == 2
     for run, steps in (("base", 40), ("adaptive", 20)):
-        assert f"{run}: step {steps} of {steps} (100%)" in output
+        assert f"{run}: step " in output
+        assert f"run {run}: {steps} steps" in output
     head = next(i for i, line in enumerate(lines) if "learned" in line and "random" in line)
     table = lines[head : head + 9]  # seven budgets and the base model
     assert table[-1].startswith("base model") and max(map(len, table)) <= 80

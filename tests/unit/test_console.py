@@ -171,7 +171,7 @@ def test_changed_settings_leave_the_defaults_out(tmp_path: Path) -> None:
     assert lines[0] == "  child.yaml: name=child"
     assert lines[1].startswith("  --set: cluster.workers=2, train.lr=0.5, evaluate.budgets=[")
     assert lines[-1] == "  parent.yaml: train.weight_decay=0.25"
-    assert "...\n" in text and max(map(len, lines)) <= 100
+    assert "...\n" in text and max(map(len, lines)) <= 120
 
     # many of a parent are counted
     keys = ("lr: 1", "steps: 9", "epochs: 2", "gradient_clip: 2", "global_batch: 2", "eval_rows: 2")
@@ -193,6 +193,6 @@ def test_progress_lines_of_short_and_long_tasks(
             seconds += 1.0
     lines = capsys.readouterr().out.splitlines()
     steps = [int(line.split()[2]) for line in lines if line.startswith("short")]
-    assert steps == [26, 51, 76, 100]
+    assert steps == [26, 51, 76]  # a summary follows
     steps = [int(line.split()[2]) for line in lines if line.startswith("long")]
-    assert len(steps) == 17 and steps[:2] == [61, 121]
+    assert len(steps) == 16 and steps[:2] == [61, 121]

@@ -329,7 +329,8 @@ def evaluate(
         kinds = {kind: _plans(kind, model, calibration) for kind in config.plans}
     budgets = config.budgets if adaptive else ()
     evaluated = evaluation_samples(StoreSplit(store, "validation"), config.rows, max_length)
-    say(f"evaluation on {evaluated}")
+    if evaluated.left_out:
+        say(f"evaluation on {evaluated}")
     held_out = batches("validation", config.rows)
     unknown = unknown_token(processor)
     return measure(model, base, kinds, budgets, held_out, names, out, unknown)

@@ -72,7 +72,7 @@ class AdaLlavaMethod:
         )
         held_out = StoreSplit(recipe.data.store, "validation")
         evaluated = evaluation_samples(held_out, recipe.train.eval_rows, recipe.data.max_length)
-        if worker.is_rank_zero:
+        if worker.is_rank_zero and (self._loader.samples.left_out or evaluated.left_out):
             event(job.run_dir, f"training on {self._loader.samples}; evaluation on {evaluated}")
         self._model = build_model(recipe, self._processor)
         self._levels = self._trained_levels() if recipe.adaptive is not None else None
